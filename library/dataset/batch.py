@@ -1,0 +1,51 @@
+"""What one training step receives from the data: images or cached latents, captions or cached text, sizes and weights."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from library.models.family import SizeConditioning, TextCond
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B images of one bucket, all on one device; exactly one of `images` and `latents` is set.
+
+    Tensors are on the CPU, pinned where a GPU will want them, until `to` is called.
+    """
+
+    images: Tensor | None
+    """(B, 3, H, W) float32 in [-1, 1]."""
+    latents: Tensor | None
+    """(B, C, h, w) float32 in cache units (SDXL: unscaled)."""
+    captions: list[str]
+    text_cond: TextCond | None
+    """Cached text outputs; None when the captions must be encoded live."""
+    sizes: SizeConditioning
+    loss_weights: Tensor
+    """(B,) float32: regularisation weight times the share that makes the mean over all processes' images exact."""
+    draw_seeds: list[int]
+    """One 64-bit seed per image, a function of (seed, epoch, image) alone: noise, timestep and posterior are drawn from it."""
+    image_keys: list[str]
+    """The image files, for messages."""
+
+    @property
+    def size(self) -> int:
+        """The number of images, B."""
+        return len(self.captions)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on `device`; copies from pinned memory do not wait."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            images=move(self.images),
+            latents=move(self.latents),
+            text_cond=None if self.text_cond is None else {k: v.to(device, non_blocking=True) for k, v in self.text_cond.items()},
+            sizes=self.sizes.to(device),
+            loss_weights=self.loss_weights.to(device, non_blocking=True),
+        )

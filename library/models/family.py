@@ -1,0 +1,143 @@
+"""What the training loop, the caches, sampling and saving know of a model: one object per architecture.
+
+A family hides what differs between SDXL, SD1/2, SD3 and FLUX.1. Conditioning is always a named dict, never a positional list.
+
+Shape legend: B batch, C latent channels, h and w latent height and width, H and W image height and width, n token rows, L tokens.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Tokens = dict[str, Tensor]
+"""Token ids by the family's own names; SDXL: `ids1` and `ids2`, int64 (B, n, 77)."""
+
+TextCond = dict[str, Tensor]
+"""Encoded text by the family's own names; SDXL: `hidden1` (B, L, 768), `hidden2` (B, L, 1280), `pool2` (B, 1280)."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from and how its files are read."""
+
+    path: str
+    """A single-file checkpoint or a diffusers folder."""
+    vae: str | None = None
+    """A VAE that replaces the checkpoint's own; a file or a folder."""
+    mmap: bool = True
+    """Memory-map safetensors files; False reads them whole, which helps on slow and remote file systems."""
+    prefer_fp16_variant: bool = False
+    """Take the `.fp16.` files of a diffusers folder where there are any."""
+    tokenizer_cache_dir: str | None = None
+    max_token_length: int = 75
+    """Prompt length in tokens without the begin and end tokens: 75, 150 or 225."""
+
+
+@dataclass(frozen=True)
+class SizeConditioning:
+    """The sizes SDXL is conditioned on; int64 (B, 2) each, in pixels, height before width and top before left."""
+
+    original_hw: Tensor
+    crop_top_left: Tensor
+    target_hw: Tensor
+
+    def to(self, device: torch.device) -> "SizeConditioning":
+        """Return the same sizes on `device`, copied without waiting."""
+        return SizeConditioning(*(t.to(device, non_blocking=True) for t in (self.original_hw, self.crop_top_left, self.target_hw)))
+
+
+@dataclass
+class Components:
+    """The loaded parts of a model; a text encoder that is not loaded, or was freed, is None."""
+
+    denoiser: nn.Module
+    vae: nn.Module
+    text_encoders: list[nn.Module | None]
+
+
+@dataclass(frozen=True)
+class LatentCacheSpec:
+    """How this family's latent caches are named on disk: `<stem>_<W>x<H><suffix>`, W and H of four digits."""
+
+    suffix: str
+
+
+@dataclass(frozen=True)
+class TextCacheSpec:
+    """How this family's cached text outputs are named and laid out: `<stem><suffix>`, one file per image."""
+
+    suffix: str
+    required_keys: frozenset[str]
+    pack: Callable[[Mapping[str, Tensor]], dict[str, np.ndarray[Any, Any]]]
+    """One sample's `TextCond` (no batch axis) to the arrays of the file; bfloat16 becomes float32."""
+    unpack: Callable[[Mapping[str, np.ndarray[Any, Any]]], TextCond]
+    """The inverse: arrays of the file to one sample's `TextCond` (no batch axis)."""
+
+
+class Family(Protocol):
+    """One architecture. Everything in and out is unpacked: latents (B, C, h, w), images (B, 3, H, W) in [-1, 1]."""
+
+    name: str
+    latent_channels: int
+    latent_stride: int
+    size_multiple: int
+    """Image sides must be multiples of this many pixels (SDXL: 32)."""
+    encoder_names: tuple[str, ...]
+    """Text encoders in their fixed order, as they are named in network files (SDXL: `te1`, `te2`)."""
+    latent_cache: LatentCacheSpec
+    text_cache: TextCacheSpec
+
+    def load_text_encoders(self, dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
+        """Load all text encoders, frozen and in evaluation mode."""
+
+    def load_vae(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """Load the VAE (the replacement one where the source names it), frozen and in evaluation mode."""
+
+    def load_denoiser(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """Load the U-Net or transformer, frozen and in evaluation mode."""
+
+    def fingerprint(self, part: str) -> str:
+        """Identify the file behind `part` ("vae" or "text_encoders") for caches: it changes whenever the weights may have."""
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Turn B texts into token ids, on the CPU."""
+
+    def encode_text(self, tokens: Tokens, encoders: Sequence[nn.Module | None]) -> TextCond:
+        """Run every encoder that is not None on the device and in the dtype it has; gradients flow where they are enabled."""
+
+    def encode_images(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
+        """Sample the VAE posterior, in cache units (SDXL: unscaled).
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+            noise: (B, C, h, w) standard normal draws of the posterior, so that the caller owns the randomness.
+        """
+
+    def to_model_units(self, latents: Tensor) -> Tensor:
+        """Cache units to what the denoiser sees (SDXL: times 0.13025)."""
+
+    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """Model units to images (B, 3, H, W) in [-1, 1], not clamped."""
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, cond: TextCond, sizes: SizeConditioning | None) -> Tensor:
+        """Run the denoiser.
+
+        Args:
+            noisy: (B, C, h, w), cast to the denoiser's dtype unless autocast does it.
+            timesteps: (B,) int64 for DDPM families.
+            cond: as `encode_text` gives it, batch B.
+            sizes: required for SDXL.
+
+        Returns:
+            (B, C, h, w), in the denoiser's output dtype.
+        """
+
+    def base_model_version(self) -> str:
+        """The `ss_base_model_version` of network files (SDXL: `sdxl_base_v1-0`)."""
+
+    def architecture(self) -> str:
+        """The `modelspec.architecture` of a base model (SDXL: `stable-diffusion-xl-v1-base`)."""
