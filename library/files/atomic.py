@@ -1,0 +1,79 @@
+"""Write files so that a kill, a full disk or Ctrl+C at any moment leaves the previous file whole.
+
+The new content goes to a hidden temporary name in the same folder, is flushed to the disk, and takes the place of the old file in
+one rename.
+"""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from library.options.errors import UserError
+
+_WRITE_REFUSALS = {
+    errno.ENOSPC: "the disk is full. Free some space there or write to another folder",
+    errno.EDQUOT: "the disk quota is used up. Free some space there or write to another folder",
+    errno.EFBIG: "the file system does not allow a file this large. Write to another disk",
+    errno.EACCES: "permission is denied. Change the rights of the folder or write to another one",
+    errno.EPERM: "permission is denied. Change the rights of the folder or write to another one",
+    errno.EROFS: "the file system is read-only. Write to another folder",
+    errno.ENAMETOOLONG: "the file name is too long. Choose a shorter name",
+    errno.ENOTDIR: "a part of that path is a file, not a folder. Choose another folder",
+    errno.EISDIR: "there is a folder of that name. Choose another name",
+}
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; when the block ends without an error, it becomes `path`.
+
+    Missing folders are made. A symbolic link stays a link: the file it points to is replaced.
+
+    Raises:
+        UserError: the disk is full, the folder is not writable or the like; whatever stood at `path` before is untouched.
+    """
+    target = Path(path).resolve()
+    temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(temporary, target)
+        _flush_folder(target.parent)
+    except OSError as error:
+        reason = _WRITE_REFUSALS.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise UserError(f"{path} could not be written: {reason}. Nothing that was there before has changed.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: str | Path, content: bytes) -> None:
+    """Replace the content of `path` as `atomic_write` does."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def atomic_write_text(path: str | Path, content: str) -> None:
+    """Replace the content of `path` by UTF-8 text, as `atomic_write` does; line ends stay as they are given."""
+    atomic_write_bytes(path, content.encode("utf-8"))
+
+
+def _flush_to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the rename itself last; systems on which a folder cannot be opened (Windows) do this on their own."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

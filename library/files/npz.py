@@ -1,0 +1,38 @@
+"""Read and atomically write numpy archives, the files that caches live in."""
+
+import zipfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from library.files.atomic import atomic_write
+from library.options.errors import UserError
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+def read_npz(path: str | Path, keys: Collection[str] | None = None) -> Arrays:
+    """Return the arrays of an archive; with `keys`, only those of them that it holds, the others are not read from the disk.
+
+    Raises:
+        UserError: the file is missing, damaged, no npz archive, or holds pickled objects.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files if keys is None or name in keys}
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist. Check the path.") from error
+    except (ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path} is damaged or not an npz archive ({error}). Delete it, and it will be made again.") from error
+
+
+def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Write arrays uncompressed, as `numpy.savez` does, in place of whatever is at `path`.
+
+    Raises:
+        UserError: the disk is full or the folder not writable.
+    """
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **dict(arrays))  # type: ignore[arg-type]  # the stub takes **kwds for allow_pickle
