@@ -1,0 +1,141 @@
+"""The one training loop. Everything an option decides was decided before it starts."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from library.dataset.batch import Batch
+from library.training.interrupt import StopRequest
+from library.training.position import Position, window_size
+
+
+class Observer(Protocol):
+    """Something that looks on between updates: saves, samples, logs. Observers are called in the order they are given."""
+
+    def before_training(self, position: Position) -> None:
+        """Called once, before the first update of this run."""
+
+    def after_update(self, position: Position) -> None:
+        """Called after each optimizer update."""
+
+    def after_epoch(self, position: Position) -> None:
+        """Called when all batches of `position.epoch` were trained on."""
+
+    def after_training(self, position: Position) -> None:
+        """Called once, after the last update; not called when the run was interrupted."""
+
+
+class Trainable(Protocol):
+    """What is being trained, as the loop sees it: a network of adapters, or a whole model."""
+
+    module: nn.Module
+
+    def on_epoch_start(self) -> None:
+        """Prepare for an epoch: training mode."""
+
+    def on_batch_start(self) -> None:
+        """Called before each batch."""
+
+    def after_update(self) -> None:
+        """Called after each optimizer update, before the observers."""
+
+
+@dataclass
+class TrainingRun:
+    """All the loop needs, already built."""
+
+    accelerator: Any
+    """`accelerate.Accelerator`."""
+    step: nn.Module
+    """The prepared `TrainStep`."""
+    trainable: Trainable
+    parameters: Sequence[nn.Parameter]
+    optimizer: Any
+    """The prepared optimizer."""
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    batches: Callable[[int, int], Iterable[Batch]]
+    """(epoch, first batch) to this process's batches of the epoch, from the first one wanted."""
+    batches_per_epoch: int
+    accumulation: int
+    max_updates: int
+    max_grad_norm: float
+    """0 leaves gradients as they are."""
+    seed: int
+    observe_loss: Callable[[Tensor], None]
+    """Receives each batch's mean loss, still on the device."""
+    observers: Sequence[Observer] = field(default_factory=list)
+
+
+def train(run: TrainingRun, start: Position, stop: StopRequest) -> Position:
+    """Train from `start` until `run.max_updates` updates are made or a stop is asked for.
+
+    Returns:
+        Where the run stands at the end.
+    """
+    notify(run.observers, "before_training", start)
+    position = start
+    while position.update < run.max_updates and not stop.agreed:
+        position = train_epoch(run, position, stop)
+        if position.batch == run.batches_per_epoch:
+            notify(run.observers, "after_epoch", position)
+            position = position.next_epoch()
+    if not stop.agreed:
+        notify(run.observers, "after_training", position)
+    return position
+
+
+def train_epoch(run: TrainingRun, position: Position, stop: StopRequest) -> Position:
+    """Train on what is left of the epoch; returns early when the run is complete or a stop was asked for."""
+    run.trainable.on_epoch_start()
+    for index, batch in enumerate(run.batches(position.epoch, position.batch), start=position.batch):
+        size = window_size(index, run.batches_per_epoch, run.accumulation)
+        is_last_of_window = (index + 1) % run.accumulation == 0 or index + 1 == run.batches_per_epoch
+        accumulate_gradient(run, batch, position.epoch, index, size, is_last_of_window)
+        if not is_last_of_window:
+            continue
+        update_parameters(run)
+        position = position.after_update(batches=index + 1)
+        notify(run.observers, "after_update", position)
+        if stop.poll() or position.update >= run.max_updates:
+            break
+    return position
+
+
+def accumulate_gradient(run: TrainingRun, batch: Batch, epoch: int, index: int, window: int, synchronise: bool) -> None:
+    """Add one batch's share to the gradient; processes exchange gradients with the last batch of a window only."""
+    torch.manual_seed(batch_seed(run.seed, epoch, index, run.accelerator.process_index))  # dropout inside the networks
+    run.trainable.on_batch_start()
+    with contextlib.nullcontext() if synchronise else run.accelerator.no_sync(run.step):
+        loss = run.step(batch.to(run.accelerator.device)).mean()
+        run.accelerator.backward(loss / window)
+    run.observe_loss(loss.detach())
+
+
+def update_parameters(run: TrainingRun) -> None:
+    """Clip the gradient, step the optimizer and the schedule, and drop the gradient."""
+    if run.max_grad_norm > 0:
+        run.accelerator.clip_grad_norm_(run.parameters, run.max_grad_norm)
+    run.optimizer.step()
+    if not run.accelerator.optimizer_step_was_skipped:
+        run.schedule.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.trainable.after_update()
+
+
+def batch_seed(seed: int, epoch: int, index: int, process_index: int) -> int:
+    """Return a 63-bit seed that depends on its arguments alone (splitmix64, Steele et al. 2014, over their sum of odd multiples)."""
+    mask = (1 << 64) - 1
+    value = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB + process_index * 0xD6E8FEB86659FD93) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return (value ^ (value >> 31)) >> 1
+
+
+def notify(observers: Sequence[Observer], event: str, position: Position) -> None:
+    """Call `event` of every observer, in order."""
+    for observer in observers:
+        getattr(observer, event)(position)

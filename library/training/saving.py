@@ -1,0 +1,93 @@
+"""Writes models and states when their time comes, and lets old ones go."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from library.training.outputs import SaveKind, SavePlan, remove_outputs
+from library.training.position import Position
+from library.training.state import Resumable, save_state
+from library.training.trainable import NetworkTrainable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Saver:
+    """The observer that saves. Every process calls it; only the main one writes.
+
+    Args:
+        plan: when, where and under which names.
+        trainable: what is saved as the model.
+        live: what a state is made of.
+        dtype: of the saved model; None keeps the one it is trained in.
+        metadata: (file stem, place) to the metadata of a model saved there.
+        averaged: enters the evaluation mode of optimizers that train other weights than they want saved.
+        writes: whether this is the process that writes.
+        seed, batches_per_epoch: recorded in states.
+        losses: the loss recorder's own state, recorded in states.
+    """
+
+    plan: SavePlan
+    trainable: NetworkTrainable
+    live: Resumable
+    dtype: torch.dtype | None
+    metadata: Callable[[str, Position], dict[str, str]]
+    averaged: Callable[[], AbstractContextManager[None]]
+    writes: bool
+    seed: int
+    batches_per_epoch: int
+    losses: Callable[[], dict[str, Any]]
+
+    def before_training(self, position: Position) -> None:
+        """Nothing is saved before training."""
+
+    def after_update(self, position: Position) -> None:
+        """Save where the plan has a save at this step."""
+        if self.plan.should_save_step(position.update):
+            self._save("step", position.update, position)
+
+    def after_epoch(self, position: Position) -> None:
+        """Save where the plan has a save at this epoch; the state continues with the next one."""
+        if self.plan.should_save_epoch(position.epoch):
+            self._save("epoch", position.epoch, position)
+
+    def after_training(self, position: Position) -> None:
+        """Save the final model."""
+        self._save("final", 0, position)
+
+    def save_interrupted(self, position: Position) -> Path:
+        """Save model and state where a run was stopped, and return the state's folder.
+
+        The state goes first: switching an optimizer to its averaged weights and back rounds them, and what continues must not be rounded.
+        """
+        state = self.plan.state_path("step", position.update)
+        if self.writes:
+            self._write_state(state, position)
+            self._write_model(self.plan.model_path("step", position.update), position)
+        return state
+
+    def _save(self, kind: SaveKind, number: int, position: Position) -> None:
+        if not self.writes:
+            return
+        self._write_model(self.plan.model_path(kind, number), position)
+        if self.plan.should_save_state(kind):
+            finished_epoch = kind != "step" and position.batch == self.batches_per_epoch
+            self._write_state(self.plan.state_path(kind, number), position.next_epoch() if finished_epoch else position)
+            remove_outputs([self.plan.outdated_state(kind, number)], self.plan.folder)
+        remove_outputs([self.plan.outdated_model(kind, number)], self.plan.folder)
+
+    def _write_model(self, path: Path, position: Position) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self.averaged(), self.trainable.evaluation():
+            self.trainable.save(path, self.dtype, self.metadata(path.stem, position))
+        log.info("Saved %s", path)
+
+    def _write_state(self, folder: Path, position: Position) -> None:
+        save_state(folder, self.live, position, self.seed, self.batches_per_epoch, self.losses())
+        log.info("Saved the state %s", folder)

@@ -1,0 +1,142 @@
+"""Everything a run needs to go on exactly where it stood, in one folder.
+
+| file | content |
+|---|---|
+| `model.safetensors` | the trained parameters, in the dtype they are trained in |
+| `optimizer.bin`, `scheduler.bin`, `scaler.pt` | their state dicts (`scaler.pt` with mixed precision fp16 only) |
+| `train_state.json` | `current_epoch` and `current_step` as sd-scripts writes them, and what an exact continuation needs besides |
+
+No random state is stored: every draw of training is a function of the seed and the place in the run, both of which are here.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.files.safetensors_io import open_safetensors, save_safetensors
+from library.options.errors import UserError
+from library.training.position import Position
+
+TRAIN_STATE = "train_state.json"
+
+
+@dataclass(frozen=True)
+class SavedPlace:
+    """What `train_state.json` says."""
+
+    position: Position | None
+    """None for a state of sd-scripts, which does not say where in the epoch it stands."""
+    epoch: int
+    update: int
+    seed: int | None = None
+    batches_per_epoch: int | None = None
+    losses: dict[str, Any] = field(default_factory=dict)
+    """The running average of the loss, as its recorder wants it back."""
+
+
+@dataclass
+class Resumable:
+    """The live objects whose state is saved and restored."""
+
+    module: nn.Module
+    optimizer: Any
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: Any | None
+
+
+def save_state(folder: Path, live: Resumable, position: Position, seed: int, batches_per_epoch: int, losses: Mapping[str, Any]) -> None:
+    """Write a state folder; the folder appears under its name only when all of it is on disk.
+
+    Raises:
+        UserError: if it cannot be written; a folder of that name that was there before is still whole then.
+    """
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        save_safetensors(unfinished / "model.safetensors", {k: v.contiguous() for k, v in live.module.state_dict().items()}, {"format": "pt"})
+        torch.save(live.optimizer.state_dict(), unfinished / "optimizer.bin")
+        torch.save(live.schedule.state_dict(), unfinished / "scheduler.bin")
+        if live.scaler is not None:
+            torch.save(live.scaler.state_dict(), unfinished / "scaler.pt")
+        place = {
+            "current_epoch": position.epoch,
+            "current_step": position.update,
+            "current_batch": position.batch,
+            "seed": seed,
+            "batches_per_epoch": batches_per_epoch,
+            "losses": dict(losses),
+        }
+        (unfinished / TRAIN_STATE).write_text(json.dumps(place), encoding="utf-8")
+        replace_folder(unfinished, folder)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"The training state could not be written to {folder}: {error}. Free some space or choose another --output_dir.") from error
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put `new` in the place of `old`, which may exist; a kill in between leaves one of the two whole."""
+    for file in new.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    retired = old.with_name(f".{old.name}.retired")
+    shutil.rmtree(retired, ignore_errors=True)
+    if old.exists():
+        old.rename(retired)
+    new.rename(old)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def read_place(folder: Path) -> SavedPlace:
+    """Read where a saved run stood, before anything heavy is loaded.
+
+    Raises:
+        UserError: if the folder is missing or is not a training state.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--resume: there is no folder {folder}. Give a state folder, named like NAME-step00000100-state, that --save_state wrote.")
+    missing = [name for name in ("model.safetensors", "optimizer.bin", "scheduler.bin", TRAIN_STATE) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"--resume: {folder} is not a complete training state, it has no {', '.join(missing)}. Choose another state folder.")
+    try:
+        saved = json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))
+        epoch, update = int(saved["current_epoch"]), int(saved["current_step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume: {folder / TRAIN_STATE} cannot be read ({error!r}). Choose another state folder.") from error
+    if "current_batch" not in saved:
+        return SavedPlace(position=None, epoch=epoch, update=update)
+    position = Position(epoch=epoch, batch=int(saved["current_batch"]), update=update)
+    return SavedPlace(position, epoch, update, int(saved["seed"]), int(saved["batches_per_epoch"]), saved.get("losses", {}))
+
+
+def load_state(folder: Path, live: Resumable) -> None:
+    """Restore parameters, optimizer, schedule and gradient scaler from a state folder.
+
+    Raises:
+        UserError: if the state belongs to another network, optimizer or schedule.
+    """
+    weights = open_safetensors(folder / "model.safetensors")
+    own = live.module.state_dict()
+    if differing := sorted(set(own) ^ set(weights.keys()))[:3] or [k for k in own if own[k].shape != weights[k].shape][:3]:
+        raise UserError(
+            f"--resume: {folder} was saved from another network: {', '.join(differing)} do not fit. Use the same --network_module, "
+            "--network_dim and --network_args as the run that saved it."
+        )
+    live.module.load_state_dict({name: weights[name] for name in own})
+    parts = [("optimizer.bin", live.optimizer), ("scheduler.bin", live.schedule)]
+    if live.scaler is not None and (folder / "scaler.pt").is_file():
+        parts.append(("scaler.pt", live.scaler))
+    for name, part in parts:
+        try:
+            part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
+        except (ValueError, KeyError, RuntimeError, AttributeError, EOFError) as error:
+            raise UserError(
+                f"--resume: {folder / name} does not fit this run ({error}). Use the same --optimizer_type and --lr_scheduler as the run that saved it."
+            ) from error

@@ -1,0 +1,95 @@
+"""The training step as the paper writes it: latents, conditioning, noise, prediction, loss.
+
+Ho et al. 2020, "Denoising Diffusion Probabilistic Models", algorithm 1, with the conditioning of Podell et al. 2023 (SDXL).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from library.dataset.batch import Batch
+from library.diffusion.objective import DdpmObjective
+from library.models.family import Family, TextCond
+
+_POSTERIOR_STREAM = 0x9E3779B97F4A7C15  # keeps the posterior's draws apart from those of the noise made from the same seed
+
+
+@dataclass
+class FrozenParts:
+    """What a step runs but never trains as a whole; kept out of the module tree so that nothing wraps, moves or broadcasts it."""
+
+    family: Family
+    denoiser: nn.Module
+    text_encoders: list[nn.Module | None]
+    vae: nn.Module | None
+    """Only when images are encoded in the step; None when all latents are cached."""
+
+
+class TrainStep(nn.Module):
+    """One micro-batch from data to a weighted loss per image; its forward is what accelerate wraps.
+
+    Args:
+        trained: the module that holds every trained parameter (a network of adapters, or the denoiser itself).
+        frozen: the other parts.
+        objective: noise process, target and loss terms.
+        train_text: whether gradients flow through the text encoders.
+    """
+
+    def __init__(self, trained: nn.Module, frozen: FrozenParts, objective: DdpmObjective, *, train_text: bool) -> None:
+        super().__init__()
+        self.trained = trained
+        self._frozen = [frozen]  # in a list: a dataclass of modules must not be registered as children
+        self.objective = objective
+        self.train_text = train_text
+
+    @property
+    def frozen(self) -> FrozenParts:
+        """The parts that are run and not trained as a whole."""
+        return self._frozen[0]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the weighted loss of each image, float32 (B,), for a batch on the denoiser's device."""
+        parts = self.frozen
+        latents = parts.family.to_model_units(self.cached_or_encoded_latents(batch))
+        cond = self.conditioning(batch)
+        sample = self.objective.sample(latents, batch.draw_seeds)
+        prediction = parts.family.predict(parts.denoiser, sample.noisy, sample.timesteps, cond, batch.sizes)
+        return self.objective.loss(prediction, sample, latents, batch.loss_weights)
+
+    @torch.no_grad()
+    def cached_or_encoded_latents(self, batch: Batch) -> Tensor:
+        """Return latents (B, C, h, w) float32 in cache units; what the VAE made not-a-number becomes 0 rather than the whole loss."""
+        if batch.latents is not None:
+            return batch.latents
+        assert batch.images is not None and self.frozen.vae is not None  # one of the two is set: Batch says so
+        family, vae, images = self.frozen.family, self.frozen.vae, batch.images
+        height, width = images.shape[-2] // family.latent_stride, images.shape[-1] // family.latent_stride
+        noise = posterior_noise(batch.draw_seeds, (family.latent_channels, height, width))
+        dtype = next(vae.parameters()).dtype
+        with torch.autocast(images.device.type, enabled=False):
+            latents = family.encode_images(vae, images.to(dtype), to_device(noise, images.device).to(dtype))
+        return torch.nan_to_num(latents.float(), nan=0.0)
+
+    def conditioning(self, batch: Batch) -> TextCond:
+        """Return the cached text outputs, or encode the captions with the loaded encoders."""
+        if batch.text_cond is not None:
+            return batch.text_cond
+        family = self.frozen.family
+        tokens = {name: to_device(ids, batch.loss_weights.device) for name, ids in family.tokenize(batch.captions).items()}
+        with torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
+            return family.encode_text(tokens, self.frozen.text_encoders)
+
+
+def posterior_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+    """Draw the VAE posterior's noise, (B, C, h, w) float32 on the CPU, each image from its own seed."""
+    draws = [torch.randn(shape, generator=torch.Generator().manual_seed((seed ^ _POSTERIOR_STREAM) & (2**63 - 1))) for seed in seeds]
+    return torch.stack(draws)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to `device` without waiting for the device."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
