@@ -1,0 +1,35 @@
+"""Options about caching latents and text-encoder outputs."""
+
+from typing import Any, ClassVar
+
+from pydantic import model_validator
+
+from library.options.declare import OptionGroup, flag, option
+
+
+class CacheFileOptions(OptionGroup):
+    """What is encoded once before training, and where it is kept."""
+
+    topic: ClassVar[str] = "Caching"
+
+    cache_latents: bool = flag("Encode every image once before training and keep the latents in memory.")
+    cache_latents_to_disk: bool = flag("Keep the latents on disk beside the images; implies --cache_latents.")
+    vae_batch_size: int = option(1, "Images per call of the VAE.", ge=1)
+    skip_cache_check: bool = flag("Trust cache files that exist without opening them.")
+    cache_text_encoder_outputs: bool = flag("Encode every caption once before training and keep the results in memory.")
+    cache_text_encoder_outputs_to_disk: bool = flag(
+        "Keep the encoded captions on disk beside the images; implies --cache_text_encoder_outputs."
+    )
+    highvram: bool = flag("Do not empty the device's memory cache between batches while caching latents.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _disk_implies_caching(cls, given: dict[str, Any]) -> dict[str, Any]:
+        implied = [name for name in ("cache_latents", "cache_text_encoder_outputs") if given.get(f"{name}_to_disk") is True]
+        return given | dict.fromkeys(implied, True)
+
+
+class CacheOptions(CacheFileOptions):
+    """Caching where there is a VAE."""
+
+    no_half_vae: bool = flag("Keep the VAE in float32 whatever the mixed precision.")

@@ -1,0 +1,20 @@
+"""Options about uploading to the Hugging Face hub."""
+
+from typing import ClassVar
+
+from library.options.declare import OptionGroup, flag, option
+
+
+class HubOptions(OptionGroup):
+    """Where saved files are uploaded."""
+
+    topic: ClassVar[str] = "Hugging Face upload"
+
+    huggingface_repo_id: str | None = option(None, "Repository to upload to; made when it does not exist.")
+    huggingface_repo_type: str | None = option(None, "Kind of the repository; a model repository when left out.")
+    huggingface_path_in_repo: str | None = option(None, "Folder inside the repository.")
+    huggingface_token: str | None = option(None, "Access token.")
+    huggingface_repo_visibility: str | None = option(None, "`public` or `private`; private when left out.")
+    save_state_to_huggingface: bool = flag("Upload state folders too.")
+    resume_from_huggingface: bool = flag("Read --resume as user/repo/path[:revision[:type]] and download it.")
+    async_upload: bool = flag("Upload while training goes on.")

@@ -1,0 +1,22 @@
+"""Options about logs and trackers."""
+
+from typing import ClassVar, Literal
+
+from library.options.declare import OptionGroup, flag, option
+
+
+class LoggingOptions(OptionGroup):
+    """Where losses and rates are logged."""
+
+    topic: ClassVar[str] = "Logging and trackers"
+
+    logging_dir: str | None = option(None, "Folder for logs; each run makes a sub-folder named by prefix and time.")
+    log_with: Literal["tensorboard", "wandb", "all"] | None = option(
+        None, "Tracker; tensorboard when left out and --logging_dir is given."
+    )
+    log_prefix: str | None = option(None, "Text before the time in the name of the run's folder.")
+    log_tracker_name: str | None = option(None, "Name of the tracker or project; network_train when left out.")
+    log_tracker_config: str | None = option(None, "TOML file with arguments of the tracker.")
+    wandb_run_name: str | None = option(None, "Name of the run on wandb.")
+    wandb_api_key: str | None = option(None, "Key to log in to wandb with.")
+    log_config: bool = flag("Store the options of the run with the tracker, without keys, tokens and paths.")

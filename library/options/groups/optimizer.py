@@ -1,0 +1,21 @@
+"""Options about the optimizer."""
+
+from typing import ClassVar
+
+from library.options.declare import OptionGroup, flag, option
+
+
+class OptimizerOptions(OptionGroup):
+    """Which optimizer, its arguments and rate."""
+
+    topic: ClassVar[str] = "Optimizer"
+
+    optimizer_type: str = option("", "Name of an optimizer, or package.module.Class; AdamW when left out.")
+    optimizer_args: tuple[str, ...] | None = option(None, "Arguments of the optimizer, each key=value with a Python literal.")
+    use_8bit_adam: bool = flag("Old spelling of --optimizer_type AdamW8bit.")
+    use_lion_optimizer: bool = flag("Old spelling of --optimizer_type Lion.")
+    learning_rate: float = option(2e-6, "Learning rate of everything that has no rate of its own.")
+    max_grad_norm: float = option(
+        1.0, "Largest norm of all gradients together; larger ones are scaled down. 0 switches it off.", ge=0
+    )
+    fused_backward_pass: bool = flag("Step each parameter inside the backward pass and free its gradient at once.")

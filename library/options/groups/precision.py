@@ -1,0 +1,27 @@
+"""Options about number types, memory and attention."""
+
+from typing import ClassVar, Literal
+
+from library.options.declare import OptionGroup, flag, option
+
+
+class WorkingPrecisionOptions(OptionGroup):
+    """Number types, memory and attention."""
+
+    topic: ClassVar[str] = "Precision, memory and attention"
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Number type of the computation and of frozen weights.")
+    full_fp16: bool = flag("Keep trained weights and gradients in float16 too; needs --mixed_precision fp16.")
+    full_bf16: bool = flag("Keep trained weights and gradients in bfloat16 too; needs --mixed_precision bf16.")
+    fp8_base: bool = flag("Hold the frozen weights in 8 bits.")
+    gradient_checkpointing: bool = flag("Compute activations again in the backward pass: less memory, slower steps.")
+    xformers: bool = flag("Use the attention of xformers.")
+    sdpa: bool = flag("Use the attention of PyTorch, which is the default.")
+    mem_eff_attn: bool = flag("Use slow attention in small pieces that needs little memory.")
+
+
+class PrecisionOptions(WorkingPrecisionOptions):
+    """Number types, memory and attention of network training."""
+
+    fp8_base_unet: bool = flag("Hold the frozen weights of the U-Net in 8 bits.")
+    cpu_offload_checkpointing: bool = flag("Keep checkpointed activations in main memory.")

@@ -1,0 +1,170 @@
+"""The options of each script: its groups, by topic."""
+
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, get_type_hints
+
+from library.options.declare import OptionGroup
+from library.options.groups.cache import CacheFileOptions, CacheOptions
+from library.options.groups.cache_tool import CacheTextToolOptions, CacheToolOptions
+from library.options.groups.caption import CaptionOptions, CaptionTextOptions
+from library.options.groups.compile import CompileOptions
+from library.options.groups.config import ConfigOptions
+from library.options.groups.console import ConsoleOptions
+from library.options.groups.dataset import DatasetOptions
+from library.options.groups.distributed import DistributedOptions, ProcessGroupOptions
+from library.options.groups.generation import (
+    GenModelOptions,
+    GenNetworkOptions,
+    InputImageOptions,
+    PictureOptions,
+    PromptOptions,
+    RefinementOptions,
+    SizeConditioningOptions,
+)
+from library.options.groups.hub import HubOptions
+from library.options.groups.image import ImageOptions
+from library.options.groups.length import LengthOptions
+from library.options.groups.logging import LoggingOptions
+from library.options.groups.loss import ElementLossOptions, LossOptions
+from library.options.groups.model import ModelOptions
+from library.options.groups.modelspec import ModelSpecOptions
+from library.options.groups.network import NetworkOptions
+from library.options.groups.noise import NoiseOptions
+from library.options.groups.optimizer import OptimizerOptions
+from library.options.groups.output import OutputOptions, SavingOptions
+from library.options.groups.precision import PrecisionOptions, WorkingPrecisionOptions
+from library.options.groups.sample import SampleOptions
+from library.options.groups.scheduler import SchedulerOptions
+from library.options.groups.state import StateFileOptions, StateOptions
+from library.options.groups.validation import ValidationOptions
+
+
+@dataclass(frozen=True)
+class ScriptOptions:
+    """Options of one script: every field is a group."""
+
+    script: ClassVar[str]
+    """The script's path from the root of the repository."""
+    purpose: ClassVar[str]
+    """One sentence for the head of `--help`."""
+
+    @classmethod
+    def groups(cls) -> dict[str, type[OptionGroup]]:
+        """Return the group classes by attribute name, in the order of `--help`."""
+        hints = get_type_hints(cls)
+        return {attribute.name: hints[attribute.name] for attribute in fields(cls)}
+
+
+@dataclass(frozen=True)
+class SdxlTrainNetworkOptions(ScriptOptions):
+    """Options of `sdxl_train_network.py`."""
+
+    script: ClassVar[str] = "sdxl_train_network.py"
+    purpose: ClassVar[str] = "Train a LoRA or another network on an SDXL model."
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    caption: CaptionOptions = field(default_factory=CaptionOptions)
+    image: ImageOptions = field(default_factory=ImageOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    network: NetworkOptions = field(default_factory=NetworkOptions)
+    length: LengthOptions = field(default_factory=LengthOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
+    noise: NoiseOptions = field(default_factory=NoiseOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    state: StateOptions = field(default_factory=StateOptions)
+    sample: SampleOptions = field(default_factory=SampleOptions)
+    logging: LoggingOptions = field(default_factory=LoggingOptions)
+    modelspec: ModelSpecOptions = field(default_factory=ModelSpecOptions)
+    hub: HubOptions = field(default_factory=HubOptions)
+    distributed: DistributedOptions = field(default_factory=DistributedOptions)
+    compile: CompileOptions = field(default_factory=CompileOptions)
+    console: ConsoleOptions = field(default_factory=ConsoleOptions)
+    config: ConfigOptions = field(default_factory=ConfigOptions)
+
+
+@dataclass(frozen=True)
+class CacheLatentsOptions(ScriptOptions):
+    """Options of `tools/cache_latents.py`: those of training, most of them without effect here."""
+
+    script: ClassVar[str] = "tools/cache_latents.py"
+    purpose: ClassVar[str] = "Encode the images of a dataset and keep the latents on disk beside them."
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    caption: CaptionTextOptions = field(default_factory=CaptionTextOptions)
+    image: ImageOptions = field(default_factory=ImageOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    tool: CacheToolOptions = field(default_factory=CacheToolOptions)
+    length: LengthOptions = field(default_factory=LengthOptions)
+    precision: WorkingPrecisionOptions = field(default_factory=WorkingPrecisionOptions)
+    noise: NoiseOptions = field(default_factory=NoiseOptions)
+    loss: ElementLossOptions = field(default_factory=ElementLossOptions)
+    output: SavingOptions = field(default_factory=SavingOptions)
+    state: StateFileOptions = field(default_factory=StateFileOptions)
+    sample: SampleOptions = field(default_factory=SampleOptions)
+    logging: LoggingOptions = field(default_factory=LoggingOptions)
+    modelspec: ModelSpecOptions = field(default_factory=ModelSpecOptions)
+    hub: HubOptions = field(default_factory=HubOptions)
+    distributed: ProcessGroupOptions = field(default_factory=ProcessGroupOptions)
+    compile: CompileOptions = field(default_factory=CompileOptions)
+    console: ConsoleOptions = field(default_factory=ConsoleOptions)
+    config: ConfigOptions = field(default_factory=ConfigOptions)
+
+
+@dataclass(frozen=True)
+class CacheTextEncoderOutputsOptions(ScriptOptions):
+    """Options of `tools/cache_text_encoder_outputs.py`: those of training, most of them without effect here."""
+
+    script: ClassVar[str] = "tools/cache_text_encoder_outputs.py"
+    purpose: ClassVar[str] = "Encode the captions of a dataset and keep the results on disk beside the images."
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    caption: CaptionOptions = field(default_factory=CaptionOptions)
+    image: ImageOptions = field(default_factory=ImageOptions)
+    cache: CacheFileOptions = field(default_factory=CacheFileOptions)
+    tool: CacheTextToolOptions = field(default_factory=CacheTextToolOptions)
+    length: LengthOptions = field(default_factory=LengthOptions)
+    precision: WorkingPrecisionOptions = field(default_factory=WorkingPrecisionOptions)
+    noise: NoiseOptions = field(default_factory=NoiseOptions)
+    loss: ElementLossOptions = field(default_factory=ElementLossOptions)
+    output: SavingOptions = field(default_factory=SavingOptions)
+    state: StateFileOptions = field(default_factory=StateFileOptions)
+    sample: SampleOptions = field(default_factory=SampleOptions)
+    logging: LoggingOptions = field(default_factory=LoggingOptions)
+    modelspec: ModelSpecOptions = field(default_factory=ModelSpecOptions)
+    hub: HubOptions = field(default_factory=HubOptions)
+    distributed: ProcessGroupOptions = field(default_factory=ProcessGroupOptions)
+    compile: CompileOptions = field(default_factory=CompileOptions)
+    console: ConsoleOptions = field(default_factory=ConsoleOptions)
+    config: ConfigOptions = field(default_factory=ConfigOptions)
+
+
+@dataclass(frozen=True)
+class SdxlGenImgOptions(ScriptOptions):
+    """Options of `sdxl_gen_img.py`."""
+
+    script: ClassVar[str] = "sdxl_gen_img.py"
+    purpose: ClassVar[str] = "Draw images with an SDXL model."
+
+    model: GenModelOptions = field(default_factory=GenModelOptions)
+    prompt: PromptOptions = field(default_factory=PromptOptions)
+    picture: PictureOptions = field(default_factory=PictureOptions)
+    network: GenNetworkOptions = field(default_factory=GenNetworkOptions)
+    size: SizeConditioningOptions = field(default_factory=SizeConditioningOptions)
+    input: InputImageOptions = field(default_factory=InputImageOptions)
+    refinement: RefinementOptions = field(default_factory=RefinementOptions)
+    console: ConsoleOptions = field(default_factory=ConsoleOptions)
+
+
+SCRIPTS: tuple[type[ScriptOptions], ...] = (
+    SdxlTrainNetworkOptions,
+    SdxlGenImgOptions,
+    CacheLatentsOptions,
+    CacheTextEncoderOutputsOptions,
+)
