@@ -107,3 +107,34 @@ def _join_equal_neighbours(runs: list[WeightedText]) -> list[WeightedText]:
         else:
             joined.append(run)
     return joined
+
+
+CHUNK_TOKENS = 75
+"""Prompt tokens a CLIP text encoder reads at once, between its begin and end tokens."""
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How a long or weighted prompt becomes conditioning."""
+
+    max_chunks: int = 1
+    """Chunks of 75 tokens a prompt may have; what is longer is cut."""
+    always_max_chunks: bool = False
+    """Fill short prompts up to `max_chunks`, as training does."""
+    keep_chunk_borders: bool = True
+    """Keep every chunk's begin and end position (77 per chunk); otherwise only the first and the last (75 per chunk, plus 2)."""
+    keep_mean: bool = True
+    """Scale weighted hidden states back to the mean they had without weights."""
+    breaks: bool = True
+    """Let the word BREAK start a new chunk."""
+
+    @classmethod
+    def of_training(cls, max_token_length: int = CHUNK_TOKENS) -> "PromptStyle":
+        """Return the style captions are trained with, and sample images therefore drawn with.
+
+        Args:
+            max_token_length: 75, 150 or 225 tokens.
+        """
+        return cls(
+            max_token_length // CHUNK_TOKENS, always_max_chunks=True, keep_chunk_borders=False, keep_mean=False, breaks=False
+        )
