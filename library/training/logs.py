@@ -1,222 +1,20 @@
-"""What a person sees of a run: trackers, the progress bar, the running loss and the lines at the start.
+"""What a person sees of a run while it trains: the running loss, the progress bar and the lines at the start.
 
 The loop never waits for a number: losses are copied off the device in the background (`AsyncScalars`) and shown when they arrive.
 """
 
-import json
-import logging
-import os
 import sys
-import tomllib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from library.options.errors import UserError
-from library.options.groups.logging import LoggingOptions
-
-logger = logging.getLogger(__name__)
-
-Scalars = Mapping[str, float]
-
-
-class Tracker(Protocol):
-    """Where scalars go."""
-
-    def scalars(self, values: Scalars, step: int, fields: Mapping[str, int]) -> None:
-        """Record values at an x position; `fields` names the positions for trackers that choose the x axis later."""
-
-    def image(self, name: str, image: Any, caption: str) -> None:
-        """Record a sample picture (PIL) where the tracker shows pictures."""
-
-    def close(self) -> None:
-        """Write what is still in memory."""
-
-
-@dataclass(frozen=True)
-class TrackerSettings:
-    """What a tracker is made from."""
-
-    folder: Path | None
-    """The run's folder; None where nothing is written to disk."""
-    project: str
-    run_name: str | None
-    api_key: str | None
-    arguments: Mapping[str, Any]
-    """Further arguments from `--log_tracker_config`."""
-    config: Mapping[str, Any] | None
-    """The options to store with the run, None for none."""
-
-
-class TensorBoardTracker:
-    """Event files in `<run folder>/<project>`."""
-
-    def __init__(self, settings: TrackerSettings) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("--log_with tensorboard needs the tensorboard package: pip install tensorboard") from error
-        if settings.folder is None:
-            raise UserError("--log_with tensorboard needs --logging_dir: give the folder that the event files are written to.")
-        self._writer = SummaryWriter(str(settings.folder / settings.project), **settings.arguments)
-        if settings.config is not None:
-            text = json.dumps(dict(settings.config), indent=2, default=str)
-            self._writer.add_text("config", f"```json\n{text}\n```")
-
-    def scalars(self, values: Scalars, step: int, fields: Mapping[str, int]) -> None:
-        """Record values at `step`; TensorBoard needs no fields."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def image(self, name: str, image: Any, caption: str) -> None:
-        """Leave pictures to the output folder, where they are written anyway."""
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
-
-
-class WandbTracker:
-    """A run on Weights & Biases, or on a server or in a folder that speaks its protocol."""
-
-    def __init__(self, settings: TrackerSettings) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError("--log_with wandb needs the wandb package: pip install wandb") from error
-        if settings.api_key:
-            wandb.login(key=settings.api_key)
-        if settings.folder is not None:
-            settings.folder.mkdir(parents=True, exist_ok=True)
-            os.environ["WANDB_DIR"] = str(settings.folder)
-        arguments = {"project": settings.project, "name": settings.run_name, "config": settings.config} | dict(settings.arguments)
-        self._run = wandb.init(**arguments)
-        self._picture = wandb.Image
-
-    def scalars(self, values: Scalars, step: int, fields: Mapping[str, int]) -> None:
-        """Record values with their positions as fields: epoch values would be dropped as out of order by step."""
-        self._run.log({**values, **fields})
-
-    def image(self, name: str, image: Any, caption: str) -> None:
-        """Attach a picture to the next record."""
-        self._run.log({name: self._picture(image, caption=caption)}, commit=False)
-
-    def close(self) -> None:
-        """Finish the run; waits for its upload."""
-        self._run.finish()
-
-
-_TRACKERS: dict[str, Callable[[TrackerSettings], Tracker]] = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
-
-PRIVATE_OPTIONS = frozenset({
-    "wandb_api_key", "huggingface_token",
-    "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir", "train_data_dir", "conditioning_data_dir", "reg_data_dir",
-    "output_dir", "logging_dir",
-    "in_json", "dataset_config", "config_file", "output_config", "resume", "sample_prompts", "network_weights", "base_weights",
-    "log_tracker_config", "console_log_file", "metadata_thumbnail",
-})  # fmt: skip
-"""Options that `--log_config` leaves out: secrets, and paths, which tell of a person's machine."""
-
-
-def loggable_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options to store with a tracker: no secret, no path; lists and tables as text.
-
-    Args:
-        values: every option of the script by its name.
-    """
-    plain = (bool, int, float, str, type(None))
-    return {
-        name: value if isinstance(value, plain) else str(value) for name, value in values.items() if name not in PRIVATE_OPTIONS
-    }
-
-
-class RunLog:
-    """All trackers of a run; none of them where logging is off or the process is not the main one."""
-
-    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
-        self._trackers = tuple(trackers)
-
-    @classmethod
-    def open(cls, options: LoggingOptions, project: str, values: Mapping[str, Any], started_at: datetime) -> "RunLog":
-        """Start the trackers that `--log_with` and `--logging_dir` ask for.
-
-        Args:
-            options: the logging options.
-            project: the tracker name of the script (`network_train`), unless `--log_tracker_name` gives another.
-            values: every option of the script by its name, stored where `--log_config` is set.
-            started_at: names the run's folder, `<log_prefix><YYYYmmddHHMMSS>`.
-
-        Raises:
-            UserError: a tracker's package or `--logging_dir` is missing, or the tracker file cannot be read.
-        """
-        folder = run_folder(options, started_at)
-        arguments = _tracker_arguments(options.log_tracker_config)
-        config = loggable_config(values) if options.log_config else None
-
-        def settings(kind: str) -> TrackerSettings:
-            name = options.log_tracker_name or project
-            return TrackerSettings(folder, name, options.wandb_run_name, options.wandb_api_key, arguments.get(kind, {}), config)
-
-        return cls([_TRACKERS[kind](settings(kind)) for kind in tracker_kinds(options)])
-
-    def step(self, values: Scalars, step: int, epoch: int) -> None:
-        """Record the values of one micro-batch; x is the number of updates made (several points share it when accumulating)."""
-        for tracker in self._trackers:
-            tracker.scalars(values, step, {"global_step": step, "epoch": epoch})
-
-    def epoch(self, values: Scalars, epoch: int, step: int) -> None:
-        """Record the values of one epoch; x is the 1-based epoch."""
-        for tracker in self._trackers:
-            tracker.scalars(values, epoch, {"epoch": epoch, "global_step": step})
-
-    def sample(self, index: int, image: Any, prompt: str) -> None:
-        """Record a sample picture as `sample_<index>` with its prompt."""
-        for tracker in self._trackers:
-            tracker.image(f"sample_{index}", image, prompt)
-
-    def close(self) -> None:
-        """Write everything out; the log takes nothing afterwards."""
-        for tracker in self._trackers:
-            tracker.close()
-        self._trackers = ()
-
-
-def tracker_kinds(options: LoggingOptions) -> list[str]:
-    """Return the trackers in use: as `--log_with` says, else TensorBoard where there is a `--logging_dir`."""
-    chosen = options.log_with or ("tensorboard" if options.logging_dir else None)
-    if chosen == "all":
-        return list(_TRACKERS)
-    return [] if chosen is None else [chosen]
-
-
-def run_folder(options: LoggingOptions, started_at: datetime) -> Path | None:
-    """Return the folder of one run inside `--logging_dir`, or None where there is none."""
-    if not options.logging_dir:
-        return None
-    return Path(options.logging_dir) / f"{options.log_prefix or ''}{started_at:%Y%m%d%H%M%S}"
-
-
-def _tracker_arguments(path: str | None) -> dict[str, dict[str, Any]]:
-    if path is None:
-        return {}
-    try:
-        with Path(path).open("rb") as file:
-            tables = tomllib.load(file)
-    except OSError as error:
-        raise UserError(f"--log_tracker_config {path} cannot be read ({error.strerror}): check the path.") from error
-    except ValueError as error:
-        raise UserError(f"--log_tracker_config {path} is not valid TOML: {error}") from error
-    wrong = [name for name, table in tables.items() if name not in _TRACKERS or not isinstance(table, dict)]
-    if wrong:
-        raise UserError(f"--log_tracker_config {path} has {wrong[0]!r}; only the tables {', '.join(_TRACKERS)} are used.")
-    return tables
+from library.training.position import Position
+from library.training.trackers import RunLog, Scalars
 
 
 class AsyncScalars:
@@ -307,8 +105,7 @@ class LossRecorder:
         self._count = sum(loss is not None for loss in self._losses)
 
 
-@dataclass(frozen=True)
-class NormStats:
+class NormStats(NamedTuple):
     """What limiting the norms of a network's modules did (`--scale_weight_norms`)."""
 
     keys_scaled: int
@@ -412,3 +209,88 @@ class RunSummary:
             f"  total optimizer steps: {self.total_updates}",
             f"  loss: {' → '.join(self.loss_terms)}",
         ]
+
+
+class _Observed(NamedTuple):
+    epoch: int
+    batch: int
+    update: int
+    rates: dict[str, float]
+
+
+class TrainingLog:
+    """Looks on while a run trains: keeps the running loss, draws the progress bar and fills the trackers.
+
+    Losses reach it while still on the device and are shown a little later, when they have arrived; nothing waits for them but the
+    end of an epoch, a saved state and the end of the run.
+
+    Args:
+        trackers: of the run.
+        progress: the bar.
+        groups: the optimizer's parameter groups, as they are at the time of asking.
+        descriptions: what each group trains, see `learning_rate_scalars`.
+        norms: what limiting the network's norms did last, or None.
+    """
+
+    def __init__(
+        self,
+        trackers: RunLog,
+        progress: Progress,
+        groups: Callable[[], Sequence[Mapping[str, Any]]],
+        descriptions: Sequence[str | None],
+        norms: Callable[[], tuple[int, float, float] | None] = lambda: None,
+    ) -> None:
+        self.losses = LossRecorder()
+        self._trackers = trackers
+        self._progress = progress
+        self._groups = groups
+        self._descriptions = descriptions
+        self._norms = norms
+        self._feed = AsyncScalars()
+        self._here = Position()
+
+    def observe_loss(self, loss: Tensor) -> None:
+        """Take the mean loss () of the next batch, wherever it is."""
+        rates = learning_rate_scalars(self._groups(), self._descriptions)
+        self._feed.push(_Observed(self._here.epoch, self._here.batch, self._here.update + 1, rates), loss)
+        self._here = replace(self._here, batch=self._here.batch + 1)
+
+    def before_training(self, position: Position) -> None:
+        """Start counting where the run stands."""
+        self._here = position
+
+    def after_update(self, position: Position) -> None:
+        """Count an update and show the losses that have arrived."""
+        self._here = position
+        self._show(self._feed.ready())
+        self._progress.advance()
+
+    def after_epoch(self, position: Position) -> None:
+        """Record the average loss of the epoch."""
+        self._show(self._feed.drain())
+        self._trackers.epoch({"loss/epoch_average": self.losses.average}, position.epoch, position.update)
+        self._here = position.next_epoch()
+
+    def after_training(self, position: Position) -> None:
+        """Show what is still on its way."""
+        self._show(self._feed.drain())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the running loss for a saved state; waits for losses on their way."""
+        self._show(self._feed.drain())
+        return self.losses.state_dict()
+
+    def close(self) -> None:
+        """Show what is still on its way, end the bar and write the trackers out."""
+        self._show(self._feed.drain())
+        self._progress.close()
+        self._trackers.close()
+
+    def _show(self, arrived: Iterable[tuple[Any, float]]) -> None:
+        found = self._norms()
+        # Networks without own bookkeeping report zeros when nothing was scaled: that is no measurement.
+        norms = NormStats(*found) if found is not None and any(found) else None
+        for observed, loss in arrived:
+            self.losses.add(observed.epoch, observed.batch, loss)
+            self._trackers.step(step_scalars(loss, self.losses.average, observed.rates, norms), observed.update, observed.epoch)
+            self._progress.show(self.losses.average, next(iter(observed.rates.values())), norms)

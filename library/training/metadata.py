@@ -6,7 +6,7 @@ random generator or an options object: what is recorded comes in as arguments.
 
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from library.files.hashes import model_hash, sha256_file
+from library.options.declare import OptionGroup
+from library.options.groups.network import NetworkOptions
 
 Metadata = dict[str, str]
 
@@ -29,7 +31,9 @@ RECORDED_OPTIONS: tuple[str, ...] = (
 )  # fmt: skip
 """Options written as they were given, as `ss_<option>`."""
 
-MINIMAL_KEYS = frozenset({"ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"})
+MINIMAL_KEYS = frozenset(
+    {"ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"}
+)
 """What stays with `--no_metadata`: without these a file is hidden or taken for another model's by user interfaces."""
 
 
@@ -64,8 +68,15 @@ class NetworkRecord:
     dim: str
     """The rank in use; "Dynamic" where modules differ."""
     alpha: str
-    args: Mapping[str, str] | None
+    args: Mapping[str, str | float | None] | None
     """The pairs of `--network_args`, None where it was not given."""
+    text_encoder_lr: str
+    """One rate for both text encoders, a list where they differ, "None" where unset."""
+
+
+def option_values(groups: Iterable[OptionGroup]) -> dict[str, Any]:
+    """Return the value of every option in `groups` by the option's name."""
+    return {name: value for group in groups for name, value in group}
 
 
 def network_metadata(
@@ -90,7 +101,7 @@ def network_metadata(
     metadata |= _run_keys(run)
     metadata |= {
         "ss_output_name": str(values["output_name"]),
-        "ss_text_encoder_lr": str(_text_encoder_lr(values)),
+        "ss_text_encoder_lr": network.text_encoder_lr,
         "ss_debiased_estimation": str(values["debiased_estimation_loss"]),
         "ss_v2": "False",
         "ss_network_dim": network.dim,
@@ -141,52 +152,46 @@ def minimal(metadata: Mapping[str, str]) -> Metadata:
     return {key: value for key, value in metadata.items() if key in MINIMAL_KEYS}
 
 
-def network_record(tensors: Mapping[str, Any], values: Mapping[str, Any]) -> NetworkRecord:
-    """Read rank and alpha from a network's own tensors, and its arguments from the options.
+def network_record(tensors: Mapping[str, Any], options: NetworkOptions) -> NetworkRecord:
+    """Read rank and alpha from a network's own tensors, and the rest from the options.
 
     Only linear layers and 1×1 convolutions count: the rank of 3×3 convolutions is an argument of its own. Networks of another
     kind than down- and up-projections are described by the options.
 
     Args:
         tensors: the network's state dict, names `<module>.lora_down.weight` and `<module>.alpha`.
-        values: every option of the script by its name; `network_dim`, `network_alpha` and `network_args` are read.
+        options: what was asked for.
     """
-    dims, alphas = set(), set()
+    dims: set[int] = set()
+    alphas: set[float] = set()
     for name, tensor in tensors.items():
         module, _, rest = name.partition(".")
         if rest == "lora_down.weight" and tuple(tensor.shape[2:]) != (3, 3):
             dims.add(int(tensor.shape[0]))
             alphas.add(float(tensors.get(f"{module}.alpha", tensor.shape[0])))
-    pairs = values["network_args"]
+    rates = options.text_encoder_rates()
     return NetworkRecord(
-        dim=_single(dims, values["network_dim"]),
-        alpha=_single(alphas, values["network_alpha"]),
-        args=None if pairs is None else _network_args(pairs, values["network_dropout"]),
+        dim=_single(dims, options.network_dim),
+        alpha=_single(alphas, options.network_alpha),
+        args=None if options.network_args is None else _network_args(options.network_args, options.network_dropout),
+        text_encoder_lr=str(rates[0] if rates[0] == rates[1] else list(rates)),
     )
 
 
-def _single(found: set[Any], given: object) -> str:
+def _single(found: Collection[float], given: float | None) -> str:
     """Return the one value found, "Dynamic" for several, and the option as it was given where there is none."""
     if not found:
         return str(given)
-    return str(found.pop()) if len(found) == 1 else "Dynamic"
+    return str(next(iter(found))) if len(found) == 1 else "Dynamic"
 
 
-def _network_args(pairs: Sequence[str], dropout: float | None) -> dict[str, Any]:
-    """Split `key=value` arguments; viewers of this key expect the network's dropout among them."""
-    return {"dropout": dropout} | dict(pair.split("=", 1) for pair in pairs)
-
-
-def _text_encoder_lr(values: Mapping[str, Any]) -> object:
-    """Return the rate of both text encoders as one value where it is one, as a list where they differ, None where unset."""
-    given = values["text_encoder_lr"]
-    shared = [given] if isinstance(given, float | int) else list(given or [])
-    first, second = (shared[0], shared[-1]) if shared else (None, None)
-    rates = [
-        first if values.get("text_encoder_lr1") is None else values["text_encoder_lr1"],
-        second if values.get("text_encoder_lr2") is None else values["text_encoder_lr2"],
-    ]
-    return rates[0] if rates[0] == rates[1] else rates
+def _network_args(pairs: Sequence[str], dropout: float | None) -> dict[str, str | float | None]:
+    """Split `key=value` arguments; readers of this key expect the network's dropout among them."""
+    args: dict[str, str | float | None] = {"dropout": dropout}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        args[key] = value
+    return args
 
 
 def _text(value: object) -> str:
