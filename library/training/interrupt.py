@@ -45,7 +45,9 @@ class StopRequest:
         self.signal = number
         for restored in _SIGNALS:
             signal.signal(restored, signal.default_int_handler if restored == signal.SIGINT else signal.SIG_DFL)
-        log.warning("Stopping after this step and saving; press Ctrl+C again to stop at once and lose the steps since the last save.")
+        log.warning(
+            "Stopping after this step and saving; press Ctrl+C again to stop at once and lose the steps since the last save."
+        )
 
     def poll(self) -> bool:
         """Return whether any process of the run was asked to stop; a collective call, and all processes get the same answer."""

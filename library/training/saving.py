@@ -77,8 +77,7 @@ class Saver:
             return
         self._write_model(self.plan.model_path(kind, number), position)
         if self.plan.should_save_state(kind):
-            finished_epoch = kind != "step" and position.batch == self.batches_per_epoch
-            self._write_state(self.plan.state_path(kind, number), position.next_epoch() if finished_epoch else position)
+            self._write_state(self.plan.state_path(kind, number), position.next_epoch() if kind == "epoch" else position)
             remove_outputs([self.plan.outdated_state(kind, number)], self.plan.folder)
         remove_outputs([self.plan.outdated_model(kind, number)], self.plan.folder)
 

@@ -51,7 +51,9 @@ class Resumable:
     scaler: Any | None
 
 
-def save_state(folder: Path, live: Resumable, position: Position, seed: int, batches_per_epoch: int, losses: Mapping[str, Any]) -> None:
+def save_state(
+    folder: Path, live: Resumable, position: Position, seed: int, batches_per_epoch: int, losses: Mapping[str, Any]
+) -> None:
     """Write a state folder; the folder appears under its name only when all of it is on disk.
 
     Raises:
@@ -61,7 +63,9 @@ def save_state(folder: Path, live: Resumable, position: Position, seed: int, bat
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         unfinished.mkdir(parents=True)
-        save_safetensors(unfinished / "model.safetensors", {k: v.contiguous() for k, v in live.module.state_dict().items()}, {"format": "pt"})
+        save_safetensors(
+            unfinished / "model.safetensors", {k: v.contiguous() for k, v in live.module.state_dict().items()}, {"format": "pt"}
+        )
         torch.save(live.optimizer.state_dict(), unfinished / "optimizer.bin")
         torch.save(live.schedule.state_dict(), unfinished / "scheduler.bin")
         if live.scaler is not None:
@@ -78,7 +82,9 @@ def save_state(folder: Path, live: Resumable, position: Position, seed: int, bat
         replace_folder(unfinished, folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(f"The training state could not be written to {folder}: {error}. Free some space or choose another --output_dir.") from error
+        raise UserError(
+            f"The training state could not be written to {folder}: {error}. Free some space or choose another --output_dir."
+        ) from error
 
 
 def replace_folder(new: Path, old: Path) -> None:
@@ -101,10 +107,16 @@ def read_place(folder: Path) -> SavedPlace:
         UserError: if the folder is missing or is not a training state.
     """
     if not folder.is_dir():
-        raise UserError(f"--resume: there is no folder {folder}. Give a state folder, named like NAME-step00000100-state, that --save_state wrote.")
-    missing = [name for name in ("model.safetensors", "optimizer.bin", "scheduler.bin", TRAIN_STATE) if not (folder / name).is_file()]
+        raise UserError(
+            f"--resume: there is no folder {folder}. Give a state folder, named like NAME-step00000100-state, that --save_state wrote."
+        )
+    missing = [
+        name for name in ("model.safetensors", "optimizer.bin", "scheduler.bin", TRAIN_STATE) if not (folder / name).is_file()
+    ]
     if missing:
-        raise UserError(f"--resume: {folder} is not a complete training state, it has no {', '.join(missing)}. Choose another state folder.")
+        raise UserError(
+            f"--resume: {folder} is not a complete training state, it has no {', '.join(missing)}. Choose another state folder."
+        )
     try:
         saved = json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))
         epoch, update = int(saved["current_epoch"]), int(saved["current_step"])

@@ -84,7 +84,9 @@ class TrainStep(nn.Module):
 
 def posterior_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     """Draw the VAE posterior's noise, (B, C, h, w) float32 on the CPU, each image from its own seed."""
-    draws = [torch.randn(shape, generator=torch.Generator().manual_seed((seed ^ _POSTERIOR_STREAM) & (2**63 - 1))) for seed in seeds]
+    draws = [
+        torch.randn(shape, generator=torch.Generator().manual_seed((seed ^ _POSTERIOR_STREAM) & (2**63 - 1))) for seed in seeds
+    ]
     return torch.stack(draws)
 
 

@@ -19,7 +19,9 @@ class NetworkTrainable:
         max_norm: largest norm an adapter's weight change may have (`--scale_weight_norms`); None for no limit.
     """
 
-    def __init__(self, network: Any, denoiser: nn.Module, text_encoders: Sequence[nn.Module | None], max_norm: float | None) -> None:
+    def __init__(
+        self, network: Any, denoiser: nn.Module, text_encoders: Sequence[nn.Module | None], max_norm: float | None
+    ) -> None:
         self.module: nn.Module = network
         self.network = network
         self.denoiser = denoiser

@@ -1,0 +1,78 @@
+"""The engine under the loop: one process or many, number types, the seed all processes share."""
+
+import logging
+import secrets
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
+
+from library.options.errors import UserError
+from library.options.groups.distributed import ProcessGroupOptions
+from library.options.groups.precision import WorkingPrecisionOptions
+
+log = logging.getLogger(__name__)
+
+_COMPUTE = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_SAVED = {None: None, "float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class DTypes:
+    """The one place that decides number types."""
+
+    compute: torch.dtype
+    """Of the computation and of frozen weights."""
+    trained: torch.dtype
+    """Of trained weights and their gradients."""
+    vae: torch.dtype
+    saved: torch.dtype | None
+    """Of saved files; None keeps the type of the trained weights."""
+
+    @classmethod
+    def of(cls, precision: WorkingPrecisionOptions, no_half_vae: bool, save_precision: str | None) -> "DTypes":
+        """Decide from the options."""
+        compute = _COMPUTE[precision.mixed_precision]
+        is_full_half = precision.full_fp16 or precision.full_bf16
+        return cls(
+            compute=compute,
+            trained=compute if is_full_half else torch.float32,
+            vae=torch.float32 if no_half_vae else compute,
+            saved=_SAVED[save_precision],
+        )
+
+
+def make_accelerator(precision: WorkingPrecisionOptions, distributed: ProcessGroupOptions) -> Accelerator:
+    """Start accelerate in the process layout `accelerate launch` chose.
+
+    Gradients are accumulated by the loop, not by accelerate.
+
+    Raises:
+        UserError: if the device cannot compute in the wanted precision.
+    """
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(
+            # Adapters of layers whose output is unused, such as the last one of CLIP-L, never get a gradient.
+            find_unused_parameters=not distributed.ddp_static_graph,
+            gradient_as_bucket_view=distributed.ddp_gradient_as_bucket_view,
+            static_graph=distributed.ddp_static_graph,
+        )
+    ]
+    if distributed.ddp_timeout:
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=distributed.ddp_timeout)))
+    if precision.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("--mixed_precision fp16 needs a GPU, and none is visible to PyTorch; use bf16 or no.")
+    return Accelerator(mixed_precision=precision.mixed_precision, kwargs_handlers=handlers)
+
+
+def shared_seed(accelerator: Accelerator, *wanted: int | None) -> int:
+    """Return the first seed given, or draw one; every process gets the same."""
+    given = next((seed for seed in wanted if seed is not None), None)
+    box = [given if given is not None else secrets.randbits(32)]
+    broadcast_object_list(box)
+    if given is None and accelerator.is_main_process:
+        log.info("No --seed given; this run uses seed %d", box[0])
+    return int(box[0])

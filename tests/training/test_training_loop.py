@@ -1,0 +1,128 @@
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from library.options.errors import UserError
+from library.training.interrupt import StopRequest
+from library.training.loop import batch_seed
+from library.training.position import Position, window_size
+from library.training.state import load_state, read_place, save_state
+from tests.training.fake_run import SEED, FakeRun, Recorder, dataset, state_folder
+
+
+def test_training_lowers_the_loss_and_counts_what_it_did() -> None:
+    recorder = Recorder()
+    run = FakeRun(dataset(5), updates=40, observers=[recorder], lr=0.05)
+    end = run.train()
+    assert end == Position(epoch=9, batch=0, update=40)
+    assert sum(run.losses[-10:]) < 0.9 * sum(run.losses[:10])
+    assert [event for event, _ in recorder.events].count("epoch") == 8
+    assert recorder.events[0] == ("before", Position()) and recorder.events[-1] == ("end", end)
+
+
+def test_accumulated_batches_give_the_gradient_of_one_large_batch() -> None:
+    small, large = FakeRun(dataset(4), updates=3, accumulation=4), FakeRun(dataset(4, batch_size=4), updates=3)
+    for run in (small, large):
+        run.network.dropout.p = 0.0
+        run.train()
+    for name, tensor in large.weights().items():
+        torch.testing.assert_close(small.weights()[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_the_last_update_of_an_epoch_takes_what_is_left() -> None:
+    assert [window_size(batch, 5, 2) for batch in range(5)] == [2, 2, 2, 2, 1]
+    recorder = Recorder()
+    FakeRun(dataset(5), updates=6, accumulation=2, observers=[recorder]).train()
+    updates = [(p.epoch, p.batch) for event, p in recorder.events if event == "update"]
+    assert updates == [(1, 2), (1, 4), (1, 5), (2, 2), (2, 4), (2, 5)]
+
+
+@pytest.mark.parametrize(("stop_at", "accumulation"), [(3, 1), (5, 1), (7, 1), (2, 2), (3, 2)])
+def test_a_run_resumed_anywhere_ends_with_the_same_weights_bit_for_bit(tmp_path: Path, stop_at: int, accumulation: int) -> None:
+    whole = FakeRun(dataset(5), updates=12, accumulation=accumulation)
+    whole.train()
+    first = FakeRun(dataset(5), updates=stop_at, accumulation=accumulation)
+    save_state(state_folder(tmp_path), first.live, first.train(), SEED, 5, {})
+
+    second = FakeRun(dataset(5), updates=12, accumulation=accumulation)
+    load_state(state_folder(tmp_path), second.live)
+    place = read_place(state_folder(tmp_path))
+    assert place.position is not None and place.update == stop_at
+    second.train(place.position)
+    assert all(torch.equal(second.weights()[name], tensor) for name, tensor in whole.weights().items())
+    assert second.losses == whole.losses[len(first.losses) :]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_finish_and_ends_the_run(number: signal.Signals) -> None:
+    recorder = Recorder(on_update=lambda position: os.kill(os.getpid(), number) if position.update == 3 else None)
+    run = FakeRun(dataset(5), updates=20, observers=[recorder])
+    with StopRequest() as stop:
+        end = run.train(stop=stop)
+    assert end.update == 3 and stop.signal == number
+    assert "end" not in [event for event, _ in recorder.events]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_stops_at_once() -> None:
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_places_follow_from_the_number_of_updates() -> None:
+    assert Position.at_update(7, batches_per_epoch=5, accumulation=2) == Position(epoch=3, batch=2, update=7)
+    assert Position.at_update(6, batches_per_epoch=5, accumulation=2) == Position(epoch=3, batch=0, update=6)
+
+
+def test_batch_seeds_differ_in_every_argument() -> None:
+    seeds = {batch_seed(*arguments) for arguments in [(1, 1, 0, 0), (2, 1, 0, 0), (1, 2, 0, 0), (1, 1, 1, 0), (1, 1, 0, 1)]}
+    assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_state_of_sd_scripts_tells_its_epoch_and_step(tmp_path: Path) -> None:
+    run = FakeRun(dataset(5), updates=1)
+    save_state(state_folder(tmp_path), run.live, run.train(), SEED, 5, {})
+    (state_folder(tmp_path) / "train_state.json").write_text('{"current_epoch": 2, "current_step": 9}')
+    place = read_place(state_folder(tmp_path))
+    assert (place.position, place.epoch, place.update) == (None, 2, 9)
+
+
+def test_saving_a_state_again_replaces_it_and_leaves_nothing_else(tmp_path: Path) -> None:
+    run = FakeRun(dataset(5), updates=2)
+    end = run.train()
+    for _ in range(2):
+        save_state(state_folder(tmp_path), run.live, end, SEED, 5, {"losses": [0.1]})
+    assert [path.name for path in tmp_path.iterdir()] == [state_folder(tmp_path).name]
+    assert read_place(state_folder(tmp_path)).losses == {"losses": [0.1]}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "optimizer.bin").unlink(), "has no optimizer.bin"),
+        (lambda folder: (folder / "train_state.json").write_text("{"), "cannot be read"),
+        (lambda folder: [path.unlink() for path in folder.iterdir()] and folder.rmdir(), "there is no folder"),
+    ],
+)
+def test_a_damaged_state_is_refused_with_a_sentence(tmp_path: Path, damage: object, words: str) -> None:
+    run = FakeRun(dataset(5), updates=1)
+    save_state(state_folder(tmp_path), run.live, run.train(), SEED, 5, {})
+    damage(state_folder(tmp_path))  # type: ignore[operator]
+    with pytest.raises(UserError, match=words):
+        read_place(state_folder(tmp_path))
+
+
+def test_the_state_of_another_network_is_refused(tmp_path: Path) -> None:
+    run = FakeRun(dataset(5), updates=1)
+    save_state(state_folder(tmp_path), run.live, run.train(), SEED, 5, {})
+    other = FakeRun(dataset(5), updates=1)
+    other.network.text = torch.nn.Parameter(torch.zeros(5))
+    with pytest.raises(UserError, match="another network: text"):
+        load_state(state_folder(tmp_path), other.live)
+    assert json.loads((state_folder(tmp_path) / "train_state.json").read_text())["current_step"] == 1
