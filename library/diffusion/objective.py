@@ -1,0 +1,108 @@
+"""The training objective of DDPM families: from latents to noisy latents, from a prediction to a weighted loss per image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from library.diffusion.losses import ELEMENT_LOSSES, HUBER_SCHEDULES, apply_mask, timestep_weights
+from library.diffusion.noise import describe_noise, draw, shape_noise, timestep_range
+from library.diffusion.schedule import NoiseSchedule, per_image
+from library.options.groups.loss import LossOptions
+from library.options.groups.noise import NoiseOptions
+
+
+@dataclass(frozen=True)
+class NoisySample:
+    """B noisy images and what made them, all on one device."""
+
+    noisy: Tensor
+    """(B, C, h, w) float32, the input of the denoiser."""
+    noise: Tensor
+    """(B, C, h, w) float32, without the input perturbation."""
+    timesteps: Tensor
+    """(B,) int64."""
+
+
+class DdpmObjective:
+    """Noise process, target and loss of epsilon and v-prediction models; every choice is made here, none in a step.
+
+    Nothing waits for the device: tables live where `schedule` lives, and draws are copied there without waiting.
+
+    Args:
+        schedule: the noise schedule, on the device that trains.
+        v_parameterization: train on the velocity instead of the noise.
+        noise: noise and timestep options.
+        loss: loss options.
+
+    Raises:
+        UsageError: if the timestep bounds leave the schedule.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, v_parameterization: bool, noise: NoiseOptions, loss: LossOptions) -> None:
+        timestep_range(noise)
+        self.schedule = schedule
+        self.v_parameterization = v_parameterization
+        self.noise_options = noise
+        self.loss_options = loss
+        self.element_loss = ELEMENT_LOSSES[loss.loss_type]
+        self.terms = timestep_weights(schedule, loss, v_parameterization)
+        self._weight = torch.ones_like(schedule.snr)
+        for term in self.terms:
+            self._weight = self._weight * term.table
+        self._huber_c = HUBER_SCHEDULES[loss.huber_schedule](schedule, loss.huber_c, loss.huber_scale)
+
+    def sample(self, latents: Tensor, seeds: Sequence[int]) -> NoisySample:
+        """Draw noise and timesteps and mix them with the latents.
+
+        Args:
+            latents: (B, C, h, w) in model units, on the device of the schedule; noise is made in float32 whatever their dtype.
+            seeds: B seeds; an image's draw depends on its own seed alone.
+        """
+        latents = latents.float()
+        channels, height, width = latents.shape[1:]
+        draws = draw(seeds, (channels, height, width), self.noise_options).to(latents.device)
+        noise = shape_noise(draws, latents, self.noise_options)
+        perturbed = noise if draws.perturbation is None else noise + draws.perturbation
+        return NoisySample(self.schedule.add_noise(latents, perturbed, draws.timesteps), noise, draws.timesteps)
+
+    def target(self, sample: NoisySample, latents: Tensor) -> Tensor:
+        """Return what the model should predict, (B, C, h, w) float32: the noise, or the velocity."""
+        if not self.v_parameterization:
+            return sample.noise
+        return self.schedule.velocity(latents.float(), sample.noise, sample.timesteps)
+
+    def loss(
+        self, prediction: Tensor, sample: NoisySample, latents: Tensor, loss_weights: Tensor, masks: Tensor | None = None
+    ) -> Tensor:
+        """Return the weighted loss of each image, (B,) float32; its mean is what is minimised.
+
+        Element loss → mask → mean over C, h, w → weight of the image → weights of the timestep.
+
+        Args:
+            prediction: (B, C, h, w) in any floating dtype.
+            sample: as `sample` gave it.
+            latents: (B, C, h, w) in model units.
+            loss_weights: (B,) float32, weight of each image.
+            masks: (B, 1, H, W) in [0, 1], or None.
+        """
+        target = self.target(sample, latents)
+        return self.weighted(prediction, target, sample.timesteps, loss_weights, masks)
+
+    def weighted(
+        self, prediction: Tensor, target: Tensor, timesteps: Tensor, loss_weights: Tensor, masks: Tensor | None = None
+    ) -> Tensor:
+        """Return the weighted loss of each image, (B,) float32, against a given target; arguments as in `loss`."""
+        elements = self.element_loss(prediction.float(), target, per_image(self._huber_c, timesteps))
+        if masks is not None:
+            elements = apply_mask(elements, masks)
+        return elements.mean(dim=(1, 2, 3)) * loss_weights * self._weight[timesteps]
+
+    def describe(self) -> list[str]:
+        """Say what is trained for, one line per choice that is on, for the head of a run."""
+        loss = self.loss_options
+        has_c = loss.loss_type in ("huber", "smooth_l1")
+        shape = f", c {loss.huber_c} by the {loss.huber_schedule} schedule" if has_c else ""
+        lines = [f"target: {'velocity' if self.v_parameterization else 'noise'}", f"loss: {loss.loss_type}{shape}"]
+        return lines + [term.description for term in self.terms] + describe_noise(self.noise_options)
