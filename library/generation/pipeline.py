@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from library.diffusion.samplers import make_sampler
 from library.generation.encoding import encode_prompts
-from library.generation.request import ImageRequest
+from library.generation.request import ImageRequest, with_rounded_size
 from library.models.family import Components, Family, SizeConditioning, TextCond
 from library.models.prompt_weights import PromptStyle
 from library.options.errors import UserError
@@ -41,7 +41,7 @@ class Pipeline:
     """A loaded model that turns requests into pictures.
 
     A picture depends on its own request alone: its noise, and the noise ancestral samplers add on the way, come from its own
-    generator on the CPU in float32, and its text is encoded by itself. So batches, devices and number types only differ by rounding.
+    generator on the CPU in float32, and its text is encoded by itself. So batches, devices and number types differ by rounding.
 
     Args:
         family: the architecture.
@@ -115,8 +115,10 @@ class Pipeline:
             encoded: the requests' text from `encode`; None: it is encoded now.
 
         Returns:
-            RGB pictures; one whose values are not finite is black, is counted in `num_not_finite` and named in the log.
+            RGB pictures; one whose values are not finite is black, is counted in `num_not_finite` and named in the log. Sides the
+            model cannot draw are rounded down to the family's `size_multiple`.
         """
+        requests = [self._drawable(request) for request in requests]
         encoded = self.encode(requests) if encoded is None else encoded
         pictures: dict[int, Image.Image] = {}
         for indices in _equal_groups(requests, encoded):
@@ -124,6 +126,16 @@ class Pipeline:
             latents = self._denoise(group, [encoded[i] for i in indices], on_step)
             pictures.update(zip(indices, self._decode(latents, group), strict=True))
         return [pictures[i] for i in range(len(requests))]
+
+    def _drawable(self, request: ImageRequest) -> ImageRequest:
+        multiple = self.family.size_multiple
+        rounded = with_rounded_size(request, multiple)
+        if rounded != request:
+            logger.warning(
+                f"{request.width}x{request.height} is drawn as {rounded.width}x{rounded.height}; "
+                f"sides of {self.family.name} pictures are multiples of {multiple} pixels."
+            )
+        return rounded
 
     def _denoise(self, requests: Sequence[ImageRequest], encoded: Sequence[EncodedPrompt], on_step: StepCallback | None) -> Tensor:
         """Run the sampler; returns float32 latents (B, C, h, w) in model units."""
@@ -179,17 +191,14 @@ class Pipeline:
     def _decode_batch(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """Decode to float32 (B, 3, H, W) in [-1, 1]; once more in float32 where the VAE's own type overflowed."""
         dtype = next(vae.parameters()).dtype
-        with torch.autocast(self.device.type, enabled=False):
-            images = self.family.decode_latents(vae, latents.to(dtype)).float()
-            if dtype == torch.float32 or images.isfinite().all() or not latents.isfinite().all():
-                return images
-            logger.warning(
-                f"The VAE overflowed in {dtype}; the picture is decoded again in float32 (--no_half_vae does so at once)."
-            )
-            try:
-                return self.family.decode_latents(vae.to(torch.float32), latents)
-            finally:
-                vae.to(dtype)
+        images = self.family.decode_latents(vae, latents)
+        if dtype == torch.float32 or images.isfinite().all() or not latents.isfinite().all():
+            return images
+        logger.warning(f"The VAE overflowed in {dtype}; the picture is decoded again in float32 (--no_half_vae does so at once).")
+        try:
+            return self.family.decode_latents(vae.to(torch.float32), latents)
+        finally:
+            vae.to(dtype)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:

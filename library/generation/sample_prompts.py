@@ -10,14 +10,15 @@ import difflib
 import json
 import logging
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from library.generation.prompt_line import SAMPLES, parse_prompt_line
 from library.generation.request import ImageRequest, clamped_steps, with_rounded_size
 from library.options.errors import UsageError, UserError
+from library.options.groups.sample import SamplerName
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class SampleDefaults:
     sampler: str = "ddim"
 
 
-def read_sample_prompts(path: str, defaults: SampleDefaults, samplers: Collection[str] = ()) -> list[ImageRequest]:
+def read_sample_prompts(path: str, defaults: SampleDefaults) -> list[ImageRequest]:
     """Read a sample prompt file.
 
     Sizes are rounded down to a multiple of 8, at least 64; steps are brought into 1 … 1000. Options that change nothing are named
@@ -49,7 +50,6 @@ def read_sample_prompts(path: str, defaults: SampleDefaults, samplers: Collectio
     Args:
         path: the file; its ending decides how it is read.
         defaults: for whatever a prompt does not give.
-        samplers: the sampler names there are; empty: names are not checked.
 
     Returns:
         One request per prompt, in the order of the file; a request without a seed draws another picture every time.
@@ -62,7 +62,7 @@ def read_sample_prompts(path: str, defaults: SampleDefaults, samplers: Collectio
     if reader is None:
         raise UserError(f"{path}: sample prompts are read from .txt, .toml or .json files; rename the file or choose another.")
     problems: list[str] = []
-    requests = [_request(values, where, defaults, samplers, problems) for where, values in reader(path, _read_text(path), problems)]
+    requests = [_request(values, where, defaults, problems) for where, values in reader(path, _read_text(path), problems)]
     if not requests and not problems:
         problems.append(f"{path}: there is no prompt in this file; write one per line, or leave out --sample_prompts.")
     if problems:
@@ -141,9 +141,7 @@ def _object_values(entry: object, where: str, problems: list[str]) -> _Values:
     return entry
 
 
-def _request(
-    values: Mapping[str, Any], where: str, defaults: SampleDefaults, samplers: Collection[str], problems: list[str]
-) -> ImageRequest:
+def _request(values: Mapping[str, Any], where: str, defaults: SampleDefaults, problems: list[str]) -> ImageRequest:
     """Make the request; whatever is wrong goes to `problems`, and a default stands in for it."""
     checked = {key: _checked(key, value, where, problems) for key, value in values.items() if key not in _IGNORED_KEYS}
     if ignored := sorted(_IGNORED_KEYS & values.keys()):
@@ -152,8 +150,8 @@ def _request(
     if "prompt" not in values:
         problems.append(f"{where}: there is no key prompt.")
     sampler = given.get("sample_sampler", defaults.sampler)
-    if samplers and sampler not in samplers:
-        problems.append(f'{where}: there is no sampler "{sampler}"; there are {", ".join(samplers)}.')
+    if sampler not in get_args(SamplerName):
+        problems.append(f'{where}: there is no sampler "{sampler}"; there are {", ".join(get_args(SamplerName))}.')
     return with_rounded_size(
         ImageRequest(
             prompt=given.get("prompt", ""),

@@ -1,51 +1,28 @@
-"""Weighted and long prompts for SDXL's two text encoders: runs of text to chunks of token ids, hidden states times weights.
+"""Weighted and long prompts for SDXL's two text encoders: runs of text to rows of token ids, hidden states times weights.
 
 Serves generation, sample images and weighted captions; they differ in `PromptStyle` alone.
 
-Shape legend: B texts, n chunks, 77 positions per chunk (begin, 75 tokens, end), L positions of a whole text, D features.
+Shape legend: B texts, n rows of 77 positions each (begin, 75 tokens, end), L positions of a whole text, D features.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from library.models.family import TextCond, Tokens
 from library.models.prompt_weights import CHUNK_TOKENS, PromptStyle, parse_prompt_weights
+from library.models.sdxl.family import SdxlFamily
+from library.models.sdxl.text_encoders import merge_rows
+from library.models.sdxl.tokenizer import PAD_ID_1, PAD_ID_2, ClipBpe, load_bpe, make_rows
 
 logger = logging.getLogger(__name__)
 
-_ENCODERS = (("ids1", "hidden1"), ("ids2", "hidden2"))
-"""The names of each encoder's token ids and hidden states, in the family's order."""
-
-
-class ClipTokenizer(Protocol):
-    """What is needed of a tokenizer; those of transformers have it."""
-
-    bos_token_id: int
-    eos_token_id: int
-    pad_token_id: int
-
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Any:
-        """Return a mapping whose `input_ids` are the ids of the text."""
-
-
-class TextFamily(Protocol):
-    """What is needed of a family with two CLIP encoders."""
-
-    @property
-    def tokenizers(self) -> Sequence[ClipTokenizer]:
-        """One per encoder."""
-
-    def encode_text(self, tokens: Tokens, encoders: Sequence[nn.Module | None]) -> TextCond:
-        """See `library.models.family.Family.encode_text`."""
-
 
 @dataclass(frozen=True)
-class _Chunk:
+class _Row:
     """Up to 75 token ids and the weight of each."""
 
     ids: list[int]
@@ -53,11 +30,11 @@ class _Chunk:
 
 
 def encode_prompts(
-    family: TextFamily, texts: Sequence[str], encoders: Sequence[nn.Module | None], style: PromptStyle
+    family: SdxlFamily, texts: Sequence[str], encoders: Sequence[nn.Module | None], style: PromptStyle
 ) -> list[TextCond]:
     """Encode the texts of one picture, all to the same length.
 
-    The pooled vector is that of a text's first chunk, without weights.
+    The pooled vector is that of a text's first row, without weights.
 
     Args:
         family: whose encoders read the texts.
@@ -68,53 +45,52 @@ def encode_prompts(
     Returns:
         One conditioning per text, each with a batch axis of 1; L is 77 n or 75 n + 2.
     """
-    tokens, weights = tokenize_weighted(family.tokenizers, texts, style)
-    if not style.keep_chunk_borders:
-        cond = apply_weights(family.encode_text(tokens, encoders), weights, keep_mean=style.keep_mean)
+    tokens, weights = tokenize_weighted(load_bpe(family.source.tokenizer_cache_dir), texts, style)
+    if style.keep_chunk_borders:
+        num_rows = tokens["ids1"].shape[1]
+        row_cond = family.encode_text({key: ids.flatten(0, 1)[:, None] for key, ids in tokens.items()}, encoders)
+        by_row = {key: state.unflatten(0, (len(texts), num_rows)) for key, state in row_cond.items()}
+        cond = {key: state[:, 0] if key == "pool2" else state.flatten(1, 2) for key, state in by_row.items()}
     else:
-        num_chunks = tokens["ids1"].shape[1]
-        by_chunk = family.encode_text({key: ids.flatten(0, 1)[:, None] for key, ids in tokens.items()}, encoders)
-        whole = {key: state.unflatten(0, (len(texts), num_chunks)) for key, state in by_chunk.items()}
-        joined = {key: state[:, 0] if key == "pool2" else state.flatten(1, 2) for key, state in whole.items()}
-        cond = apply_weights(joined, weights, keep_mean=style.keep_mean)
+        cond = family.encode_text(tokens, encoders)
+    cond = apply_weights(cond, weights, keep_mean=style.keep_mean)
     return [{key: state[i : i + 1] for key, state in cond.items()} for i in range(len(texts))]
 
 
-def tokenize_weighted(
-    tokenizers: Sequence[ClipTokenizer], texts: Sequence[str], style: PromptStyle
-) -> tuple[Tokens, dict[str, Tensor]]:
+def tokenize_weighted(bpe: ClipBpe, texts: Sequence[str], style: PromptStyle) -> tuple[Tokens, Tensor]:
     """Turn weighted texts into token ids and the weight of every position of the hidden states.
 
     Returns:
-        Token ids `ids1`, `ids2`: int64 (B, n, 77); weights `hidden1`, `hidden2`: float32 (B, L), 1 at begin, end and padding.
+        Token ids `ids1` and `ids2`, int64 (B, n, 77); weights, float32 (B, L), which are 1 at begin, end and padding.
     """
-    tokens: Tokens = {}
-    weights: dict[str, Tensor] = {}
-    for tokenizer, (ids_key, hidden_key) in zip(tokenizers, _ENCODERS, strict=True):
-        chunked = [_chunks(tokenizer, text, style) for text in texts]
-        num_chunks = style.max_chunks if style.always_max_chunks else max(len(chunks) for chunks in chunked)
-        rows = [chunks + [_Chunk([], [])] * (num_chunks - len(chunks)) for chunks in chunked]
-        tokens[ids_key] = torch.tensor([[_padded_ids(tokenizer, chunk) for chunk in row] for row in rows])
-        by_chunk = torch.tensor([[_padded_weights(chunk) for chunk in row] for row in rows])
-        weights[hidden_key] = by_chunk.flatten(1) if style.keep_chunk_borders else _without_inner_borders(by_chunk)
-    return tokens, weights
+    cut = [_rows(bpe, text, style) for text in texts]
+    num_rows = style.max_chunks if style.always_max_chunks else max(len(rows) for rows in cut)
+    full = [rows + [_Row([], [])] * (num_rows - len(rows)) for rows in cut]
+    tokens = {
+        key: torch.tensor([[make_rows(row.ids, 1, pad_id)[0] for row in rows] for rows in full])
+        for key, pad_id in (("ids1", PAD_ID_1), ("ids2", PAD_ID_2))
+    }
+    weights = torch.tensor([[_padded_weights(row) for row in rows] for rows in full])
+    return tokens, weights.flatten(1) if style.keep_chunk_borders else merge_rows(weights[..., None]).squeeze(-1)
 
 
-def apply_weights(cond: TextCond, weights: dict[str, Tensor], *, keep_mean: bool) -> TextCond:
+def apply_weights(cond: TextCond, weights: Tensor, *, keep_mean: bool) -> TextCond:
     """Multiply the hidden states of every text by the weights of its tokens; gradients flow.
 
     Args:
-        cond: `hidden1`, `hidden2` (B, L, D) and whatever else, which stays as it is.
-        weights: (B, L) float32 for each of the two.
+        cond: `hidden1` and `hidden2` (B, L, D), where they are present, and whatever else, which stays as it is.
+        weights: (B, L) float32, on the CPU.
         keep_mean: rescale each text so that the mean over L and D is what it was. Where that mean has vanished or changed its sign,
             which would blow up or turn round the text, it is left as the weights made it.
     """
+    if bool((weights == 1).all()):
+        return cond
     weighted = dict(cond)
-    for key, weight in weights.items():
-        if bool((weight == 1).all()):
+    for key in ("hidden1", "hidden2"):
+        if key not in cond:
             continue
         before = cond[key].float()
-        after = before * weight.to(before.device)[..., None]
+        after = before * weights.to(before.device)[..., None]
         if keep_mean:
             factor = before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True)
             after = after * torch.where(factor.isfinite() & (factor > 0), factor, 1.0)
@@ -122,36 +98,25 @@ def apply_weights(cond: TextCond, weights: dict[str, Tensor], *, keep_mean: bool
     return weighted
 
 
-def _chunks(tokenizer: ClipTokenizer, text: str, style: PromptStyle) -> list[_Chunk]:
-    """Cut a text into chunks: every 75 tokens and at every BREAK; at least one, at most `style.max_chunks`."""
-    chunks = [_Chunk([], [])]
+def _rows(bpe: ClipBpe, text: str, style: PromptStyle) -> list[_Row]:
+    """Cut a text after every 75 tokens and at every BREAK; at least one row, at most `style.max_chunks`."""
+    rows = [_Row([], [])]
     for run in parse_prompt_weights(text, breaks=style.breaks):
         if run.is_break:
-            chunks.append(_Chunk([], []))
+            rows.append(_Row([], []))
             continue
-        for token_id in tokenizer(run.text, add_special_tokens=False)["input_ids"]:
-            if len(chunks[-1].ids) == CHUNK_TOKENS:
-                chunks.append(_Chunk([], []))
-            chunks[-1].ids.append(token_id)
-            chunks[-1].weights.append(run.weight)
-    if len(chunks) > style.max_chunks:
-        cut = sum(len(chunk.ids) for chunk in chunks[style.max_chunks :])
+        for token_id in bpe.encode(run.text):
+            if len(rows[-1].ids) == CHUNK_TOKENS:
+                rows.append(_Row([], []))
+            rows[-1].ids.append(token_id)
+            rows[-1].weights.append(run.weight)
+    if num_cut := sum(len(row.ids) for row in rows[style.max_chunks :]):
         logger.warning(
-            f'A prompt is longer than {style.max_chunks * CHUNK_TOKENS} tokens; its last {cut} are not used: "{text}". '
-            "More are read with --max_embeddings_multiples when drawing, --max_token_length when training."
+            f'A prompt is longer than {style.max_chunks} × {CHUNK_TOKENS} tokens; its last {num_cut} are not used: "{text}". '
+            "More are read with --max_embeddings_multiples when drawing, with --max_token_length when training."
         )
-    return chunks[: style.max_chunks]
+    return rows[: style.max_chunks]
 
 
-def _padded_ids(tokenizer: ClipTokenizer, chunk: _Chunk) -> list[int]:
-    padding = [tokenizer.pad_token_id] * (CHUNK_TOKENS - len(chunk.ids))
-    return [tokenizer.bos_token_id, *chunk.ids, tokenizer.eos_token_id, *padding]
-
-
-def _padded_weights(chunk: _Chunk) -> list[float]:
-    return [1.0, *chunk.weights, *[1.0] * (CHUNK_TOKENS - len(chunk.weights) + 1)]
-
-
-def _without_inner_borders(by_chunk: Tensor) -> Tensor:
-    """Join (B, n, 77) to (B, 75 n + 2): the first begin position, 75 of every chunk, the last end position."""
-    return torch.cat([by_chunk[:, 0, :1], by_chunk[:, :, 1:-1].flatten(1), by_chunk[:, -1, -1:]], dim=1)
+def _padded_weights(row: _Row) -> list[float]:
+    return [1.0, *row.weights, *[1.0] * (CHUNK_TOKENS - len(row.weights) + 1)]
