@@ -1,5 +1,6 @@
 """What one training step receives from the data: images or cached latents, captions or cached text, sizes and weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,17 +36,37 @@ class Batch:
         """The number of images, B."""
         return len(self.captions)
 
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch on `device`; copies from pinned memory do not wait."""
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory, from which copies to a GPU need not wait; data loaders call this."""
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+        def pin(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.pin_memory()
 
+        sizes = self.sizes
         return replace(
             self,
-            images=move(self.images),
-            latents=move(self.latents),
-            text_cond=None if self.text_cond is None else {k: v.to(device, non_blocking=True) for k, v in self.text_cond.items()},
-            sizes=self.sizes.to(device),
-            loss_weights=self.loss_weights.to(device, non_blocking=True),
+            images=pin(self.images),
+            latents=pin(self.latents),
+            text_cond=None if self.text_cond is None else {k: v.pin_memory() for k, v in self.text_cond.items()},
+            sizes=SizeConditioning(*(t.pin_memory() for t in (sizes.original_hw, sizes.crop_top_left, sizes.target_hw))),
+            loss_weights=self.loss_weights.pin_memory(),
+        )
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on `device`; copies from pinned memory do not wait."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory, from where a GPU copies it without anybody waiting."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        sizes = self.sizes
+        return replace(
+            self,
+            images=None if self.images is None else move(self.images),
+            latents=None if self.latents is None else move(self.latents),
+            text_cond=None if self.text_cond is None else {name: move(tensor) for name, tensor in self.text_cond.items()},
+            sizes=SizeConditioning(move(sizes.original_hw), move(sizes.crop_top_left), move(sizes.target_hw)),
+            loss_weights=move(self.loss_weights),
         )

@@ -127,7 +127,7 @@ def update_parameters(run: TrainingRun) -> None:
 
 
 def batch_seed(seed: int, epoch: int, index: int, process_index: int) -> int:
-    """Return a 63-bit seed that depends on its arguments alone (splitmix64, Steele et al. 2014, over their sum of odd multiples)."""
+    """Return a 63-bit seed that depends on its arguments alone: splitmix64 (Steele et al. 2014) over a sum of odd multiples."""
     mask = (1 << 64) - 1
     value = (
         seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB + process_index * 0xD6E8FEB86659FD93

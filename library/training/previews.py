@@ -95,7 +95,6 @@ class Previews:
         """Draw this process's share of the prompts and write the pictures."""
         before = next(self.vae.parameters()).device
         log.info("Drawing sample images")
-        # Modules under training run with gradient checkpointing in training mode; drawing must not record anything for a backward pass.
         with self.averaged(), self.trainable.evaluation(), torch.no_grad():
             self.vae.to(self.pipeline.device)
             try:

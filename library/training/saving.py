@@ -64,7 +64,8 @@ class Saver:
     def save_interrupted(self, position: Position) -> Path:
         """Save model and state where a run was stopped, and return the state's folder.
 
-        The state goes first: switching an optimizer to its averaged weights and back rounds them, and what continues must not be rounded.
+        The state goes first: switching an optimizer to its averaged weights and back rounds them, and the state must continue
+        from weights that were not rounded.
         """
         state = self.plan.state_path("step", position.update)
         if self.writes:

@@ -108,7 +108,7 @@ def read_place(folder: Path) -> SavedPlace:
     """
     if not folder.is_dir():
         raise UserError(
-            f"--resume: there is no folder {folder}. Give a state folder, named like NAME-step00000100-state, that --save_state wrote."
+            f"--resume: there is no folder {folder}. Give a folder that --save_state wrote, such as NAME-step00000100-state."
         )
     missing = [
         name for name in ("model.safetensors", "optimizer.bin", "scheduler.bin", TRAIN_STATE) if not (folder / name).is_file()
@@ -150,5 +150,6 @@ def load_state(folder: Path, live: Resumable) -> None:
             part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
         except (ValueError, KeyError, RuntimeError, AttributeError, EOFError) as error:
             raise UserError(
-                f"--resume: {folder / name} does not fit this run ({error}). Use the same --optimizer_type and --lr_scheduler as the run that saved it."
+                f"--resume: {folder / name} does not fit this run ({error}). Use the same --optimizer_type and --lr_scheduler "
+                "as the run that saved it."
             ) from error

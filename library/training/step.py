@@ -60,10 +60,11 @@ class TrainStep(nn.Module):
 
     @torch.no_grad()
     def cached_or_encoded_latents(self, batch: Batch) -> Tensor:
-        """Return latents (B, C, h, w) float32 in cache units; what the VAE made not-a-number becomes 0 rather than the whole loss."""
+        """Return latents (B, C, h, w) float32 in cache units; a NaN of the VAE becomes 0 rather than spoil the whole loss."""
         if batch.latents is not None:
             return batch.latents
-        assert batch.images is not None and self.frozen.vae is not None  # one of the two is set: Batch says so
+        assert batch.images is not None  # Batch has one of the two
+        assert self.frozen.vae is not None
         family, vae, images = self.frozen.family, self.frozen.vae, batch.images
         height, width = images.shape[-2] // family.latent_stride, images.shape[-1] // family.latent_stride
         noise = posterior_noise(batch.draw_seeds, (family.latent_channels, height, width))

@@ -71,15 +71,21 @@ def dataset(count: int = 5, batch_size: int = 1) -> list[Batch]:
     """Make one epoch of images, the same at every call."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(count, 4, 8, 8, generator=generator)
-    sizes = torch.full((count, 2), 64)
-    return [
-        Batch(
-            images=None, latents=latents[i : i + batch_size], captions=[f"image {n}" * n for n in range(i, min(i + batch_size, count))],
-            text_cond=None, sizes=SizeConditioning(*[sizes[i : i + batch_size]] * 3), loss_weights=torch.ones(len(latents[i : i + batch_size])),
-            draw_seeds=[1000 + n for n in range(i, min(i + batch_size, count))], image_keys=[],
-        )
-        for i in range(0, count, batch_size)
-    ]  # fmt: skip
+    return [_batch(latents[i : i + batch_size], range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
+
+
+def _batch(latents: Tensor, numbers: Sequence[int]) -> Batch:
+    sizes = torch.full((len(numbers), 2), 64)
+    return Batch(
+        images=None,
+        latents=latents,
+        captions=[f"image {n}" * n for n in numbers],
+        text_cond=None,
+        sizes=SizeConditioning(sizes, sizes, sizes),
+        loss_weights=torch.ones(len(numbers)),
+        draw_seeds=[1000 + n for n in numbers],
+        image_keys=[],
+    )
 
 
 class FakeRun:
