@@ -1,0 +1,139 @@
+"""Aspect-ratio buckets: which size a picture is trained at, how it is resized and cropped to it, and the sizes SDXL is told.
+
+Sizes are (width, height) in pixels. The arithmetic, down to each floor and rounding, is that of sd-scripts: models and caches
+in the field depend on it.
+"""
+
+import math
+from dataclasses import dataclass
+
+from library.options.dataset_config import SectionConfig, bucket_limits
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How one picture gets to its training size."""
+
+    bucket: Size
+    """The size it is trained at."""
+    resized: Size
+    """The size it is resized to; at least the bucket in both directions."""
+    crop: Size
+    """Left and top of the bucket inside the resized picture: the centre."""
+    crop_ltrb: tuple[float, float, float, float]
+    """Left, top, right, bottom as SDXL is conditioned on them; not the pixel crop (see `conditioning_crop`)."""
+
+
+def bucket_sizes(resolution: Size, lowest: int, highest: int, step: int) -> list[Size]:
+    """Return all buckets, sorted by width and then height.
+
+    Args:
+        resolution: only its area matters.
+        lowest: smallest side, a multiple of step.
+        highest: largest side, a multiple of step.
+        step: every side is a multiple of it.
+    """
+    area = resolution[0] * resolution[1]
+    square = int(math.sqrt(area)) // step * step
+    sizes = {(square, square)}
+    for width in range(lowest, highest + 1, step):
+        height = min(highest, area // width // step * step)
+        if height >= lowest:
+            sizes |= {(width, height), (height, width)}
+    return sorted(sizes)
+
+
+def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
+    """Return the size itself if it is a bucket, else the bucket whose width/height is nearest; the first one on ties."""
+    if size in buckets:
+        return size
+    ratio = size[0] / size[1]
+    return min(buckets, key=lambda bucket: abs(bucket[0] / bucket[1] - ratio))
+
+
+def cover(size: Size, target: Size) -> Size:
+    """Return `size` scaled, in proportion, to just cover `target`."""
+    (width, height), (target_width, target_height) = size, target
+    scale = target_height / height if width / height > target_width / target_height else target_width / width
+    return int(width * scale + 0.5), int(height * scale + 0.5)
+
+
+def shrunk_to_area(size: Size, area: int, step: int) -> Size:
+    """Return `size`, scaled down if its area is above `area` so that one side is a multiple of `step`; never scaled up."""
+    width, height = size
+    if width * height <= area:
+        return size
+    ratio = width / height
+    ideal_width = math.sqrt(area * ratio)
+    width_first = _floored(ideal_width, step)
+    height_first = _floored(area / ideal_width, step)
+    by_width = (width_first, _floored(width_first / ratio, step))
+    by_height = (_floored(height_first * ratio, step), height_first)
+    if _ratio_error(by_width, ratio) < _ratio_error(by_height, ratio):
+        return width_first, int(width_first / ratio + 0.5)
+    return int(height_first * ratio + 0.5), height_first
+
+
+def _floored(side: float, step: int) -> int:
+    return int(side + 0.5) // step * step
+
+
+def _ratio_error(size: Size, ratio: float) -> float:
+    return abs(size[0] / size[1] - ratio) if size[1] else math.inf
+
+
+def conditioning_crop(size: Size, bucket: Size) -> tuple[float, float, float, float]:
+    """Return left, top, right and bottom as SDXL is conditioned on them.
+
+    The picture's own aspect is fitted inside the bucket and centred. This does not describe the crop that is made, but it is what
+    models trained with sd-scripts, and the caches of their users, carry.
+    """
+    ratio = size[0] / size[1]
+    width, height = bucket
+    fitted_width, fitted_height = (height * ratio, float(height)) if width / height > ratio else (float(width), width / ratio)
+    left, top = (width - fitted_width) // 2, (height - fitted_height) // 2
+    return left, top, left + fitted_width, top + fitted_height
+
+
+def crop_top_left(geometry: Geometry, flipped: bool) -> tuple[int, int]:
+    """Return (top, left) for the conditioning; mirrored, left is counted from the other side."""
+    left, top, right, _ = geometry.crop_ltrb
+    return int(top), int(geometry.bucket[0] - right) if flipped else int(left)
+
+
+class BucketChooser:
+    """Gives each picture of a dataset its geometry."""
+
+    def __init__(self, section: SectionConfig) -> None:
+        self._section = section
+        self._area = section.resolution[0] * section.resolution[1]
+        self._sizes = [section.resolution]
+        if section.enable_bucket and not section.bucket_no_upscale:
+            self._sizes = bucket_sizes(section.resolution, *bucket_limits(section), section.bucket_reso_steps)
+
+    def choose(self, size: Size) -> Geometry:
+        """Return the geometry of a picture.
+
+        Raises:
+            ValueError: the picture is too small for a bucket without being enlarged; the text says what to do.
+        """
+        if self._section.enable_bucket and self._section.bucket_no_upscale:
+            bucket, resized = self._without_upscaling(size)
+        else:
+            bucket = nearest_bucket(size, self._sizes)
+            resized = cover(size, bucket)
+        crop = (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2
+        return Geometry(bucket, resized, crop, conditioning_crop(size, bucket))
+
+    def _without_upscaling(self, size: Size) -> tuple[Size, Size]:
+        step = self._section.bucket_reso_steps
+        resized = shrunk_to_area(size, self._area, step)
+        bucket = resized[0] // step * step, resized[1] // step * step
+        if 0 in bucket:
+            raise ValueError(
+                f"it is {size[0]}x{size[1]}, which is too small or too narrow for a bucket of {step} pixels. "
+                f"Remove it, or switch bucket_no_upscale off"
+            )
+        return bucket, resized

@@ -1,0 +1,55 @@
+"""Find and read the caption beside an image."""
+
+import os
+
+from library.options.errors import UserError
+
+
+def find_caption_file(image_path: str, extension: str) -> str | None:
+    """Return the caption file of an image, or None.
+
+    It has the image's name with `extension`; where there is none and the name ends in four numbers that a face detector added
+    (`name_cx_cy_w_h.png`), the name without them.
+    """
+    stem = os.path.splitext(image_path)[0]
+    candidates = [stem + extension]
+    parts = stem.split("_")
+    if len(parts) >= 5:
+        candidates.append("_".join(parts[:-4]) + extension)
+    return next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
+
+
+def read_caption(path: str, *, multiline: bool) -> str:
+    """Return the text of a caption file, in UTF-8 with or without a byte order mark.
+
+    Args:
+        path: the file.
+        multiline: give all lines that are not blank, stripped; else the first line only.
+
+    Raises:
+        UserError: the file is empty or in another encoding.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    if not content:
+        raise UserError(
+            f"{path} is an empty caption file. Write a caption into it, or a blank line if none is meant, or delete it."
+        )
+    try:
+        text = content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {_encoding_advice(content, error.start)}") from None
+    lines = text.splitlines()
+    if multiline:
+        return "\n".join(line.strip() for line in lines if line.strip())
+    return lines[0].strip() if lines else ""
+
+
+def _encoding_advice(content: bytes, offset: int) -> str:
+    line = content.count(b"\n", 0, offset) + 1
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "it is UTF-16. Save it as UTF-8."
+    return f"byte 0x{content[offset]:02x} at position {offset} (line {line}) is from another encoding. Save the file as UTF-8."

@@ -1,0 +1,93 @@
+"""From the text beside an image to the caption of one use of it.
+
+The order of the steps is fixed: dropout, choice of line, prefix and suffix, wildcards, tags, secondary separator. All randomness
+comes from the generator that is passed in.
+"""
+
+import random
+import re
+
+from library.options.dataset_config import CaptionRules
+
+_WILDCARD = re.compile(r"\{([^}]+)\}")
+_OPEN, _CLOSE = "\x02", "\x03"  # stand for literal braces while wildcards are replaced
+
+
+def caption_for_use(text: str, rules: CaptionRules, epoch: int, rng: random.Random) -> str:
+    """Return the caption for one use of an image.
+
+    Args:
+        text: the image's own caption; several lines only where wildcards are enabled.
+        rules: the subset's caption settings.
+        epoch: counted from 1, for dropout in every n-th epoch.
+        rng: drawn from only by the settings that need it.
+    """
+    if _is_dropped(rules, epoch, rng):
+        return ""
+    caption = _with_prefix_and_suffix(_one_line(text, rules, rng), rules)
+    if rules.enable_wildcard:
+        caption = replace_wildcards(caption, rng)
+    if rules.shuffle_caption or rules.caption_tag_dropout_rate > 0:
+        caption = _rearranged(caption, rules, rng)
+    if rules.secondary_separator:
+        caption = caption.replace(rules.secondary_separator, rules.caption_separator)
+    return caption
+
+
+def fixed_caption(text: str, rules: CaptionRules) -> str:
+    """Return the caption of rules under which it never varies: what is encoded once and cached.
+
+    Raises:
+        ValueError: the rules vary the caption.
+    """
+    varying = rules.varying()
+    if varying:
+        raise ValueError(f"the caption varies with {', '.join(varying)}")
+    return caption_for_use(text, rules, epoch=1, rng=random.Random(0))
+
+
+def replace_wildcards(text: str, rng: random.Random) -> str:
+    """Replace each `{a|b}` by one of its parts; `{{` and `}}` are braces."""
+    text = text.replace("{{", _OPEN).replace("}}", _CLOSE)
+    text = _WILDCARD.sub(lambda match: rng.choice(match.group(1).split("|")), text)
+    return text.replace(_OPEN, "{").replace(_CLOSE, "}")
+
+
+def _is_dropped(rules: CaptionRules, epoch: int, rng: random.Random) -> bool:
+    by_chance = rules.caption_dropout_rate > 0 and rng.random() < rules.caption_dropout_rate
+    every = rules.caption_dropout_every_n_epochs
+    return by_chance or (every > 0 and epoch % every == 0)
+
+
+def _one_line(text: str, rules: CaptionRules, rng: random.Random) -> str:
+    if "\n" not in text:
+        return text
+    return rng.choice(text.split("\n")) if rules.enable_wildcard else text.split("\n")[0]
+
+
+def _with_prefix_and_suffix(caption: str, rules: CaptionRules) -> str:
+    prefix = f"{rules.caption_prefix} " if rules.caption_prefix else ""
+    suffix = f" {rules.caption_suffix}" if rules.caption_suffix else ""
+    return prefix + caption + suffix
+
+
+def _rearranged(caption: str, rules: CaptionRules, rng: random.Random) -> str:
+    """Shuffle and drop the flexible tags; the parts are joined by a comma and a space whatever separated them."""
+    fixed, flexible, fixed_end = _tags(caption, rules)
+    if rules.shuffle_caption:
+        rng.shuffle(flexible)
+    if rules.caption_tag_dropout_rate > 0:
+        flexible = [tag for tag in flexible if rng.random() >= rules.caption_tag_dropout_rate]
+    return ", ".join(fixed + flexible + fixed_end)
+
+
+def _tags(caption: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
+    """Split a caption into tags that stay in front, tags that may move or go, and tags that stay at the end."""
+    mark = rules.keep_tokens_separator
+    if mark and mark in caption:
+        front, _, rest = caption.partition(mark)
+        middle, _, end = rest.partition(mark)
+        parts = [[tag.strip() for tag in part.split(rules.caption_separator) if tag.strip()] for part in (front, middle, end)]
+        return parts[0], parts[1], parts[2]
+    tags = [tag.strip() for tag in caption.strip().split(rules.caption_separator)]
+    return tags[: rules.keep_tokens], tags[rules.keep_tokens :], []

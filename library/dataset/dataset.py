@@ -1,0 +1,123 @@
+"""The images of a run, their uses in an epoch, and the draws each use makes."""
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from torch import Tensor
+
+from library.dataset.captions import caption_for_use, fixed_caption
+from library.dataset.index import Item, Section, build_index
+from library.dataset.plan import EpochPlan, draw_seed, plan_epoch
+from library.models.family import TextCond
+from library.options.dataset_config import DatasetConfig
+
+
+class LatentSource(Protocol):
+    """Cached latents, in memory or on disk."""
+
+    in_memory: bool
+
+    def read(self, item: Item, *, flipped: bool) -> Tensor:
+        """Return the latents (C, h, w) of an item, float32, in cache units.
+
+        Raises:
+            UserError: the cache file is gone or damaged.
+        """
+
+
+class TextSource(Protocol):
+    """Cached text outputs, in memory or on disk."""
+
+    in_memory: bool
+
+    def read(self, item: Item, caption: str) -> TextCond:
+        """Return the outputs of one caption, without a batch axis.
+
+        Raises:
+            UserError: the cache file is gone or damaged.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What chance decides for one use of an image."""
+
+    seed: int
+    """For the noise, the timestep and the posterior sample."""
+    flipped: bool
+    caption: str
+
+
+class Dataset:
+    """All images of a run.
+
+    Args:
+        config: checked by `load_dataset_config`.
+        seed: of the run; the same in all processes.
+
+    Raises:
+        UserError: images or caption files cannot be used; all of them are named.
+    """
+
+    def __init__(self, config: DatasetConfig, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+        self.sections: tuple[Section, ...] = build_index(config)
+        self.items: tuple[Item, ...] = tuple(item for section in self.sections for item in section.items)
+        self.latents: LatentSource | None = None
+        """Set by `cache_latents`."""
+        self.texts: TextSource | None = None
+        """Set by `cache_text_outputs`."""
+
+    @property
+    def num_images(self) -> int:
+        """The number of images that are used; an image in two datasets counts twice."""
+        return len(self.items)
+
+    @property
+    def num_uses(self) -> int:
+        """The number of images seen in an epoch, repeats included."""
+        return len(self.use_items)
+
+    @cached_property
+    def use_items(self) -> Sequence[int]:
+        """The item of each registered use: items in their order, each as often as it repeats."""
+        return [item.number for item in self.items for _ in range(item.repeats)]
+
+    @cached_property
+    def buckets(self) -> Mapping[tuple[int, tuple[int, int]], Sequence[int]]:
+        """Uses by (section, bucket), sorted."""
+        groups: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
+        for use, number in enumerate(self.use_items):
+            item = self.items[number]
+            groups[item.section, item.geometry.bucket].append(use)
+        return dict(sorted(groups.items()))
+
+    def batches_per_epoch(self, num_processes: int) -> int:
+        """Return how many batches every process gets in an epoch."""
+        sizes = self._global_batch_sizes(num_processes)
+        return sum(-(-len(uses) // size) for uses, size in zip(self.buckets.values(), sizes, strict=True))
+
+    def plan(self, epoch: int, num_processes: int) -> EpochPlan:
+        """Return the batches of an epoch (counted from 1) over all processes."""
+        return plan_epoch(list(self.buckets.values()), self._global_batch_sizes(num_processes), self.seed, epoch)
+
+    def draws(self, use: int, epoch: int) -> Draws:
+        """Return what chance decides for a use in an epoch, whoever loads it and with whatever batch size."""
+        item = self.items[self.use_items[use]]
+        subset = self.sections[item.section].subset(item)
+        seed = draw_seed(self.seed, epoch, use)
+        rng = random.Random(seed)
+        flipped = subset.flip_aug and rng.random() < 0.5
+        return Draws(seed, flipped, caption_for_use(item.caption, subset.captions, epoch, rng))
+
+    def fixed_caption(self, item: Item) -> str:
+        """Return the caption an item always has; its subset must not vary captions."""
+        return fixed_caption(item.caption, self.sections[item.section].subset(item).captions)
+
+    def _global_batch_sizes(self, num_processes: int) -> list[int]:
+        return [self.sections[section].config.batch_size * num_processes for section, _ in self.buckets]

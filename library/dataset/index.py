@@ -1,0 +1,276 @@
+"""Find and check every image of a dataset, before anything expensive is done.
+
+All bad files are named in one message; what is only odd is logged.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from PIL import features
+
+from library.dataset.buckets import BucketChooser, Geometry, Size
+from library.dataset.caption_files import find_caption_file, read_caption
+from library.dataset.images import ImageFacts, inspect_image
+from library.options.dataset_config import DatasetConfig, SectionConfig, SubsetConfig
+from library.options.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_NAMES_SHOWN = 5
+_CHECKING_THREADS = min(16, 2 * (os.cpu_count() or 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image of one dataset, checked."""
+
+    number: int
+    """Position among all items of the run."""
+    section: int
+    subset: int
+    """Position of its subset in its section."""
+    path: str
+    """The file as it was given; also its key in messages."""
+    size: Size
+    """Width and height, upright."""
+    orientation: int
+    """EXIF orientation, 1 to 8."""
+    caption: str
+    """The image's own text; lines are separated by newlines where wildcards are enabled."""
+    repeats: int
+    """Uses in an epoch."""
+    is_reg: bool
+    geometry: Geometry
+    cache_stem: str
+    """Path under which its caches lie: without extension, but with it where two images differ in the extension alone."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """The images of one dataset of the file."""
+
+    config: SectionConfig
+    items: tuple[Item, ...]
+    """Training images in the order of their subsets, then regularisation images; images that are never used are not in it."""
+    image_counts: tuple[int, ...]
+    """Images found in the folder of each subset."""
+
+    def subset(self, item: Item) -> SubsetConfig:
+        """Return the settings an item falls under."""
+        return self.config.subsets[item.subset]
+
+    def interpolation(self, item: Item) -> str | None:
+        """Return the resampling method of an item."""
+        return self.subset(item).resize_interpolation or self.config.resize_interpolation
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An image file before its size is known."""
+
+    section: int
+    subset: int
+    path: str
+    caption: str
+    cache_stem: str
+
+
+def build_index(config: DatasetConfig) -> tuple[Section, ...]:
+    """List, read captions of, and check all images.
+
+    Raises:
+        UserError: naming every image that is missing, damaged or too small and every caption file that cannot be read; or there
+            are no images.
+    """
+    problems: list[str] = []
+    found = [image for number, section in enumerate(config.sections) for image in _section_images(number, section, problems)]
+    facts = _inspect_all({image.path for image in found}, problems)
+    geometries = _geometries(config, found, facts, problems)
+    if problems:
+        raise UserError(_joined(problems))
+    if not found:
+        folders = ", ".join(subset.image_dir for section in config.sections for subset in section.subsets)
+        raise UserError(f"There are no images in {folders}. Files directly in these folders count: {' '.join(image_extensions())}.")
+    _report_turned(facts)
+    sections: list[Section] = []
+    for number, section in enumerate(config.sections):
+        first = sum(len(built.items) for built in sections)
+        sections.append(_section(number, section, first, [i for i in found if i.section == number], facts, geometries))
+    if not any(section.items for section in sections):
+        raise UserError("There are only regularisation images (is_reg). Add a subset of images to train on.")
+    return tuple(sections)
+
+
+def image_extensions() -> tuple[str, ...]:
+    """Return the file name endings that count as images, lower case; each is also taken in upper case."""
+    return (".png", ".jpg", ".jpeg", ".webp", ".bmp") + ((".avif",) if features.check("avif") else ())
+
+
+def list_images(folder: str) -> list[str]:
+    """Return the images directly in a folder, sorted; hidden files do not count."""
+    endings = {spelling for ending in image_extensions() for spelling in (ending, ending.upper())}
+    with os.scandir(folder) as entries:
+        names = [e.name for e in entries if not e.name.startswith(".") and os.path.splitext(e.name)[1] in endings and e.is_file()]
+    return [os.path.join(folder, name) for name in sorted(names)]
+
+
+def balance_regularisation(num_train: int, reg_repeats: Sequence[int]) -> list[int]:
+    """Return how often each regularisation image is used so that together they reach the number of training uses.
+
+    Args:
+        num_train: uses of training images in an epoch.
+        reg_repeats: the repeats each regularisation image asks for, in order.
+
+    Returns:
+        Uses of each; images beyond the number that suffices are not used.
+    """
+    uses = [0] * len(reg_repeats)
+    total = 0
+    for position, repeats in enumerate(reg_repeats):
+        if total >= num_train:
+            break
+        uses[position] = repeats
+        total += repeats
+    position = 0
+    while reg_repeats and total < num_train:
+        uses[position % len(uses)] += 1
+        total += 1
+        position += 1
+    return uses
+
+
+def _section_images(number: int, section: SectionConfig, problems: list[str]) -> Iterator[_Found]:
+    for position, subset in enumerate(section.subsets):
+        paths = list_images(subset.image_dir)
+        if not paths:
+            logger.warning("%s has no images; files directly in it count: %s", subset.image_dir, " ".join(image_extensions()))
+        stems = _cache_stems(paths)
+        captions = _captions(paths, subset, problems)
+        for path, caption in zip(paths, captions, strict=True):
+            yield _Found(number, position, path, caption, stems[path])
+
+
+def _cache_stems(paths: Iterable[str]) -> dict[str, str]:
+    """Give the first image of a name the name without extension, as sd-scripts does, and later ones their whole file name."""
+    stems: dict[str, str] = {}
+    taken: set[str] = set()
+    for path in paths:
+        stem = os.path.splitext(path)[0]
+        stems[path] = path if stem in taken else stem
+        taken.add(stem)
+    return stems
+
+
+def _captions(paths: Sequence[str], subset: SubsetConfig, problems: list[str]) -> list[str]:
+    captions, without = [], []
+    for path in paths:
+        file = find_caption_file(path, subset.caption_extension)
+        try:
+            caption = None if file is None else read_caption(file, multiline=subset.captions.enable_wildcard)
+        except UserError as error:
+            problems.append(str(error))
+            caption = ""
+        if caption is None and subset.class_tokens is None:
+            without.append(path)
+        captions.append((subset.class_tokens or "") if caption is None else caption)
+    if without:
+        logger.warning(
+            "%d of %d images in %s have no %s file and are trained with an empty caption: %s. "
+            "Check caption_extension or set class_tokens.",
+            len(without), len(paths), subset.image_dir, subset.caption_extension, _some(without),
+        )  # fmt: skip
+    return captions
+
+
+def _inspect_all(paths: Iterable[str], problems: list[str]) -> dict[str, ImageFacts]:
+    """Check all files in parallel: reading and checksums release the interpreter lock."""
+    ordered = sorted(paths)
+    facts: dict[str, ImageFacts] = {}
+    with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
+        for path, outcome in zip(ordered, pool.map(_facts_or_problem, ordered), strict=True):
+            if isinstance(outcome, ImageFacts):
+                facts[path] = outcome
+            else:
+                problems.append(outcome)
+    return facts
+
+
+def _facts_or_problem(path: str) -> ImageFacts | str:
+    try:
+        return inspect_image(path)
+    except UserError as error:
+        return str(error)
+
+
+def _geometries(
+    config: DatasetConfig, found: Sequence[_Found], facts: dict[str, ImageFacts], problems: list[str]
+) -> dict[tuple[int, str], Geometry]:
+    choosers = [BucketChooser(section) for section in config.sections]
+    geometries = {}
+    for image in found:
+        if image.path not in facts:
+            continue
+        try:
+            geometries[image.section, image.path] = choosers[image.section].choose(facts[image.path].size)
+        except ValueError as error:
+            problems.append(f"{image.path}: {error}.")
+    return geometries
+
+
+def _section(
+    number: int,
+    config: SectionConfig,
+    first: int,
+    found: Sequence[_Found],
+    facts: dict[str, ImageFacts],
+    geometries: dict[tuple[int, str], Geometry],
+) -> Section:
+    def item(image: _Found) -> Item:
+        subset, fact = config.subsets[image.subset], facts[image.path]
+        return Item(
+            number=0, section=number, subset=image.subset, path=image.path, size=fact.size, orientation=fact.orientation,
+            caption=image.caption, repeats=subset.num_repeats, is_reg=subset.is_reg, geometry=geometries[number, image.path],
+            cache_stem=image.cache_stem,
+        )  # fmt: skip
+
+    items = [item(image) for image in found]
+    train = [entry for entry in items if not entry.is_reg]
+    reg = _balanced(train, [entry for entry in items if entry.is_reg])
+    counts = Counter(image.subset for image in found)
+    numbered = tuple(replace(entry, number=first + position) for position, entry in enumerate(train + reg))
+    return Section(config, numbered, tuple(counts[position] for position in range(len(config.subsets))))
+
+
+def _balanced(train: Sequence[Item], reg: Sequence[Item]) -> list[Item]:
+    num_train = sum(item.repeats for item in train)
+    uses = balance_regularisation(num_train, [item.repeats for item in reg])
+    kept = [replace(item, repeats=count) for item, count in zip(reg, uses, strict=True) if count]
+    if len(kept) < len(reg):
+        logger.warning("%d of %d regularisation images are not used: there are only %d uses of training images.",
+                       len(reg) - len(kept), len(reg), num_train)  # fmt: skip
+    return kept
+
+
+def _report_turned(facts: dict[str, ImageFacts]) -> None:
+    turned = [path for path, fact in facts.items() if fact.orientation != 1]
+    if turned:
+        logger.warning(
+            "%d images are stored turned or mirrored (EXIF orientation) and are set upright: %s. "
+            "Caches of other programs, which do not do this, are not used for them.",
+            len(turned), _some(turned),
+        )  # fmt: skip
+
+
+def _joined(problems: Sequence[str]) -> str:
+    lines = list(dict.fromkeys(problems))
+    head = "One file cannot be used:" if len(lines) == 1 else f"{len(lines)} files cannot be used:"
+    return "\n".join([head, *(f"  {line}" for line in lines), "Repair or remove them and start again."])
+
+
+def _some(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - _NAMES_SHOWN} more" if len(paths) > _NAMES_SHOWN else ""
+    return ", ".join(os.path.basename(path) for path in paths[:_NAMES_SHOWN]) + more

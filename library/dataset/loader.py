@@ -1,0 +1,233 @@
+"""Load the batches of an epoch, ahead of time in worker processes where there are any.
+
+A worker receives everything that decides a batch with the request for it (uses, weight, epoch), so the number of workers changes
+nothing but speed.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cv2
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from library.dataset.batch import Batch
+from library.dataset.buckets import crop_top_left
+from library.dataset.dataset import Dataset, Draws
+from library.dataset.images import fit, read_pixels, to_model_range
+from library.dataset.index import Item
+from library.dataset.plan import Share
+from library.models.family import SizeConditioning, TextCond
+from library.options.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Request:
+    epoch: int
+    share: Share
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Travels from a worker in place of a batch; an exception would arrive wrapped in a traceback."""
+
+    message: str
+
+
+class Loader:
+    """Loads the batches of one process, epoch after epoch.
+
+    Args:
+        dataset: with its caches filled.
+        process_index: which share of each global batch is loaded.
+        num_processes: processes that share each global batch.
+        num_workers: loading processes; 0 loads when a batch is asked for. No more than the machine has CPUs are started, and
+            none when latents are in memory, where nothing is left to wait for.
+        persistent: keep the workers between epochs.
+        pin: give batches in page-locked memory.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        process_index: int = 0,
+        num_processes: int = 1,
+        num_workers: int = 0,
+        persistent: bool = False,
+        pin: bool = False,
+    ) -> None:
+        self._dataset = dataset
+        self._process_index = process_index
+        self._num_processes = num_processes
+        self._pin = pin
+        self._requests: list[_Request] = []
+        workers = _useful_workers(dataset, num_workers)
+        self._loader: DataLoader[Any] = DataLoader(
+            _Reader(dataset),  # type: ignore[arg-type]  # its indices are requests
+            batch_size=None,
+            sampler=_CurrentRequests(self._requests),
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            persistent_workers=persistent and workers > 0,
+            pin_memory=pin,
+            multiprocessing_context=_start_method() if workers else None,
+            worker_init_fn=_prepare_worker if workers else None,
+            generator=torch.Generator().manual_seed(0),  # else each epoch takes a number from torch's own generator
+        )
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """Yield this process's batches of an epoch (counted from 1).
+
+        Args:
+            epoch: which epoch.
+            start_batch: batches already trained on; nothing is loaded for them.
+
+        Raises:
+            UserError: an image or cache file has become unreadable; it is named.
+        """
+        plan = self._dataset.plan(epoch, self._num_processes)
+        shares = (plan.share(batch, self._process_index, self._num_processes) for batch in range(start_batch, len(plan.batches)))
+        self._requests[:] = [_Request(epoch, share) for share in shares]
+        for loaded in self._loader:
+            if isinstance(loaded, _Failure):
+                raise UserError(loaded.message)
+            yield self._with_texts_in_memory(loaded)
+
+    def _with_texts_in_memory(self, batch: Batch) -> Batch:
+        """Add texts held in this process, which workers are spared a copy of."""
+        texts = self._dataset.texts
+        if texts is None or not texts.in_memory:
+            return batch
+        cond = stack_cond([texts.read(self._dataset.items[0], caption) for caption in batch.captions])
+        return replace(batch, text_cond={key: value.pin_memory() for key, value in cond.items()} if self._pin else cond)
+
+
+def make_loader(
+    dataset: Dataset,
+    epoch: int,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    num_workers: int = 0,
+    start_batch: int = 0,
+    pin: bool = False,
+) -> Iterable[Batch]:
+    """Return the batches of one epoch for one process; see `Loader`, which also keeps workers from epoch to epoch."""
+    loader = Loader(dataset, process_index=process_index, num_processes=num_processes, num_workers=num_workers, pin=pin)
+    return loader.epoch(epoch, start_batch)
+
+
+def load_batch(dataset: Dataset, epoch: int, share: Share) -> Batch:
+    """Load one batch in this process; texts in memory are left out.
+
+    Raises:
+        UserError: an image or cache file cannot be read; it is named.
+    """
+    items = [dataset.items[dataset.use_items[use]] for use in share.uses]
+    draws = [dataset.draws(use, epoch) for use in share.uses]
+    latents = dataset.latents
+    texts = dataset.texts if dataset.texts is not None and not dataset.texts.in_memory else None
+    captions = [draw.caption for draw in draws]
+    prior = dataset.config.prior_loss_weight
+    return Batch(
+        images=None if latents else torch.stack([_image(dataset, item, draw) for item, draw in zip(items, draws, strict=True)]),
+        latents=torch.stack([latents.read(item, flipped=draw.flipped) for item, draw in zip(items, draws, strict=True)])
+        if latents
+        else None,
+        captions=captions,
+        text_cond=stack_cond([texts.read(item, text) for item, text in zip(items, captions, strict=True)]) if texts else None,
+        sizes=_sizes(items, draws),
+        loss_weights=torch.tensor([share.weight * (prior if item.is_reg else 1.0) for item in items], dtype=torch.float32),
+        draw_seeds=[draw.seed for draw in draws],
+        image_keys=[item.path for item in items],
+    )
+
+
+def stack_cond(conds: Sequence[TextCond]) -> TextCond:
+    """Put samples without a batch axis together."""
+    return {key: torch.stack([cond[key] for cond in conds]) for key in conds[0]}
+
+
+class _Reader:
+    """What a worker holds: the dataset without what lies in this process's memory."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, request: _Request) -> Batch | _Failure:
+        try:
+            return load_batch(self._dataset, request.epoch, request.share)
+        except UserError as error:
+            return _Failure(str(error))
+        except Exception as error:
+            keys = [self._dataset.items[self._dataset.use_items[use]].path for use in request.share.uses]
+            error.add_note(f"while loading {', '.join(keys)}")
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        dataset = self._dataset
+        texts = dataset.texts
+        if texts is None or not texts.in_memory:
+            return {"_dataset": dataset}
+        slim = object.__new__(Dataset)
+        slim.__dict__.update(dataset.__dict__, texts=None)
+        return {"_dataset": slim}
+
+
+class _CurrentRequests:
+    """The sampler: whatever the list holds when an epoch begins."""
+
+    def __init__(self, requests: list[_Request]) -> None:
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[_Request]:
+        return iter(list(self._requests))
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+
+def _useful_workers(dataset: Dataset, wanted: int) -> int:
+    if dataset.latents is not None and dataset.latents.in_memory:
+        return 0
+    return min(wanted, os.cpu_count() or 1)
+
+
+def _start_method() -> str:
+    """Fork on Linux, where it starts at once; elsewhere a fresh interpreter is the only safe way."""
+    return "fork" if sys.platform == "linux" and "fork" in multiprocessing.get_all_start_methods() else "spawn"
+
+
+def _prepare_worker(worker: int) -> None:
+    """Leave Ctrl+C to the main process, and the other CPUs to the other workers."""
+    del worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    cv2.setNumThreads(0)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _image(dataset: Dataset, item: Item, draws: Draws) -> Tensor:
+    pixels = fit(read_pixels(item.path, item.orientation), item.geometry, dataset.sections[item.section].interpolation(item))
+    return torch.from_numpy(to_model_range(pixels[:, ::-1] if draws.flipped else pixels))
+
+
+def _sizes(items: Sequence[Item], draws: Sequence[Draws]) -> SizeConditioning:
+    crops = [crop_top_left(item.geometry, draw.flipped) for item, draw in zip(items, draws, strict=True)]
+    return SizeConditioning(
+        original_hw=torch.tensor([item.size[::-1] for item in items], dtype=torch.int64),
+        crop_top_left=torch.tensor(crops, dtype=torch.int64),
+        target_hw=torch.tensor([item.geometry.bucket[::-1] for item in items], dtype=torch.int64),
+    )

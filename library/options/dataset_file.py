@@ -1,0 +1,148 @@
+"""Read a dataset file into tables and find every key that is unknown, misplaced or of the wrong type."""
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from library.options.dataset_keys import COMMAND_LINE_ONLY, DATASET, GENERAL, KEYS, NOT_BUILT, RENAMED, SUBSET, NotThatType
+from library.options.errors import UsageError
+from library.options.nearest import did_you_mean, nearest
+
+Table = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A table of the file and the words for where it is."""
+
+    where: str
+    table: Table
+
+
+@dataclass(frozen=True)
+class DatasetTables:
+    """One dataset of the file."""
+
+    own: Place
+    subsets: list[Place]
+
+
+@dataclass
+class DatasetFile:
+    """The tables of a file and what is wrong with their keys; values are still as they were written."""
+
+    general: Place
+    datasets: list[DatasetTables] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_dataset_file(path: str) -> DatasetFile:
+    """Read a `.toml` or `.json` dataset file and check its keys.
+
+    Raises:
+        UsageError: the file is missing, has another ending, is not UTF-8 or not valid TOML or JSON.
+    """
+    content = _parsed(path)
+    tables = DatasetFile(Place(GENERAL, {}))
+    tables.problems += [f"{path}: {_unknown_top_level(name)}" for name in content if name not in ("general", "datasets")]
+    general = content.get("general") or {}
+    if isinstance(general, dict):
+        tables.general = Place(GENERAL, general)
+        tables.problems += _complaints(path, tables.general, GENERAL)
+    else:
+        tables.problems.append(f"{path}: {GENERAL} must be a table, but it is {general!r}.")
+    for number, table in enumerate(_list_of_tables(path, content.get("datasets"), DATASET, tables.problems), start=1):
+        tables.datasets.append(_dataset_tables(path, table, f"{DATASET} {number}", tables.problems))
+    return tables
+
+
+def _dataset_tables(path: str, table: Table, where: str, problems: list[str]) -> DatasetTables:
+    own = Place(where, {name: value for name, value in table.items() if name != "subsets"})
+    problems += _complaints(path, own, DATASET)
+    subsets = _list_of_tables(path, table.get("subsets"), f"[[datasets.subsets]] of {where}", problems)
+    places = [Place(f"{where}, subset {position}", subset) for position, subset in enumerate(subsets, start=1)]
+    for place in places:
+        problems += _complaints(path, place, SUBSET)
+    return DatasetTables(own, places)
+
+
+def _parsed(path: str) -> dict[str, Any]:
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in (".toml", ".json"):
+        raise UsageError([f"--dataset_config {path}: the name must end in .toml or .json."])
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+        content = tomllib.loads(text) if ending == ".toml" else json.loads(text)
+    except FileNotFoundError:
+        raise UsageError([f"--dataset_config {path}: there is no such file. Paths start at {os.getcwd()}."]) from None
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            [f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start}). Save it as UTF-8."]
+        ) from None
+    except OSError as error:
+        raise UsageError([f"--dataset_config {path} cannot be read: {error.strerror}."]) from None
+    except ValueError as error:
+        raise UsageError([f"{path} is not valid {ending[1:].upper()}: {error}.{_backslash_hint(str(error))}"]) from None
+    if not isinstance(content, dict):
+        raise UsageError([f"{path} must hold a general table and a list of datasets, but it holds a {type(content).__name__}."])
+    return content
+
+
+def _backslash_hint(error: str) -> str:
+    if "escape" in error.lower() or "backslash" in error.lower() or "hex value" in error.lower():
+        return " Write Windows paths in single quotes, or with forward slashes."
+    return ""
+
+
+def _list_of_tables(path: str, value: Any, where: str, problems: list[str]) -> list[dict[str, Any]]:
+    if isinstance(value, list) and value and all(isinstance(table, dict) for table in value):
+        return value
+    if value is None or value == []:
+        problems.append(f"{path}: {where} is missing. Write at least one [[datasets]] with one [[datasets.subsets]] below it.")
+    else:
+        problems.append(f"{path}: {where} must be a list of tables; in TOML its name stands in double brackets.")
+    return []
+
+
+def _complaints(path: str, place: Place, level: str) -> list[str]:
+    complaints = (_key_complaint(name, value, level) for name, value in place.table.items())
+    return [f"{path}: {place.where}: {complaint}" for complaint in complaints if complaint]
+
+
+def _key_complaint(name: str, value: Any, level: str) -> str | None:
+    if name in NOT_BUILT:
+        reason, harmless = NOT_BUILT[name]
+        return None if value is None or value in harmless else f"{name} cannot be used: {reason}. Remove the key."
+    key = KEYS.get(name)
+    if key is None:
+        return _unknown_key(name)
+    if level not in key.levels:
+        return f"{name} does not belong in {level}. Put it in {' or '.join(key.levels)}."
+    if value is None:
+        return None
+    try:
+        key.read(value)
+    except NotThatType as error:
+        return f"{name} must be {error}, but it is {value!r}."
+    return None
+
+
+def _unknown_key(name: str) -> str:
+    if name in RENAMED:
+        return f"{name} is called {RENAMED[name]} in a dataset file."
+    if name in COMMAND_LINE_ONLY:
+        return f"{name} is a setting of the whole run: give --{name} on the command line or in --config_file."
+    near = nearest(name, [*KEYS, *NOT_BUILT])
+    levels = f" It is allowed in {' or '.join(KEYS[near].levels)}." if near in KEYS else ""
+    return f"unknown key {name}." + (f" Did you mean {near}?{levels}" if near else " Remove it.")
+
+
+def _unknown_top_level(name: str) -> str:
+    if name in KEYS:
+        return f"{name} stands outside any table. Put it in {' or '.join(KEYS[name].levels)}."
+    hint = did_you_mean(name, ("general", "datasets"))
+    return f"unknown table or key {name}. A dataset file holds {GENERAL} and {DATASET}.{hint}"
