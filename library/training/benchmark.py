@@ -1,0 +1,318 @@
+"""One training step with random weights and random data, and how fast it is. It runs the functions of the training loop itself."""
+
+import gc
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import networks.lora
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from library.dataset.batch import Batch
+from library.diffusion.objective import DdpmObjective
+from library.diffusion.schedule import NoiseSchedule
+from library.models.family import ModelSource, SizeConditioning
+from library.models.sdxl.checkpoint import Checkpoint
+from library.models.sdxl.family import SdxlFamily
+from library.models.sdxl.sizes import SdxlSizes, TextEncoderSizes, VaeSizes, plan_unet
+from library.models.sdxl.unet import UNet
+from library.optim.optimizers import make_optimizer
+from library.options.groups.bench import BenchOptions
+from library.options.groups.distributed import ProcessGroupOptions
+from library.options.groups.loss import LossOptions
+from library.options.groups.noise import NoiseOptions
+from library.options.groups.optimizer import OptimizerOptions
+from library.options.groups.precision import WorkingPrecisionOptions
+from library.training.accelerator import DTypes, make_accelerator
+from library.training.loop import Trainable, TrainingRun, accumulate_gradient, update_parameters
+from library.training.step import FrozenParts, TrainStep
+from library.training.trainable import NetworkTrainable
+
+SIZES = {
+    "tiny": SdxlSizes(
+        unet=plan_unet(64, (1, 1, 2), (0, 1, 2), context_dim=192, vector_dim=176),
+        te1=TextEncoderSizes.by_convention(64, 3, "quick_gelu"),
+        te2=TextEncoderSizes.by_convention(128, 3, "gelu", projection_dim=128),
+        vae=VaeSizes((32, 64, 128, 128), 2, 4),
+    ),
+    "full": SdxlSizes(),
+}
+"""The U-Nets that can be measured; `tiny` is what tools/make_tiny_sdxl.py writes."""
+
+TEXT_TOKENS = 77
+MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
+"""Side of the square matrices whose product gives the device's peak: large enough to be bound by arithmetic alone."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured."""
+
+    seconds_per_step: float
+    """Mean over the timed steps."""
+    images_per_second: float
+    tera_flop_per_step: float
+    """Counted: matrix products, convolutions and attention of forward and backward, recomputation included."""
+    tera_flop_per_second: float
+    matmul_peak_tera_flop_per_second: float
+    """Measured here, with one large matrix product in the number type of the computation."""
+    share_of_matmul_peak: float
+    peak_memory_gib: dict[str, float]
+    """On a GPU `allocated` and `reserved` from the first step on; else `resident`, of the process."""
+    trained_parameters: int
+
+
+def measure(bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: OptimizerOptions) -> Speed:
+    """Build the step, run it, and measure.
+
+    Raises:
+        UserError: the device cannot compute in this precision, or a package is missing.
+    """
+    run, batch = make_run(bench, precision, optimizer)
+    device = run.accelerator.device
+    reset_peak_memory(device)
+    for _ in range(bench.warmup):
+        one_step(run, batch)
+    seconds = timed(device, lambda: one_step(run, batch), bench.steps)
+    memory = peak_memory_gib(device)
+    counted = count_tera_flop(run, batch)
+    dtype = DTypes.of(precision, no_half_vae=False, save_precision=None).compute
+    del run.step
+    peak = matmul_peak(device, dtype)
+    return Speed(
+        seconds_per_step=seconds,
+        images_per_second=bench.batch_size / seconds,
+        tera_flop_per_step=counted,
+        tera_flop_per_second=counted / seconds,
+        matmul_peak_tera_flop_per_second=peak,
+        share_of_matmul_peak=counted / seconds / peak,
+        peak_memory_gib=memory,
+        trained_parameters=sum(parameter.numel() for parameter in run.parameters),
+    )
+
+
+# --- what is measured ---------------------------------------------------------------------------------------------------
+
+
+def make_run(bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: OptimizerOptions) -> tuple[TrainingRun, Batch]:
+    """Build what the training loop needs for one step: random weights made on the device, and a batch of random data."""
+    accelerator = make_accelerator(precision, ProcessGroupOptions())
+    device, dtypes = accelerator.device, DTypes.of(precision, no_half_vae=False, save_precision=None)
+    sizes = SIZES[bench.size]
+    unet = make_unet(sizes, device, dtypes.compute if bench.mode == "lora" else dtypes.trained, precision)
+    trainable = TRAINABLES[bench.mode](unet, bench, device, dtypes.trained)
+    parameters = [parameter for parameter in trainable.module.parameters() if parameter.requires_grad]
+    family = SdxlFamily(ModelSource("random weights"), Checkpoint("random weights", {}), sizes)
+    objective = DdpmObjective(NoiseSchedule.make(device=device), False, NoiseOptions(), LossOptions())
+    step = TrainStep(trainable.module, FrozenParts(family, unet, [None, None], None), objective, train_text=False)
+    prepared_step, prepared_optimizer = accelerator.prepare(step, make_optimizer(optimizer, [{"params": parameters}]))
+    run = TrainingRun(
+        accelerator=accelerator,
+        step=prepared_step,
+        trainable=trainable,
+        parameters=parameters,
+        optimizer=prepared_optimizer,
+        schedule=torch.optim.lr_scheduler.ConstantLR(prepared_optimizer.optimizer, factor=1.0),
+        batches=lambda epoch, first: [],
+        batches_per_epoch=1,
+        accumulation=1,
+        max_updates=bench.warmup + bench.steps,
+        max_grad_norm=optimizer.max_grad_norm,
+        seed=0,
+        observe_loss=lambda loss: None,
+    )
+    trainable.on_epoch_start()
+    return run, make_batch(bench, sizes, device)
+
+
+def make_unet(sizes: SdxlSizes, device: torch.device, dtype: torch.dtype, precision: WorkingPrecisionOptions) -> UNet:
+    """Make a frozen U-Net with random weights where and as it is used, never in another place or number type first."""
+    with default_dtype(dtype), device:
+        unet = UNet(sizes.unet)
+    unet.requires_grad_(False)
+    unet.set_attention(attention_kind(precision))
+    if precision.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
+
+
+def attention_kind(precision: WorkingPrecisionOptions) -> str:
+    """The attention the options ask for; PyTorch's own when they ask for none."""
+    return next((kind for kind in ("xformers", "mem_eff_attn") if getattr(precision, kind)), "sdpa")
+
+
+class WholeModel:
+    """The U-Net itself is trained."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.module = unet.requires_grad_(True)
+
+    def on_epoch_start(self) -> None:
+        """Training mode."""
+        self.module.train()
+
+    def on_batch_start(self) -> None:
+        """Nothing to prepare."""
+
+    def after_update(self) -> None:
+        """Nothing to limit."""
+
+
+def _lora(unet: nn.Module, bench: BenchOptions, device: torch.device, dtype: torch.dtype) -> Trainable:
+    network = networks.lora.create_network(1.0, bench.network_dim, 1.0, None, [], unet)
+    network.apply_to([], unet, apply_text_encoder=False, apply_unet=True)
+    network.to(device, dtype).requires_grad_(True)
+    return NetworkTrainable(network, unet, [], max_norm=None)
+
+
+TRAINABLES: dict[str, Callable[[nn.Module, BenchOptions, torch.device, torch.dtype], Trainable]] = {
+    "lora": _lora,
+    "finetune": lambda unet, bench, device, dtype: WholeModel(unet),
+}
+"""What each mode trains."""
+
+
+def make_batch(bench: BenchOptions, sizes: SdxlSizes, device: torch.device) -> Batch:
+    """Make a batch as the data loader would with cached latents and cached text: random, on the CPU, pinned for a GPU."""
+    count, side = bench.batch_size, bench.resolution // SdxlFamily.latent_stride
+    square = torch.tensor([[bench.resolution, bench.resolution]] * count)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(count, *shape, generator=generator)
+
+    batch = Batch(
+        images=None,
+        latents=random(SdxlFamily.latent_channels, side, side),
+        captions=["random"] * count,
+        text_cond={
+            "hidden1": random(TEXT_TOKENS, sizes.te1.width),
+            "hidden2": random(TEXT_TOKENS, sizes.te2.width),
+            "pool2": random(sizes.te2.projection_dim),
+        },
+        sizes=SizeConditioning(square, torch.zeros_like(square), square),
+        loss_weights=torch.ones(count),
+        draw_seeds=list(range(count)),
+        image_keys=["random"] * count,
+    )
+    return batch.pin_memory() if device.type == "cuda" else batch
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def one_step(run: TrainingRun, batch: Batch) -> None:
+    """One batch, one update, as the training loop does them."""
+    accumulate_gradient(run, batch, epoch=1, index=0, window=1, synchronise=True)
+    update_parameters(run)
+
+
+def timed(device: torch.device, work: Callable[[], object], repeats: int) -> float:
+    """Return the mean seconds of `work`, waiting for the device only before the first and after the last."""
+    wait_for(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    wait_for(device)
+    return (time.perf_counter() - began) / repeats
+
+
+def count_tera_flop(run: TrainingRun, batch: Batch) -> float:
+    """Count the floating-point operations of one step, in units of 10¹²; a multiplication and its addition are two."""
+    with FlopCounterMode(display=False) as counter:
+        one_step(run, batch)
+    return cast(int, counter.get_total_flops()) / 1e12
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Measure the best rate of a large square matrix product, in 10¹² operations per second.
+
+    Args:
+        device: where.
+        dtype: of the matrices.
+        seconds: about how long to measure.
+    """
+    side = MATMUL_SIDE.get(device.type, 2048)
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+
+    def multiply() -> Tensor:
+        return torch.mm(left, right, out=out)
+
+    timed(device, multiply, 2)
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        best = min(best, timed(device, multiply, 5))
+    return 2 * side**3 / best / 1e12
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the peak of building the model."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_gib(device: torch.device) -> dict[str, float]:
+    """Return the peak since `reset_peak_memory` on a GPU; without one, that of the process since it started, in GiB."""
+    if device.type == "cuda":
+        peaks = {"allocated": torch.cuda.max_memory_allocated(device), "reserved": torch.cuda.max_memory_reserved(device)}
+    else:
+        peaks = {"resident": peak_resident_bytes()}
+    return {name: size / 2**30 for name, size in peaks.items()}
+
+
+def peak_resident_bytes() -> int:
+    """The largest memory this process has had in RAM."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make floating-point tensors in `dtype` unless another one is asked for."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Name what the numbers were measured on."""
+    facts: dict[str, Any] = {"device": device.type, "machine": platform.machine(), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+    else:
+        facts["name"] = cpu_name()
+    return facts
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,109 @@
+"""House rules that no linter here holds: lengths, docstrings, and what may be imported before options are checked."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LONGEST_FUNCTION = 80
+LONGEST_FILE = 500
+DOCUMENTED_SHARE = 0.9
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def product_files() -> list[Path]:
+    """Every Python file of the product: scripts and rooms, without tests."""
+    rooms = [path for room in ("library", "networks", "tools") for path in (ROOT / room).rglob("*.py")]
+    return sorted(rooms + list(ROOT.glob("*.py")))
+
+
+def definitions(path: Path) -> Iterator[Definition]:
+    """All functions and classes of a file, nested ones included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, Definition):
+            yield node
+
+
+def public_definitions(path: Path) -> Iterator[Definition]:
+    """The public functions, classes and methods of a file; what is defined inside a function is private to it."""
+
+    def visit(body: list[ast.stmt]) -> Iterator[Definition]:
+        for node in body:
+            if isinstance(node, Definition) and not node.name.startswith("_"):
+                yield node
+                if isinstance(node, ast.ClassDef):
+                    yield from visit(node.body)
+
+    return visit(ast.parse(path.read_text(encoding="utf-8")).body)
+
+
+def at(path: Path, node: Definition) -> str:
+    """Where a definition stands, as an editor opens it."""
+    return f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+
+
+def test_no_function_is_longer_than_a_screen_and_a_half() -> None:
+    functions = [(path, node) for path in product_files() for node in definitions(path) if not isinstance(node, ast.ClassDef)]
+    too_long = [at(path, node) for path, node in functions if (node.end_lineno or 0) - node.lineno >= LONGEST_FUNCTION]
+    assert functions
+    assert too_long == []
+
+
+def test_no_file_does_two_jobs() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in product_files()}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_public_things_say_what_they_are_for() -> None:
+    public = [(path, node) for path in product_files() for node in public_definitions(path)]
+    silent = [at(path, node) for path, node in public if ast.get_docstring(node) is None]
+    assert len(silent) <= (1 - DOCUMENTED_SHARE) * len(public), "\n".join(silent)
+
+
+def test_options_are_read_without_torch() -> None:
+    code = (
+        "import importlib, pkgutil, sys, library.options\n"
+        "for module in pkgutil.walk_packages(library.options.__path__, 'library.options.'): importlib.import_module(module.name)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("sdxl_*.py")) + ["tools/bench.py"])
+def test_help_comes_without_torch(script: str) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{script!r}, '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as stop: status = stop.code\n"
+        "sys.exit(99 if 'torch' in sys.modules else status)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert shown.returncode in (0, None), shown.stderr
+    assert "--mixed_precision" in shown.stdout or "--ckpt" in shown.stdout
+
+
+@pytest.mark.parametrize("picture", sorted(path.name for path in (ROOT / "examples/toy/images").glob("*.[jp]*g")))
+def test_every_toy_picture_has_a_caption_a_source_and_a_licence(picture: str) -> None:
+    folder = ROOT / "examples" / "toy"
+    assert (folder / "images" / picture).with_suffix(".txt").read_text(encoding="utf-8").strip()
+    rows = [line for line in (folder / "SOURCES.md").read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{picture}`")]
+    assert len(rows) == 1
+    assert any(licence in rows[0] for licence in ("CC0 1.0", "CC BY 2.0", "CC BY 4.0", "public domain"))
+
+
+def test_the_toy_pictures_are_few_and_of_every_kind() -> None:
+    from PIL import Image
+
+    files = list((ROOT / "examples" / "toy" / "images").glob("*.[jp]*g"))
+    sizes = [Image.open(file).size for file in files]
+    assert len(files) == 12
+    assert sum(file.stat().st_size for file in files) < 2_000_000
+    assert {file.suffix for file in files} == {".jpg", ".png"}
+    assert any(w > h for w, h in sizes)
+    assert any(w < h for w, h in sizes)

@@ -1,0 +1,102 @@
+"""What the documentation tells a person to type is accepted by the commands it names, and its links lead somewhere."""
+
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+import start
+from library.generation.plan import raise_refusals, read_prompts
+from library.options.dataset_config import load_dataset_config
+from library.options.errors import UsageError
+from library.options.groups.generation import PromptOptions
+from library.options.parse import parse
+from library.options.scripts import SdxlGenImgOptions, SdxlTrainNetworkOptions
+from tools.bench import BenchScriptOptions, check
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/toy/SOURCES.md"]
+"""Pages whose commands and links are tested."""
+LAUNCHERS = (["accelerate", "launch"], ["python3"], ["python"])
+
+
+def fenced(path: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every command of every page that starts one of our scripts, as (page, words)."""
+    found = []
+    for page in PAGES:
+        for block in fenced(page, "bash"):
+            lines = [shlex.split(line, comments=True) for line in block.replace("\\\n", " ").splitlines()]
+            found += [(page.name, words) for words in lines if any(word.endswith(".py") for word in words)]
+    return found
+
+
+def accept_bench(arguments: Sequence[str]) -> None:
+    check(parse(BenchScriptOptions, arguments))
+
+
+ACCEPT: dict[str, Callable[[list[str]], object]] = {
+    "start.py": start.read_command_line,
+    "sdxl_train_network.py": lambda arguments: parse(SdxlTrainNetworkOptions, arguments),
+    "sdxl_gen_img.py": lambda arguments: parse(SdxlGenImgOptions, arguments),
+    "tools/bench.py": accept_bench,
+}
+
+
+@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: value if isinstance(value, str) else " ".join(value)[:60])
+def test_the_commands_of_the_documentation_are_accepted(page: str, words: list[str]) -> None:
+    script = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    assert any(words[: len(launcher)] == launcher for launcher in LAUNCHERS)
+    assert (ROOT / words[script]).exists()
+    ACCEPT[words[script]](words[script + 1 :])
+
+
+def test_the_readme_shows_set_up_training_and_drawing() -> None:
+    shown = {word for page, words in commands() if page == "README.md" for word in words if word.endswith(".py")}
+    assert shown == {"start.py", "sdxl_train_network.py", "sdxl_gen_img.py"}
+
+
+def test_a_mistyped_option_in_the_readme_would_be_noticed() -> None:
+    _, words = next((page, words) for page, words in commands() if "sdxl_train_network.py" in words)
+    arguments = words[words.index("sdxl_train_network.py") + 1 :]
+    with pytest.raises(UsageError, match="network_dim"):
+        parse(SdxlTrainNetworkOptions, [word.replace("--network_dim", "--network_dimm") for word in arguments])
+
+
+@pytest.mark.parametrize("source", ["README.md", "examples/toy/dataset.toml"])
+def test_the_dataset_files_shown_are_accepted(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = fenced(ROOT / source, "toml")[0] if source.endswith(".md") else (ROOT / source).read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    Path("dataset.toml").write_text(text, encoding="utf-8")
+    for folder in re.findall(r'image_dir = "(.*)"', text):
+        Path(folder).mkdir(parents=True)
+    options = parse(SdxlTrainNetworkOptions, ["--dataset_config", "dataset.toml"])
+    config = load_dataset_config(options.dataset, options.caption, options.image, options.cache)
+    assert len(config.sections) == 1
+
+
+def test_the_training_configuration_of_the_demo_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    options = parse(SdxlTrainNetworkOptions, ["--config_file", "examples/toy/training.toml", "--strict_config"])
+    assert options.network.network_module == "networks.lora"
+    config = load_dataset_config(options.dataset, options.caption, options.image, options.cache)
+    assert config.sections[0].subsets[0].num_repeats == 1
+
+
+def test_the_prompts_of_the_demo_can_be_drawn() -> None:
+    prompts = read_prompts(PromptOptions(from_file=str(ROOT / "examples/toy/prompts.txt")))
+    raise_refusals(prompts)
+    assert len(prompts) == 4
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_that_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
