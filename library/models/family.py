@@ -113,6 +113,7 @@ class Family(Protocol):
         """Sample the VAE posterior, in cache units (SDXL: unscaled).
 
         Args:
+            vae: as `load_vae` gives it.
             images: (B, 3, H, W) in [-1, 1].
             noise: (B, C, h, w) standard normal draws of the posterior, so that the caller owns the randomness.
         """
@@ -123,10 +124,13 @@ class Family(Protocol):
     def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
         """Model units to images (B, 3, H, W) in [-1, 1], not clamped."""
 
-    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, cond: TextCond, sizes: SizeConditioning | None) -> Tensor:
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, cond: TextCond, sizes: SizeConditioning | None
+    ) -> Tensor:
         """Run the denoiser.
 
         Args:
+            denoiser: as `load_denoiser` gives it.
             noisy: (B, C, h, w), cast to the denoiser's dtype unless autocast does it.
             timesteps: (B,) int64 for DDPM families.
             cond: as `encode_text` gives it, batch B.

@@ -1,0 +1,171 @@
+"""SDXL behind the family interface."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from library.models.family import LatentCacheSpec, ModelSource, SizeConditioning, TextCacheSpec, TextCond, Tokens
+from library.models.sdxl.build import build_part, file_names
+from library.models.sdxl.checkpoint import Checkpoint
+from library.models.sdxl.embeddings import size_embedding
+from library.models.sdxl.open_model import check_parts, open_checkpoint
+from library.models.sdxl.sizes import SdxlSizes
+from library.models.sdxl.text_encoders import merge_rows
+from library.models.sdxl.tokenizer import load_bpe, tokenize
+from library.models.weights import content_hash, fill
+
+logger = logging.getLogger(__name__)
+
+_NPZ_NAMES = {"hidden1": "hidden_state1", "hidden2": "hidden_state2", "pool2": "pool2"}
+"""Our names of text outputs, and those of the cache files that sd-scripts reads."""
+
+
+def _pack(cond: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    return {
+        _NPZ_NAMES[name]: (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy() for name, value in cond.items()
+    }
+
+
+def _unpack(arrays: Mapping[str, np.ndarray[Any, Any]]) -> TextCond:
+    return {name: torch.from_numpy(arrays[stored]) for name, stored in _NPZ_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class SdxlFamily:
+    """An SDXL model, opened: its files are checked and its sizes known, none of its tensors is loaded.
+
+    Make it with `open`.
+    """
+
+    source: ModelSource
+    checkpoint: Checkpoint
+    sizes: SdxlSizes
+
+    name = "sdxl"
+    latent_channels = 4
+    latent_stride = 8
+    size_multiple = 32
+    encoder_names = ("te1", "te2")
+    latent_cache = LatentCacheSpec("_sdxl.npz")
+    text_cache = TextCacheSpec("_te_outputs.npz", frozenset(_NPZ_NAMES.values()), _pack, _unpack)
+
+    @classmethod
+    def open(cls, source: ModelSource) -> "SdxlFamily":
+        """Find the model's files, check that they are a complete SDXL model, and read its sizes; only headers are read.
+
+        Raises:
+            UserError: a file is missing, damaged, incomplete or not SDXL; the message says what it is.
+        """
+        checkpoint = open_checkpoint(source)
+        return cls(source, checkpoint, check_parts(checkpoint))
+
+    def load_text_encoders(self, dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
+        """Load TE1 and TE2, frozen and in evaluation mode."""
+        return [self._load("te1", dtype, device), self._load("te2", dtype, device)]
+
+    def load_vae(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """Load the VAE, frozen and in evaluation mode. In float16 SDXL's own overflows: load it in float32 then."""
+        return self._load("vae", dtype, device)
+
+    def load_denoiser(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """Load the U-Net, frozen and in evaluation mode."""
+        return self._load("unet", dtype, device)
+
+    def fingerprint(self, part: str) -> str:
+        """Hash the values of a part ("vae" or "text_encoders"): copies of a model, or the same weights in another layout, agree."""
+        parts = {"vae": ("vae",), "text_encoders": ("te1", "te2")}[part]
+        return "-".join(content_hash(self.checkpoint.parts[name]) for name in parts)
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Turn B texts into `ids1` and `ids2`, int64 (B, n, 77), on the CPU."""
+        ids1, ids2 = tokenize(load_bpe(self.source.tokenizer_cache_dir), texts, self.source.max_token_length)
+        return {"ids1": ids1, "ids2": ids2}
+
+    def encode_text(self, tokens: Tokens, encoders: Sequence[nn.Module | None]) -> TextCond:
+        """Run TE1 and TE2, each if it is not None, on its device and in its dtype.
+
+        Returns:
+            `hidden1` (B, 75n + 2, width of TE1), `hidden2` (B, 75n + 2, width of TE2) and `pool2` (B, its projection width), the
+            pooled output of each text's first row.
+        """
+        te1, te2 = encoders
+        cond: TextCond = {}
+        if te1 is not None:
+            cond["hidden1"] = merge_rows(_by_rows(te1(_flat_ids(tokens["ids1"], te1)), tokens["ids1"]))
+        if te2 is not None:
+            hidden, pooled = te2(_flat_ids(tokens["ids2"], te2))
+            cond["hidden2"] = merge_rows(_by_rows(hidden, tokens["ids2"]))
+            cond["pool2"] = _by_rows(pooled, tokens["ids2"])[:, 0]
+        return cond
+
+    def encode_images(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
+        """Sample the VAE posterior: mean + exp(logvar / 2) · noise, unscaled.
+
+        The VAE runs in the dtype of its weights, also under autocast.
+
+        Args:
+            vae: as loaded by `load_vae`.
+            images: (B, 3, H, W) in [-1, 1].
+            noise: (B, 4, H/8, W/8) standard normal.
+
+        Returns:
+            (B, 4, H/8, W/8) float32.
+        """
+        weight = next(vae.parameters())
+        with torch.autocast(weight.device.type, enabled=False):
+            posterior = cast(Any, vae).encode(images.to(weight.device, weight.dtype)).latent_dist
+        mean: Tensor = posterior.mean.float()
+        return mean + posterior.std.float() * noise.to(mean)
+
+    def to_model_units(self, latents: Tensor) -> Tensor:
+        """Scale latents of the VAE to the standard deviation of about 1 that the U-Net sees."""
+        return latents * self.sizes.vae.scaling_factor
+
+    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """Decode what the U-Net sees, (B, 4, h, w), to images (B, 3, 8h, 8w), float32 in [-1, 1], not clamped.
+
+        The VAE runs in the dtype of its weights, also under autocast.
+        """
+        weight = next(vae.parameters())
+        with torch.autocast(weight.device.type, enabled=False):
+            unscaled = latents.float() / self.sizes.vae.scaling_factor
+            images: Tensor = cast(Any, vae).decode(unscaled.to(weight.device, weight.dtype)).sample
+        return images.float()
+
+    def predict(
+        self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, cond: TextCond, sizes: SizeConditioning | None
+    ) -> Tensor:
+        """Run the U-Net; see `Family.predict`. `sizes` is required."""
+        if sizes is None:
+            raise ValueError("SDXL is conditioned on image sizes; predict needs them")
+        context = torch.cat([cond["hidden1"], cond["hidden2"]], dim=-1)
+        vector = torch.cat([cond["pool2"].float(), size_embedding(sizes, self.sizes.size_dim)], dim=1)
+        out: Tensor = denoiser(noisy, timesteps, context, vector)
+        return out
+
+    def base_model_version(self) -> str:
+        """`sdxl_base_v1-0`, as network files call it."""
+        return "sdxl_base_v1-0"
+
+    def architecture(self) -> str:
+        """`stable-diffusion-xl-v1-base`, as modelspec calls it."""
+        return "stable-diffusion-xl-v1-base"
+
+    def _load(self, part: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        module = build_part(part, self.sizes)
+        return fill(module, self.checkpoint.parts[part], file_names(module), dtype, device)
+
+
+def _flat_ids(ids: Tensor, encoder: nn.Module) -> Tensor:
+    """(B, n, 77) to (B·n, 77) on the encoder's device."""
+    return ids.flatten(0, 1).to(next(encoder.parameters()).device, non_blocking=True)
+
+
+def _by_rows(states: Tensor, ids: Tensor) -> Tensor:
+    """(B·n, …) to (B, n, …)."""
+    return states.unflatten(0, ids.shape[:2])

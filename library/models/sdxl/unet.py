@@ -1,0 +1,145 @@
+"""The SDXL U-Net, in the names of its single-file checkpoints.
+
+Shapes: B batch, h and w latent height and width (multiples of 4), S context tokens, D context width, V vector width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from library.models.sdxl.attention import load_attention
+from library.models.sdxl.embeddings import sinusoid
+from library.models.sdxl.layers import (
+    Attention,
+    Downsample2D,
+    GroupNorm,
+    ResnetBlock2D,
+    Transformer2DModel,
+    Upsample2D,
+    run_layer,
+)
+from library.models.sdxl.sizes import (
+    BlockSizes,
+    DownsampleSize,
+    LayerSize,
+    ResnetSize,
+    StemSize,
+    TransformerSize,
+    UNetSizes,
+    UpsampleSize,
+)
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or velocity) in latents from a timestep, a text context and a vector of pooled text and sizes.
+
+    Runs in the dtype of its weights, or in autocast's. `gradient_checkpointing` makes each residual block, basic transformer
+    block and sampler keep only its inputs for the backward pass; it acts whenever gradients are recorded.
+    """
+
+    def __init__(self, sizes: UNetSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.gradient_checkpointing = False
+        self.time_embed = _two_linears(sizes.model_channels, sizes.time_dim)
+        self.label_emb = nn.Sequential(_two_linears(sizes.vector_dim, sizes.time_dim))
+        self.input_blocks = nn.ModuleList(_make_block(block, sizes) for block in sizes.input_blocks)
+        self.middle_block = _make_block(sizes.middle_block, sizes)
+        self.output_blocks = nn.ModuleList(_make_block(block, sizes) for block in sizes.output_blocks)
+        self.out = nn.Sequential(
+            GroupNorm(sizes.norm_groups, sizes.model_channels),
+            nn.SiLU(),
+            nn.Conv2d(sizes.model_channels, sizes.out_channels, 3, padding=1),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.time_embed[0].weight.dtype  # type: ignore[return-value]  # a Sequential's item is a plain Module to mypy
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor) -> Tensor:
+        """Run the network.
+
+        Args:
+            x: (B, 4, h, w) noisy latents.
+            timesteps: (B,) or (), 0 … 999, integer or fractional.
+            context: (B, S, D) text context.
+            y: (B, V) pooled text and size embeddings.
+
+        Returns:
+            (B, 4, h, w) in the dtype the convolutions run in.
+        """
+        dtype = _compute_dtype(self.dtype, x.device.type)
+        x, context, y = x.to(dtype), context.to(dtype), y.to(dtype)
+        time = sinusoid(timesteps.expand(x.shape[0]), self.sizes.model_channels).to(dtype)
+        emb = self.time_embed(time) + self.label_emb(y)
+
+        h, skips = x, []
+        for block in self.input_blocks:
+            h = self._run_block(block, h, emb, context)
+            skips.append(h)
+        h = self._run_block(self.middle_block, h, emb, context)
+        for block in self.output_blocks:
+            h = self._run_block(block, torch.cat([h, skips.pop()], dim=1), emb, context)
+        out: Tensor = self.out(h)
+        return out
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Switch gradient checkpointing on (or off) everywhere."""
+        self.gradient_checkpointing = enabled
+        for module in self.modules():
+            if isinstance(module, Transformer2DModel):
+                module.gradient_checkpointing = enabled
+
+    def set_attention(self, kind: str) -> None:
+        """Choose how attention is computed.
+
+        Args:
+            kind: "sdpa", "xformers", "mem_eff_attn" or "plain".
+
+        Raises:
+            UserError: the package it needs is not installed.
+        """
+        attend = load_attention(kind)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attend = attend
+
+    def _run_block(self, block: nn.Module, h: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        for layer in block.children():
+            if isinstance(layer, ResnetBlock2D):
+                h = run_layer(self.gradient_checkpointing, layer, h, emb)
+            elif isinstance(layer, Transformer2DModel):
+                h = layer(h, context)
+            elif isinstance(layer, nn.Conv2d):
+                h = layer(h)
+            else:
+                h = run_layer(self.gradient_checkpointing, layer, h)
+        return h
+
+
+def _two_linears(in_dim: int, out_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_dim, out_dim), nn.SiLU(), nn.Linear(out_dim, out_dim))
+
+
+def _compute_dtype(weights: torch.dtype, device_type: str) -> torch.dtype:
+    """The dtype linear layers and convolutions run in; inputs shared by many layers are cast to it once."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weights
+
+
+def _make_block(block: BlockSizes, sizes: UNetSizes) -> nn.Sequential:
+    return nn.Sequential(*(_MAKERS[type(layer)](layer, sizes) for layer in block))
+
+
+def _make_transformer(size: TransformerSize, sizes: UNetSizes) -> Transformer2DModel:
+    return Transformer2DModel(size.channels, size.depth, size.context_dim, size.head_dim, size.inner_dim, sizes.norm_groups)
+
+
+_MAKERS: dict[type[LayerSize], Callable[..., nn.Module]] = {
+    StemSize: lambda size, _: nn.Conv2d(size.in_channels, size.out_channels, 3, padding=1),
+    ResnetSize: lambda size, sizes: ResnetBlock2D(size.in_channels, size.out_channels, sizes.time_dim, sizes.norm_groups),
+    TransformerSize: _make_transformer,
+    DownsampleSize: lambda size, _: Downsample2D(size.in_channels, size.out_channels),
+    UpsampleSize: lambda size, _: Upsample2D(size.in_channels, size.out_channels),
+}
