@@ -3,7 +3,6 @@
 The loop never waits for a number: losses are copied off the device in the background (`AsyncScalars`) and shown when they arrive.
 """
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from library.training.position import Position
+from library.training.progress import Progress
 from library.training.trackers import RunLog, Scalars
 
 
@@ -147,36 +146,12 @@ def learning_rate_scalars(groups: Sequence[Mapping[str, Any]], descriptions: Seq
     return values
 
 
-class Progress:
-    """The progress bar: updates made, time left, updates per second, running loss and learning rate; on the main process only."""
-
-    def __init__(self, total: int, initial: int, visible: bool) -> None:
-        # A file or pipe keeps every redrawn line: redraw it rarely there.
-        interval = 0.1 if sys.stderr.isatty() else 10.0
-        self._bar = tqdm(
-            total=total, initial=initial, desc="steps", disable=not visible, mininterval=interval, maxinterval=interval * 10
-        )
-
-    def advance(self) -> None:
-        """Count one update."""
-        self._bar.update(1)
-
-    def show(self, average: float, rate: float, norms: NormStats | None = None) -> None:
-        """Set what stands behind the bar; it is drawn with the next update.
-
-        Args:
-            average: the running loss.
-            rate: learning rate of the first group.
-            norms: of the network's modules, where they are limited.
-        """
-        shown: dict[str, Any] = {"avr_loss": f"{average:.4g}", "lr": f"{rate:.3g}"}
-        if norms is not None:
-            shown |= {"Keys Scaled": norms.keys_scaled, "Average key norm": f"{norms.average_key_norm:.4g}"}
-        self._bar.set_postfix(shown, refresh=False)
-
-    def close(self) -> None:
-        """Draw the bar a last time and leave it standing."""
-        self._bar.close()
+def progress_figures(average: float, rates: Scalars, norms: NormStats | None = None) -> dict[str, str]:
+    """Return what stands behind the progress bar: running loss, the first group's learning rate, and norms where limited."""
+    shown = {"avr_loss": f"{average:.4g}", "lr": f"{next(iter(rates.values())):.3g}"}
+    if norms is not None:
+        shown |= {"Keys Scaled": str(norms.keys_scaled), "Average key norm": f"{norms.average_key_norm:.4g}"}
+    return shown
 
 
 @dataclass(frozen=True)
@@ -293,4 +268,4 @@ class TrainingLog:
         for observed, loss in arrived:
             self.losses.add(observed.epoch, observed.batch, loss)
             self._trackers.step(step_scalars(loss, self.losses.average, observed.rates, norms), observed.update, observed.epoch)
-            self._progress.show(self.losses.average, next(iter(observed.rates.values())), norms)
+            self._progress.show(progress_figures(self.losses.average, observed.rates, norms))

@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import math
 import sys
 import types
@@ -18,13 +19,14 @@ from library.training.logs import (
     AsyncScalars,
     LossRecorder,
     NormStats,
-    Progress,
     RunSummary,
     TrainingLog,
     learning_rate_scalars,
+    progress_figures,
     step_scalars,
 )
 from library.training.position import Position
+from library.training.progress import Progress
 from library.training.trackers import PRIVATE_OPTIONS, RunLog, loggable_config, tracker_kinds
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "compat" / "training_reference_values.json").read_text(encoding="utf-8"))
@@ -302,21 +304,40 @@ def test_a_bar_that_is_not_visible_writes_nothing(monkeypatch: pytest.MonkeyPatc
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     progress = Progress(total=2, initial=0, visible=False)
-    progress.show(0.5, 1e-4, NormStats(1, 0.5, 0.9))
+    progress.show({"avr_loss": "0.5"})
     progress.advance()
     progress.close()
     assert stream.getvalue() == ""
 
 
-def test_limiting_norms_shows_behind_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_bar_starts_where_the_run_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    progress = Progress(total=1, initial=0, visible=True)
-    progress.show(0.5, 1e-4, NormStats(3, 0.5, 0.9))
-    progress.advance()
-    progress.close()
-    assert "Keys Scaled=3" in stream.getvalue()
-    assert "Average key norm=0.5" in stream.getvalue()
+    Progress(total=4, initial=3, visible=True).close()
+    assert "75%" in stream.getvalue()
+    assert "3/4" in stream.getvalue()
+
+
+def test_limiting_norms_shows_behind_the_bar() -> None:
+    figures = progress_figures(0.5, {"lr/unet": 1e-4, "lr/group1": 2e-4}, NormStats(3, 0.25, 0.9))
+    assert figures == {"avr_loss": "0.5", "lr": "0.0001", "Keys Scaled": "3", "Average key norm": "0.25"}
+
+
+def test_messages_stand_on_lines_of_their_own_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    console = logging.StreamHandler(stream)
+    root = logging.getLogger()
+    root.addHandler(console)
+    try:
+        progress = Progress(total=2, initial=0, visible=True)
+        logging.getLogger("a run").error("saved")
+        progress.close()
+        assert console in root.handlers
+    finally:
+        root.removeHandler(console)
+    line = next(line for line in stream.getvalue().split("\n") if "saved" in line)
+    assert line.split("\r")[-1] == "saved"
 
 
 def test_the_lines_at_the_start_tell_every_figure() -> None:
