@@ -7,23 +7,9 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from library.diffusion.samplers import SAMPLERS
 from library.files.atomic import atomic_write
 from library.generation.request import ImageRequest
-
-_SAMPLER_LABELS = {
-    "ddim": "DDIM",
-    "pndm": "PLMS",
-    "lms": "LMS",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpm_2": "DPM2",
-    "dpm_2_a": "DPM2 a",
-    "dpmsolver": "DPM-Solver",
-    "dpmsolver++": "DPM++ 2M",
-    "dpmsingle": "DPM++ 2S",
-}
-"""Samplers as web user interfaces call them."""
 
 
 class PictureFiles:
@@ -36,17 +22,15 @@ class PictureFiles:
         folder: made when the first picture is written.
         sequential: count instead of naming by time and seed.
         model_name: what the metadata calls the model.
-        networks: what the metadata says of attached networks: name and strength.
     """
 
-    def __init__(self, folder: str, *, sequential: bool, model_name: str, networks: dict[str, float]) -> None:
+    def __init__(self, folder: str, *, sequential: bool, model_name: str) -> None:
         self._folder = Path(folder)
         self._sequential = sequential
         self._count = _highest_number(self._folder) if sequential else 0
         self._model_name = model_name
-        self._networks = networks
 
-    def save(self, picture: Image.Image, request: ImageRequest, place: int, now: datetime) -> Path:
+    def save(self, picture: Image.Image, request: ImageRequest, place: int, now: datetime, networks: dict[str, float]) -> Path:
         """Write one picture, whole or not at all, under a name that is free.
 
         Args:
@@ -54,13 +38,14 @@ class PictureFiles:
             request: what was asked for; goes into the file.
             place: position in the batch, from 0.
             now: local time.
+            networks: name and strength of each network it was drawn with.
 
         Raises:
             UserError: the disk is full or the folder cannot be written to.
         """
         path = self._free_path(request, place, now)
         with atomic_write(path) as temporary:
-            picture.save(temporary, format="PNG", pnginfo=self._metadata(picture, request))
+            picture.save(temporary, format="PNG", pnginfo=self._metadata(picture, request, networks))
         return path
 
     def _free_path(self, request: ImageRequest, place: int, now: datetime) -> Path:
@@ -74,11 +59,11 @@ class PictureFiles:
             path = self._folder / f"{stem}_{copy}.png"
         return path
 
-    def _metadata(self, picture: Image.Image, request: ImageRequest) -> PngInfo:
+    def _metadata(self, picture: Image.Image, request: ImageRequest, networks: dict[str, float]) -> PngInfo:
         info = PngInfo()
         for key, value in png_fields(request).items():
             info.add_text(key, value)
-        info.add_text("parameters", parameters_text(request, picture.size, self._model_name, self._networks))
+        info.add_text("parameters", parameters_text(request, picture.size, self._model_name, networks))
         return info
 
 
@@ -123,7 +108,7 @@ def parameters_text(request: ImageRequest, size: tuple[int, int], model_name: st
     """
     fields = {
         "Steps": request.steps,
-        "Sampler": _SAMPLER_LABELS.get(request.sampler.removeprefix("k_"), request.sampler),
+        "Sampler": SAMPLERS[request.sampler].title,
         "CFG scale": f"{request.cfg_scale:g}",
         "Seed": request.seed,
         "Size": f"{size[0]}x{size[1]}",

@@ -3,7 +3,6 @@
 Shape legend: B pictures of one batch, C latent channels, h and w latent height and width, L text tokens.
 """
 
-import inspect
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from library.diffusion.samplers import make_sampler
+from library.diffusion.samplers import PredictionType, image_generators, make_sampler, sampler_step, start_noise
 from library.generation.encoding import encode_prompts
 from library.generation.request import ImageRequest, with_rounded_size
 from library.models.family import Components, Family, SizeConditioning, TextCond
@@ -60,7 +59,7 @@ class Pipeline:
         components: Components,
         *,
         device: torch.device,
-        prediction_type: str = "epsilon",
+        prediction_type: PredictionType = "epsilon",
         zero_terminal_snr: bool = False,
         style: PromptStyle | None = None,
         autocast_dtype: torch.dtype | None = None,
@@ -141,13 +140,12 @@ class Pipeline:
         """Run the sampler; returns float32 latents (B, C, h, w) in model units."""
         first = requests[0]
         cond, sizes = self._conditioning(requests, encoded)
-        generators = [_generator(request) for request in requests]
-        sampler = make_sampler(first.sampler, self.prediction_type, zero_terminal_snr=self.zero_terminal_snr)
+        generators = image_generators([secrets.randbits(32) if request.seed is None else request.seed for request in requests])
+        sampler = make_sampler(first.sampler, self.prediction_type, self.zero_terminal_snr)
         sampler.set_timesteps(first.steps, device=self.device)
-        extra = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
         scales = torch.tensor([request.cfg_scale for request in requests], device=self.device).view(-1, 1, 1, 1)
 
-        latents = self._start_noise(first, generators) * sampler.init_noise_sigma
+        latents: Tensor = start_noise(generators, self._latent_shape(first)).to(self.device) * sampler.init_noise_sigma
         for done, t in enumerate(sampler.timesteps, 1):
             noisy = sampler.scale_model_input(torch.cat([latents] * 2) if first.uses_guidance else latents, t)
             with self._autocast():
@@ -155,15 +153,14 @@ class Pipeline:
             if first.uses_guidance:
                 uncond, conditioned = predicted.chunk(2)
                 predicted = uncond + scales * (conditioned - uncond)
-            latents = sampler.step(predicted, t, latents, **extra, return_dict=False)[0]
+            latents = sampler_step(sampler, predicted, t, latents, generators)
             if on_step is not None:
                 on_step(done, len(sampler.timesteps))
         return latents
 
-    def _start_noise(self, request: ImageRequest, generators: Sequence[torch.Generator]) -> Tensor:
+    def _latent_shape(self, request: ImageRequest) -> tuple[int, int, int]:
         stride = self.family.latent_stride
-        shape = (self.family.latent_channels, request.height // stride, request.width // stride)
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+        return self.family.latent_channels, request.height // stride, request.width // stride
 
     def _conditioning(
         self, requests: Sequence[ImageRequest], encoded: Sequence[EncodedPrompt]
@@ -213,11 +210,6 @@ def _equal_groups(requests: Sequence[ImageRequest], encoded: Sequence[EncodedPro
         shapes = tuple(tensor.shape for tensor in one.positive.values())
         groups.setdefault((request.batch_key, shapes), []).append(index)
     return list(groups.values())
-
-
-def _generator(request: ImageRequest) -> torch.Generator:
-    seed = secrets.randbits(32) if request.seed is None else request.seed
-    return torch.Generator().manual_seed(seed)
 
 
 def _sizes(request: ImageRequest, *, negative: bool) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
