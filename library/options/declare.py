@@ -20,15 +20,26 @@ class OptionGroup(BaseModel):
     """Heading of the group in `--help` and in the documentation."""
 
 
-def option(default: Any, summary: str, **limits: float) -> Any:
+def option(
+    default: Any,
+    summary: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
     """Declare an option.
 
     Args:
         default: the value when the option is not given; None means unset.
         summary: one sentence for `--help` and the documentation.
-        **limits: `ge`, `gt`, `le`, `lt`, as in pydantic.
+        ge: smallest value allowed.
+        gt: values must be above this.
+        le: largest value allowed.
+        lt: values must be below this.
     """
-    return Field(default, description=summary, **limits)  # type: ignore[arg-type]  # limits are only the four named
+    return Field(default, description=summary, ge=ge, gt=gt, le=le, lt=lt)
 
 
 def flag(summary: str) -> Any:

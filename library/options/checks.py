@@ -1,0 +1,185 @@
+"""Combinations of options that exclude each other, and those that are only odd; nothing here needs torch."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from library.options.groups.cache import CacheFileOptions
+from library.options.groups.dataset import DatasetOptions
+from library.options.groups.generation import GenModelOptions, GenNetworkOptions, PictureOptions, PromptOptions
+from library.options.groups.logging import LoggingOptions
+from library.options.groups.loss import LossOptions
+from library.options.groups.model import ModelOptions
+from library.options.groups.network import NetworkOptions
+from library.options.groups.noise import NoiseOptions
+from library.options.groups.sample import SampleOptions
+from library.options.scripts import (
+    CacheLatentsOptions,
+    CacheTextEncoderOutputsOptions,
+    ScriptOptions,
+    SdxlGenImgOptions,
+    SdxlTrainNetworkOptions,
+)
+
+
+def find_problems(options: ScriptOptions) -> list[str]:
+    """Return one sentence for everything that keeps these options from being used together."""
+    match options:
+        case SdxlTrainNetworkOptions():
+            return list(_training_problems(options))
+        case CacheLatentsOptions() | CacheTextEncoderOutputsOptions():
+            return [*_model_problems(options.model), *_source_problems(options.dataset)]
+        case SdxlGenImgOptions():
+            return list(_generation_problems(options))
+    return []
+
+
+def find_notes(options: ScriptOptions) -> list[str]:
+    """Return one sentence for everything that is odd but can be done."""
+    match options:
+        case SdxlTrainNetworkOptions():
+            return list(_training_notes(options))
+        case SdxlGenImgOptions():
+            return list(_generation_notes(options.model))
+    return []
+
+
+def _training_problems(options: SdxlTrainNetworkOptions) -> Iterator[str]:
+    yield from _model_problems(options.model)
+    yield from _source_problems(options.dataset)
+    if options.output.output_dir is None:
+        yield "--output_dir is missing. Name the folder for the trained network."
+    yield from _network_problems(options.network, options.cache)
+    yield from _noise_problems(options.noise)
+    yield from _loss_problems(options.loss, options.model.v_parameterization)
+    yield from _sample_problems(options.sample)
+    yield from _logging_problems(options.logging)
+    yield from _start_problems(options)
+    if options.dataset.persistent_data_loader_workers and options.dataset.max_data_loader_n_workers == 0:
+        yield "--persistent_data_loader_workers needs workers, but --max_data_loader_n_workers is 0. Leave one of them out."
+
+
+def _model_problems(model: ModelOptions) -> Iterator[str]:
+    path = model.pretrained_model_name_or_path
+    if path is None:
+        yield "--pretrained_model_name_or_path is missing. Name an SDXL checkpoint file or a diffusers folder."
+    if model.v2:
+        yield "--v2 is for Stable Diffusion 2.x, but this script is for SDXL. Leave it out."
+
+
+def _source_problems(dataset: DatasetOptions) -> Iterator[str]:
+    if not dataset.dataset_config and not dataset.train_data_dir:
+        yield "There are no training images. Give --dataset_config, or --train_data_dir with folders <repeats>_<class tokens>."
+
+
+def _network_problems(network: NetworkOptions, cache: CacheFileOptions) -> Iterator[str]:
+    if network.network_module is None:
+        yield "--network_module is missing. For a LoRA give --network_module networks.lora."
+    if network.dim_from_weights and network.network_weights is None:
+        yield "--dim_from_weights needs --network_weights, the file whose dimensions are taken."
+    if network.network_weights is not None and not Path(network.network_weights).is_file():
+        yield f"--network_weights: there is no file {network.network_weights}."
+    if network.network_train_unet_only and network.network_train_text_encoder_only:
+        yield "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train. Choose one of them."
+    if network.network_train_text_encoder_only and cache.cache_text_encoder_outputs:
+        yield "--network_train_text_encoder_only excludes --cache_text_encoder_outputs, which freezes their outputs. Choose one."
+    rates = network.text_encoder_lr or ()
+    if len(rates) > 2:
+        yield f"--text_encoder_lr takes one rate, or one for each of the two text encoders, not {len(rates)}."
+    for item in network.network_args or ():
+        if not item.partition("=")[0].strip() or "=" not in item:
+            yield f"--network_args: {item!r} is not of the form key=value."
+
+
+def _noise_problems(noise: NoiseOptions) -> Iterator[str]:
+    if noise.adaptive_noise_scale is not None and noise.noise_offset is None:
+        yield "--adaptive_noise_scale changes the noise offset, so it needs --noise_offset above 0."
+    lowest, end = noise.min_timestep or 0, 1000 if noise.max_timestep is None else noise.max_timestep
+    if lowest >= end:
+        yield f"--min_timestep ({lowest}) must be below --max_timestep ({end}), or no timestep is left to train."
+
+
+def _loss_problems(loss: LossOptions, v_parameterization: bool) -> Iterator[str]:
+    if loss.scale_v_pred_loss_like_noise_pred and not v_parameterization:
+        yield "--scale_v_pred_loss_like_noise_pred is for v-prediction and needs --v_parameterization."
+    if loss.v_pred_like_loss is not None and v_parameterization:
+        yield "--v_pred_like_loss is for noise prediction and excludes --v_parameterization."
+
+
+def _sample_problems(sample: SampleOptions) -> Iterator[str]:
+    wanted = sample.sample_at_first or sample.sample_every_n_steps or sample.sample_every_n_epochs
+    if wanted and sample.sample_prompts is None:
+        yield "Sample images need --sample_prompts, a file with prompts (.txt, .toml or .json)."
+    if sample.sample_prompts is not None and not Path(sample.sample_prompts).is_file():
+        yield f"--sample_prompts: there is no file {sample.sample_prompts}."
+
+
+def _logging_problems(log: LoggingOptions) -> Iterator[str]:
+    if log.log_with in ("tensorboard", "all") and log.logging_dir is None:
+        yield f"--log_with {log.log_with} needs --logging_dir, the folder for the logs."
+    if log.log_with in ("wandb", "all") and find_spec("wandb") is None:
+        yield f"--log_with {log.log_with} needs the wandb package. Install it with: pip install wandb"
+
+
+def _start_problems(options: SdxlTrainNetworkOptions) -> Iterator[str]:
+    state, length = options.state, options.length
+    if state.resume is not None and not Path(state.resume).is_dir():
+        yield f"--resume: there is no folder {state.resume}."
+    if state.initial_step is not None and length.max_train_epochs is None and state.initial_step >= length.max_train_steps:
+        yield f"--initial_step ({state.initial_step}) must be below --max_train_steps ({length.max_train_steps})."
+    if state.initial_epoch is not None and length.max_train_epochs is not None and state.initial_epoch > length.max_train_epochs:
+        yield f"--initial_epoch ({state.initial_epoch}) must not be above --max_train_epochs ({length.max_train_epochs})."
+
+
+def _training_notes(options: SdxlTrainNetworkOptions) -> Iterator[str]:
+    if options.model.clip_skip is not None:
+        yield "--clip_skip has no influence on SDXL, which always uses the second to last layer; it is only noted in the metadata."
+    if options.noise.zero_terminal_snr and not options.model.v_parameterization:
+        yield "--zero_terminal_snr is meant for v-prediction; without --v_parameterization the last timestep teaches nothing."
+    if options.cache.cache_text_encoder_outputs and not options.network.network_train_unet_only:
+        yield "With --cache_text_encoder_outputs only the U-Net is trained; rates for the text encoders are ignored."
+    if options.loss.huber_schedule == "snr" and options.loss.huber_scale != 1:
+        yield "--huber_scale has no effect with --huber_schedule snr."
+    if options.state.skip_until_initial_step and not (
+        options.state.initial_step or options.state.initial_epoch or options.state.resume
+    ):
+        yield "--skip_until_initial_step has no effect without --initial_step, --initial_epoch or --resume."
+    if options.logging.wandb_api_key and options.logging.log_with in ("wandb", "all"):
+        yield "wandb shows command lines to everyone who sees the run; --wandb_api_key is safer in a --config_file."
+
+
+def _generation_problems(options: SdxlGenImgOptions) -> Iterator[str]:
+    if options.model.ckpt is None:
+        yield "--ckpt is missing. Name an SDXL checkpoint file or a diffusers folder."
+    yield from _prompt_problems(options.prompt)
+    yield from _picture_problems(options.picture)
+    yield from _gen_network_problems(options.network)
+
+
+def _prompt_problems(prompt: PromptOptions) -> Iterator[str]:
+    if prompt.prompt is None and prompt.from_file is None and not prompt.interactive:
+        yield "There is nothing to draw: give --prompt, or --from_file with one prompt per line."
+    if prompt.from_file is not None and not Path(prompt.from_file).is_file():
+        yield f"--from_file: there is no file {prompt.from_file}."
+
+
+def _picture_problems(picture: PictureOptions) -> Iterator[str]:
+    for name, side in (("W", picture.W), ("H", picture.H)):
+        if side is not None and side % 8:
+            yield f"--{name} must be a multiple of 8, not {side}; {round(side / 8) * 8} is near."
+
+
+def _gen_network_problems(network: GenNetworkOptions) -> Iterator[str]:
+    modules, files = len(network.network_module or ()), len(network.network_weights or ())
+    if modules != files:
+        yield f"--network_module and --network_weights belong together, one file per module; there are {modules} and {files}."
+    for name, given in (("network_mul", network.network_mul), ("network_args", network.network_args)):
+        if len(given or ()) > max(modules, files):
+            yield f"--{name} takes one value per network; there are {len(given or ())} values and {max(modules, files)} networks."
+
+
+def _generation_notes(model: GenModelOptions) -> Iterator[str]:
+    if model.clip_skip is not None:
+        yield "--clip_skip has no influence on SDXL, which always uses the second to last layer."
+    if model.fp16 and model.bf16:
+        yield "--fp16 and --bf16 were both given; float16 is used."

@@ -1,0 +1,67 @@
+"""Where messages go."""
+
+import importlib.util
+import logging
+import logging.handlers
+import os
+import sys
+
+from library.options.groups.console import ConsoleOptions
+
+_PLAIN = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+
+
+def hold_messages() -> None:
+    """Keep messages until `set_up_logging` knows where they go, or `release_messages` shows them."""
+    _install(logging.handlers.MemoryHandler(1000, flushLevel=logging.CRITICAL + 1), logging.INFO)
+
+
+def set_up_logging(console: ConsoleOptions) -> None:
+    """Send messages where `--console_log_*` says, those that were held before included.
+
+    Without such options they go to standard error: coloured on a terminal that has the `rich` package, plain lines otherwise. Of
+    several processes only the first shows messages below errors.
+    """
+    level = logging.getLevelNamesMapping()[console.console_log_level or "INFO"]
+    if int(os.environ.get("RANK", "0")) > 0:
+        level = max(level, logging.ERROR)
+    _install(_handler(console), level)
+
+
+def release_messages() -> None:
+    """Show held messages as plain lines, if `set_up_logging` was never reached."""
+    if any(isinstance(handler, logging.handlers.MemoryHandler) for handler in logging.getLogger().handlers):
+        set_up_logging(ConsoleOptions())
+
+
+def _handler(console: ConsoleOptions) -> logging.Handler:
+    handler: logging.Handler
+    if console.console_log_file:
+        handler = logging.FileHandler(console.console_log_file, mode="w", encoding="utf-8")
+    elif console.console_log_simple:
+        handler = logging.StreamHandler(sys.stdout)
+    elif sys.stderr.isatty() and importlib.util.find_spec("rich"):
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        return RichHandler(console=Console(stderr=True), show_path=False)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PLAIN)
+    return handler
+
+
+def _install(handler: logging.Handler, level: int) -> None:
+    """Replace the handler installed before, passing on what it held; handlers of others stay."""
+    root = logging.getLogger()
+    for earlier in [known for known in root.handlers if getattr(known, "is_ours", False)]:
+        root.removeHandler(earlier)
+        if isinstance(earlier, logging.handlers.MemoryHandler):
+            earlier.buffer, held = [], earlier.buffer
+            for record in held:
+                if record.levelno >= level:
+                    handler.handle(record)
+        earlier.close()
+    handler.is_ours = True  # type: ignore[attr-defined]  # a mark of our own
+    root.addHandler(handler)
+    root.setLevel(level)

@@ -1,0 +1,81 @@
+"""Which options have an effect in which script.
+
+The caching tools accept the options of training, so that a training command line can be reused; most do nothing there.
+"""
+
+from library.options.record import options_of
+from library.options.scripts import CacheLatentsOptions, CacheTextEncoderOutputsOptions, ScriptOptions
+
+_IN_BOTH_TOOLS = frozenset(
+    {
+        "cache_info",
+        "cache_latents",
+        "cache_latents_to_disk",
+        "cache_text_encoder_outputs",
+        "cache_text_encoder_outputs_to_disk",
+        "config_file",
+        "console_log_file",
+        "console_log_level",
+        "console_log_simple",
+        "dataset_class",
+        "dataset_config",
+        "disable_mmap_load_safetensors",
+        "flux",
+        "full_bf16",
+        "full_fp16",
+        "in_json",
+        "lowram",
+        "masked_loss",
+        "max_data_loader_n_workers",
+        "mixed_precision",
+        "output_config",
+        "pretrained_model_name_or_path",
+        "reg_data_dir",
+        "resolution",
+        "sdxl",
+        "seed",
+        "skip_cache_check",
+        "strict_config",
+        "train_data_dir",
+        "v2",
+    }
+)
+
+_EFFECTIVE: dict[type[ScriptOptions], frozenset[str]] = {
+    CacheLatentsOptions: _IN_BOTH_TOOLS
+    | frozenset(
+        {
+            "alpha_mask",
+            "bucket_no_upscale",
+            "bucket_reso_steps",
+            "enable_bucket",
+            "flip_aug",
+            "max_bucket_reso",
+            "min_bucket_reso",
+            "no_half_vae",
+            "random_crop",
+            "resize_interpolation",
+            "vae",
+            "vae_batch_size",
+            "xformers",
+        }
+    ),
+    CacheTextEncoderOutputsOptions: _IN_BOTH_TOOLS
+    | frozenset(
+        {
+            "caption_extension",
+            "caption_extention",
+            "caption_separator",
+            "enable_wildcard",
+            "max_token_length",
+            "tokenizer_cache_dir",
+            "train_batch_size",
+            "weighted_captions",
+        }
+    ),
+}
+
+
+def effective_options(script: type[ScriptOptions]) -> frozenset[str]:
+    """Return the names of the options that change what `script` does."""
+    return _EFFECTIVE.get(script, frozenset(options_of(script)))

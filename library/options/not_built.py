@@ -1,0 +1,86 @@
+"""Options whose feature does not exist yet: giving one is refused by name, so that nobody trains without what was asked for."""
+
+from collections.abc import Container, Iterable, Mapping
+
+_MASKS = "the loss is not weighted by masks"
+_TAG_WARMUP = "all tags are used from the first step"
+_VALIDATION = "no images are held out for a validation loss"
+_UPLOAD = "files stay on this machine; upload them afterwards, for example with `hf upload`"
+_DEEPSPEED = "several processes train with DistributedDataParallel"
+_COMPILE = "models run without torch.compile"
+_FLUX = "only SDXL models are supported"
+_BASE_WEIGHTS = "no networks are merged into the base model before training"
+_EIGHT_BIT = "frozen weights are held in the type of --mixed_precision"
+_FULL_HALF = "trained weights and gradients are kept in float32"
+_METADATA_FILE = "captions come from text files beside the images"
+_INPUT_IMAGE = "images are drawn from prompts only"
+_HIGHRES = "images are drawn in one stage"
+_DEEP_SHRINK = "the U-Net runs at full size in every step"
+_GRADUAL = "latents have their final size from the first step"
+_CONTROL = "images are drawn without control images"
+
+
+def _refuse(instead: str, *names: str) -> dict[str, str]:
+    return dict.fromkeys(names, instead)
+
+
+NOT_BUILT: Mapping[str, str] = {
+    **_refuse(_METADATA_FILE, "in_json"),
+    **_refuse("datasets are described by --dataset_config or folders", "dataset_class"),
+    **_refuse(_MASKS, "masked_loss", "alpha_mask", "conditioning_data_dir"),
+    **_refuse("image headers are read at every start, which takes seconds", "cache_info"),
+    **_refuse("the dataset cannot be shown instead of training", "debug_dataset"),
+    **_refuse(_TAG_WARMUP, "token_warmup_min", "token_warmup_step"),
+    **_refuse("brackets in captions are ordinary text", "weighted_captions"),
+    **_refuse("colours are left as they are", "color_aug"),
+    **_refuse("images are cropped at the centre", "random_crop", "face_crop_aug_range"),
+    **_refuse(_VALIDATION, "validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs"),
+    **_refuse(_VALIDATION, "max_validation_steps"),
+    **_refuse(_UPLOAD, "huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token"),
+    **_refuse(_UPLOAD, "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload"),
+    **_refuse("a run is resumed from a folder on this machine", "resume_from_huggingface"),
+    **_refuse("all parameters are stepped after the backward pass", "fused_backward_pass"),
+    **_refuse(_BASE_WEIGHTS, "base_weights", "base_weights_multiplier"),
+    **_refuse(_FULL_HALF, "full_fp16", "full_bf16"),
+    **_refuse(_EIGHT_BIT, "fp8_base", "fp8_base_unet"),
+    **_refuse("checkpointed activations stay on the accelerator", "cpu_offload_checkpointing"),
+    **_refuse("the model is read into main memory first", "lowram"),
+    **_refuse(_DEEPSPEED, "deepspeed", "zero_stage", "offload_optimizer_device", "offload_optimizer_nvme_path"),
+    **_refuse(_DEEPSPEED, "offload_param_device", "offload_param_nvme_path", "zero3_init_flag", "zero3_save_16bit_model"),
+    **_refuse(_DEEPSPEED, "fp16_master_weights_and_gradients"),
+    **_refuse("its default settings are used", "ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph"),
+    **_refuse(_COMPILE, "torch_compile", "dynamo_backend"),
+    **_refuse(_FLUX, "flux"),
+    **_refuse("--xformers and --sdpa choose the attention", "diffusers_xformers"),
+    **_refuse("memory has PyTorch's usual layout", "opt_channels_last"),
+    **_refuse("the VAE decodes whole images", "vae_slices"),
+    **_refuse("prompts come from --prompt or --from_file", "interactive", "no_preview"),
+    **_refuse(_INPUT_IMAGE, "image_path", "mask_path", "strength", "clip_vision_strength", "use_original_file_name"),
+    **_refuse("the negative prompt shares the scale of the prompt", "negative_scale"),
+    **_refuse("every image has its own seed", "iter_same_seed"),
+    **_refuse(_HIGHRES, "highres_fix_scale", "highres_fix_steps", "highres_fix_strength", "highres_fix_save_1st"),
+    **_refuse(_HIGHRES, "highres_fix_latents_upscaling", "highres_fix_upscaler", "highres_fix_upscaler_args"),
+    **_refuse(_HIGHRES, "highres_fix_disable_control_net"),
+    **_refuse(_DEEP_SHRINK, "ds_depth_1", "ds_timesteps_1", "ds_depth_2", "ds_timesteps_2", "ds_ratio"),
+    **_refuse(_GRADUAL, "gradual_latent_timesteps", "gradual_latent_ratio", "gradual_latent_ratio_step"),
+    **_refuse(_GRADUAL, "gradual_latent_every_n_steps", "gradual_latent_s_noise", "gradual_latent_unsharp_params"),
+    **_refuse("use --network_merge, or leave networks unmerged", "network_pre_calc"),
+    **_refuse("every network acts on the whole image", "network_regional_mask_max_color_codes"),
+    **_refuse("words have the meaning the text encoders know", "textual_inversion_embeddings"),
+    **_refuse(_CONTROL, "control_net_lllite_models", "control_net_multipliers", "control_net_ratios", "guide_image_path"),
+}
+"""What happens instead, as a clause, for every refused option. A feature that is built is deleted here; nothing is added."""
+
+
+def not_built_problems(given: Iterable[tuple[str, str]], effective: Container[str]) -> list[str]:
+    """Refuse options that were given and are not built.
+
+    Args:
+        given: name and place of each option whose value differs from the default.
+        effective: the options that would have an effect in the script; others may be given, as they would do nothing anyway.
+    """
+    return [
+        f"{where} is not built yet in this version: {NOT_BUILT[name]}. Leave it out."
+        for name, where in given
+        if name in NOT_BUILT and name in effective
+    ]
