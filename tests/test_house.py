@@ -74,7 +74,7 @@ def test_options_are_read_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("sdxl_*.py")) + ["tools/bench.py"])
+@pytest.mark.parametrize("script", [*sorted(path.name for path in ROOT.glob("sdxl_*.py")), "tools/bench.py"])
 def test_help_comes_without_torch(script: str) -> None:
     code = (
         "import runpy, sys\n"

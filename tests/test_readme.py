@@ -19,6 +19,8 @@ from tools.bench import BenchScriptOptions, check
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/toy/SOURCES.md"]
 """Pages whose commands and links are tested."""
+ESSENTIALS = ["--pretrained_model_name_or_path", "model.safetensors", "--output_dir", "out", "--network_module", "networks.lora"]
+"""What every training command names."""
 LAUNCHERS = (["accelerate", "launch"], ["python3"], ["python"])
 
 
@@ -76,14 +78,14 @@ def test_the_dataset_files_shown_are_accepted(source: str, tmp_path: Path, monke
     Path("dataset.toml").write_text(text, encoding="utf-8")
     for folder in re.findall(r'image_dir = "(.*)"', text):
         Path(folder).mkdir(parents=True)
-    options = parse(SdxlTrainNetworkOptions, ["--dataset_config", "dataset.toml"])
+    options = parse(SdxlTrainNetworkOptions, [*ESSENTIALS, "--dataset_config", "dataset.toml"])
     config = load_dataset_config(options.dataset, options.caption, options.image, options.cache)
     assert len(config.sections) == 1
 
 
 def test_the_training_configuration_of_the_demo_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    options = parse(SdxlTrainNetworkOptions, ["--config_file", "examples/toy/training.toml", "--strict_config"])
+    options = parse(SdxlTrainNetworkOptions, [*ESSENTIALS[:4], "--config_file", "examples/toy/training.toml", "--strict_config"])
     assert options.network.network_module == "networks.lora"
     config = load_dataset_config(options.dataset, options.caption, options.image, options.cache)
     assert config.sections[0].subsets[0].num_repeats == 1

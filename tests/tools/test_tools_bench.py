@@ -1,0 +1,117 @@
+"""tools/bench.py: what is counted is what the step does, the result is complete, and wrong options are refused early."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+
+from library.options.groups.bench import BenchOptions
+from library.options.groups.optimizer import OptimizerOptions
+from library.options.groups.precision import WorkingPrecisionOptions
+from library.training import benchmark
+from tools import bench
+
+SMALL = {"size": "tiny", "resolution": 64, "batch_size": 1, "network_dim": 4}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Let each test start accelerate in its own precision."""
+    yield
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+
+
+def counted(precision: WorkingPrecisionOptions | None = None, **changed: object) -> float:
+    """Counted TFLOP of one step."""
+    options = BenchOptions(**(SMALL | changed))
+    run, batch = benchmark.make_run(options, precision or WorkingPrecisionOptions(), OptimizerOptions())
+    return benchmark.count_tera_flop(run, batch)
+
+
+def test_twice_the_images_are_twice_the_arithmetic() -> None:
+    # The embeddings of time and size are counted too, and each image has its own.
+    assert counted(batch_size=2) == pytest.approx(2 * counted(), rel=1e-3)
+
+
+def test_training_the_whole_model_takes_more_arithmetic_than_a_lora_and_checkpointing_takes_more_still() -> None:
+    lora, whole = counted(), counted(mode="finetune")
+    assert whole > 1.2 * lora
+    assert counted(WorkingPrecisionOptions(gradient_checkpointing=True), mode="finetune") > 1.2 * whole
+
+
+def test_a_step_changes_what_is_trained_and_nothing_else() -> None:
+    run, batch = benchmark.make_run(BenchOptions(**SMALL), WorkingPrecisionOptions(), OptimizerOptions(learning_rate=1e-3))
+    unet = run.step.frozen.denoiser
+    frozen_before = {name: value.clone() for name, value in unet.state_dict().items()}
+    trained_before = [parameter.detach().clone() for parameter in run.parameters]
+    benchmark.one_step(run, batch)
+    assert any(not torch.equal(before, now) for before, now in zip(trained_before, run.parameters, strict=True))
+    assert all(torch.equal(frozen_before[name], value) for name, value in unet.state_dict().items())
+
+
+def test_the_number_of_trained_parameters_is_that_of_the_model_or_of_its_adapters() -> None:
+    whole, _ = benchmark.make_run(BenchOptions(**SMALL | {"mode": "finetune"}), WorkingPrecisionOptions(), OptimizerOptions())
+    assert sum(parameter.numel() for parameter in whole.parameters) == 9_262_788  # the U-Net of the tiny checkpoint
+    of_rank = {}
+    for rank in (4, 8):
+        run, _ = benchmark.make_run(BenchOptions(**SMALL | {"network_dim": rank}), WorkingPrecisionOptions(), OptimizerOptions())
+        of_rank[rank] = sum(parameter.numel() for parameter in run.parameters)
+    assert of_rank[8] == 2 * of_rank[4]
+
+
+def test_the_measured_matmul_rate_is_reached_by_a_product_timed_by_hand() -> None:
+    device = torch.device("cpu")
+    peak = benchmark.matmul_peak(device, torch.float32, seconds=0.1)
+    side = benchmark.MATMUL_SIDE["cpu"]
+    left, right = torch.randn(side, side), torch.randn(side, side)
+    by_hand = 2 * side**3 / benchmark.timed(device, lambda: left @ right, 5) / 1e12
+    assert 0.1 * by_hand < peak < 10 * by_hand
+
+
+def test_the_result_is_printed_and_written_with_all_that_is_needed_to_repeat_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "result.json"
+    argv = ["--size", "tiny", "--resolution", "64", "--batch_size", "2", "--steps", "2", "--warmup", "1", "--json", str(file)]
+    bench.main(argv)
+    written = json.loads(file.read_text())
+    result = written["result"]
+    assert written["command"].startswith("python tools/bench.py --size tiny --resolution 64")
+    assert written["options"]["bench"]["batch_size"] == 2
+    assert written["versions"]["torch"] == torch.__version__
+    assert written["hardware"]["device"] in ("cpu", "cuda")
+    assert result["images_per_second"] == pytest.approx(2 / result["seconds_per_step"])
+    assert result["tera_flop_per_second"] == pytest.approx(result["tera_flop_per_step"] / result["seconds_per_step"])
+    rate, peak = result["tera_flop_per_second"], result["matmul_peak_tera_flop_per_second"]
+    assert 0 < result["share_of_matmul_peak"] == pytest.approx(rate / peak)
+    assert all(size > 0 for size in result["peak_memory_gib"].values())
+    assert f"{result['seconds_per_step']:.4f} s/step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--resolution", "1000"], ["--resolution 1000", "992 and 1024"]),
+        (["--mode", "loora"], ["loora", "lora", "finetune"]),
+        (["--stepz", "3"], ["--stepz", "--steps"]),
+        (["--batch_size", "0"], ["batch_size"]),
+    ],
+)
+def test_wrong_options_end_with_status_2_before_torch_is_imported(arguments: list[str], words: list[str]) -> None:
+    code = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
+        f"sys.argv = ['tools/bench.py', *{arguments!r}]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    root = Path(bench.__file__).resolve().parent.parent
+    ended = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stdout.strip() == "False"
+    assert all(word in ended.stderr for word in words), ended.stderr
