@@ -40,7 +40,7 @@ def find_notes(options: ScriptOptions) -> list[str]:
         case SdxlTrainNetworkOptions():
             return list(_training_notes(options))
         case SdxlGenImgOptions():
-            return list(_generation_notes(options.model))
+            return list(_generation_notes(options.model, options.prompt))
     return []
 
 
@@ -178,8 +178,10 @@ def _gen_network_problems(network: GenNetworkOptions) -> Iterator[str]:
             yield f"--{name} takes one value per network; there are {len(given or ())} values and {max(modules, files)} networks."
 
 
-def _generation_notes(model: GenModelOptions) -> Iterator[str]:
+def _generation_notes(model: GenModelOptions, prompt: PromptOptions) -> Iterator[str]:
     if model.clip_skip is not None:
         yield "--clip_skip has no influence on SDXL, which always uses the second to last layer."
     if model.fp16 and model.bf16:
         yield "--fp16 and --bf16 were both given; float16 is used."
+    if prompt.no_preview:
+        yield "--no_preview has no effect: images are written to --outdir and never shown in a window."

@@ -3,7 +3,7 @@
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,7 +35,7 @@ class _Given:
     where: str
 
 
-def parse(script: type[Script], argv: Sequence[str]) -> Script:
+def parse(script: type[Script], argv: Sequence[str], further_problems: Callable[[Script], Iterable[str]] | None = None) -> Script:
     """Read the command line, and the configuration file it names, into options.
 
     What was typed wins over the configuration file, which wins over the defaults. Unknown keys of the file and other oddities
@@ -44,6 +44,8 @@ def parse(script: type[Script], argv: Sequence[str]) -> Script:
     Args:
         script: the script's options class.
         argv: the arguments, without the script's name.
+        further_problems: says what else is wrong with the options, such as with files they name, so that it is told together;
+            values that could not be read stand at their defaults then.
 
     Raises:
         UsageError: with every mistake: unknown options, values that cannot be read or are out of range, combinations that
@@ -65,6 +67,8 @@ def parse(script: type[Script], argv: Sequence[str]) -> Script:
     problems += not_built_problems(((name, each.where) for name, each in changed.items()), effective_options(script))
     parsed = script(**_build_groups(script, given, problems))
     problems += _not_told_before(find_problems(parsed), problems)
+    if further_problems is not None:
+        problems += _not_told_before(list(further_problems(parsed)), problems)
     if problems:
         raise UsageError(problems)
     _tell_notes(script, parsed, changed)

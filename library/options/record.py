@@ -74,6 +74,11 @@ def options_of(script: type[ScriptOptions]) -> dict[str, Option]:
     }
 
 
+def option_values(options: ScriptOptions) -> dict[str, Any]:
+    """Return the value of every option by name."""
+    return {name: value for attribute in options.groups() for name, value in getattr(options, attribute)}
+
+
 def _option(name: str, attribute: str, group: type[OptionGroup], info: FieldInfo) -> Option:
     value_type, many = _value_type(info.annotation)
     choices = get_args(value_type) if get_origin(value_type) is Literal else None
