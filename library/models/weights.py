@@ -73,8 +73,7 @@ def fill(
         dtype: of the floating-point tensors.
         device: where they go.
     """
-    for name, stored in names.items():
-        module.load_state_dict({name: _own(part[stored].read(), dtype, device)}, strict=False, assign=True)
+    module.load_state_dict({name: _own(part[stored].read(), dtype, device) for name, stored in names.items()}, assign=True)
     return module.to(device).eval().requires_grad_(False)
 
 

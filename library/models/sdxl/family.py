@@ -3,20 +3,24 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from library.models.family import LatentCacheSpec, ModelSource, SizeConditioning, TextCacheSpec, TextCond, Tokens
-from library.models.sdxl.build import build_part, file_names
+from library.models.family import Components, LatentCacheSpec, ModelSource, SizeConditioning, TextCacheSpec, TextCond, Tokens
+from library.models.sdxl.build import build_part, file_names, part_tensors
 from library.models.sdxl.checkpoint import Checkpoint
 from library.models.sdxl.embeddings import size_embedding
 from library.models.sdxl.open_model import check_parts, open_checkpoint
+from library.models.sdxl.single_file import save_single_file
 from library.models.sdxl.sizes import SdxlSizes
 from library.models.sdxl.text_encoders import merge_rows
 from library.models.sdxl.tokenizer import load_bpe, tokenize
+from library.models.sdxl.unet import UNet
 from library.models.weights import content_hash, fill
 
 logger = logging.getLogger(__name__)
@@ -120,7 +124,8 @@ class SdxlFamily:
         with torch.autocast(weight.device.type, enabled=False):
             posterior = cast(Any, vae).encode(images.to(weight.device, weight.dtype)).latent_dist
         mean: Tensor = posterior.mean.float()
-        return mean + posterior.std.float() * noise.to(mean)
+        sample: Tensor = mean + posterior.std.float() * noise.to(mean)
+        return sample
 
     def to_model_units(self, latents: Tensor) -> Tensor:
         """Scale latents of the VAE to the standard deviation of about 1 that the U-Net sees."""
@@ -148,6 +153,58 @@ class SdxlFamily:
         out: Tensor = denoiser(noisy, timesteps, context, vector)
         return out
 
+    def declared_prediction(self) -> str | None:
+        """Return what the files say the U-Net predicts, "v" or "epsilon"; None where they say nothing."""
+        about = self.checkpoint.metadata
+        told = about.get("modelspec.prediction_type") or about.get("modelspec.predict_key") or ""
+        if "v_pred" in self.checkpoint.markers or told.startswith("v"):
+            return "v"
+        return "epsilon" if told.startswith("eps") else None
+
+    def enable_gradient_checkpointing(self, denoiser: nn.Module, encoders: Sequence[nn.Module | None] = ()) -> None:
+        """Keep only layer inputs for the backward pass. In text encoders it acts in training mode only."""
+        cast(UNet, denoiser).enable_gradient_checkpointing()
+        for encoder in encoders:
+            if encoder is not None:
+                cast(PreTrainedModel, encoder).gradient_checkpointing_enable({"use_reentrant": False})
+
+    def save_single_file(
+        self,
+        path: str | Path,
+        components: Components,
+        metadata: Mapping[str, str] | None = None,
+        dtype: torch.dtype | None = None,
+        markers: frozenset[str] | None = None,
+    ) -> None:
+        """Write the model as one safetensors file, atomically.
+
+        Args:
+            path: the file to make or replace.
+            components: the parts; a text encoder that is None is copied from the files this model was opened from.
+            metadata: written beside the tensors; what shapes do not tell (`arch.*`) is added from the files.
+            dtype: floating-point tensors are saved as this; None keeps each as it is in memory.
+            markers: "v_pred" and "ztsnr" as wanted; None keeps those of the files.
+
+        Raises:
+            UserError: the disk is full or the folder not writable.
+        """
+        modules = {
+            "unet": components.denoiser,
+            "vae": components.vae,
+            **dict(zip(self.encoder_names, components.text_encoders, strict=True)),
+        }
+        parts = {name: self._stored(name) if module is None else part_tensors(module) for name, module in modules.items()}
+        source = self.checkpoint
+        told = {key: value for key, value in source.metadata.items() if key.startswith("arch.")}
+        save_single_file(
+            path,
+            parts,
+            told | dict(metadata or {}),
+            dtype,
+            logit_scale=source.logit_scale.read() if source.logit_scale else None,
+            markers=source.markers if markers is None else markers,
+        )
+
     def base_model_version(self) -> str:
         """`sdxl_base_v1-0`, as network files call it."""
         return "sdxl_base_v1-0"
@@ -155,6 +212,10 @@ class SdxlFamily:
     def architecture(self) -> str:
         """`stable-diffusion-xl-v1-base`, as modelspec calls it."""
         return "stable-diffusion-xl-v1-base"
+
+    def _stored(self, part: str) -> dict[str, Tensor]:
+        """A part's tensors as they are in the files."""
+        return {name: entry.read() for name, entry in self.checkpoint.parts[part].items()}
 
     def _load(self, part: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
         module = build_part(part, self.sizes)
@@ -168,4 +229,5 @@ def _flat_ids(ids: Tensor, encoder: nn.Module) -> Tensor:
 
 def _by_rows(states: Tensor, ids: Tensor) -> Tensor:
     """(B·n, …) to (B, n, …)."""
-    return states.unflatten(0, ids.shape[:2])
+    rows: Tensor = states.unflatten(0, ids.shape[:2])
+    return rows
