@@ -136,15 +136,11 @@ def make_unet(sizes: SdxlSizes, device: torch.device, dtype: torch.dtype, precis
     with default_dtype(dtype), device:
         unet = UNet(sizes.unet)
     unet.requires_grad_(False)
-    unet.set_attention(attention_kind(precision))
-    if precision.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    unet.set_attention("mem_eff_attn" if precision.mem_eff_attn else "xformers" if precision.xformers else "sdpa")
+    unet.enable_gradient_checkpointing(precision.gradient_checkpointing)
+    if device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)
     return unet
-
-
-def attention_kind(precision: WorkingPrecisionOptions) -> str:
-    """The attention the options ask for; PyTorch's own when they ask for none."""
-    return next((kind for kind in ("xformers", "mem_eff_attn") if getattr(precision, kind)), "sdpa")
 
 
 class WholeModel:
