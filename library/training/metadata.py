@@ -6,7 +6,7 @@ random generator or an options object: what is recorded comes in as arguments.
 
 import json
 import subprocess
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from library.files.hashes import model_hash, sha256_file
-from library.options.declare import OptionGroup
 from library.options.groups.network import NetworkOptions
 
 Metadata = dict[str, str]
@@ -72,11 +71,6 @@ class NetworkRecord:
     """The pairs of `--network_args`, None where it was not given."""
     text_encoder_lr: str
     """One rate for both text encoders, a list where they differ, "None" where unset."""
-
-
-def option_values(groups: Iterable[OptionGroup]) -> dict[str, Any]:
-    """Return the value of every option in `groups` by the option's name."""
-    return {name: value for group in groups for name, value in group}
 
 
 def network_metadata(

@@ -11,6 +11,7 @@ from library.options.errors import UserError
 from library.options.groups.modelspec import ModelSpecOptions
 from library.options.groups.network import NetworkOptions
 from library.options.groups.optimizer import OptimizerOptions
+from library.options.record import option_values
 from library.options.scripts import SdxlTrainNetworkOptions
 from library.training.metadata import (
     MINIMAL_KEYS,
@@ -22,7 +23,6 @@ from library.training.metadata import (
     minimal,
     network_metadata,
     network_record,
-    option_values,
     source_names,
     source_revision,
 )
@@ -49,8 +49,7 @@ FACTS = {"ss_datasets": [{"resolution": [1024, 1024]}], "ss_tag_frequency": {"1_
 
 
 def values(**groups: Any) -> dict[str, Any]:
-    options = SdxlTrainNetworkOptions(**groups)
-    return option_values(getattr(options, name) for name in options.groups())
+    return option_values(SdxlTrainNetworkOptions(**groups))
 
 
 def metadata(**groups: Any) -> dict[str, str]:
