@@ -1,0 +1,48 @@
+"""Which layers of a model get an adapter, and what they are called in files."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+UNET_CONTAINERS = frozenset({"Transformer2DModel"})
+UNET_CONVOLUTION_CONTAINERS = frozenset({"ResnetBlock2D", "Downsample2D", "Upsample2D"})
+TEXT_ENCODER_CONTAINERS = frozenset({"CLIPAttention", "CLIPSdpaAttention", "CLIPMLP"})
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that can have an adapter."""
+
+    name: str
+    """Its name in files, for example `lora_unet_input_blocks_4_1_proj_in`."""
+    layer: nn.Linear | nn.Conv2d
+
+
+def unet_targets(unet: nn.Module, with_convolutions: bool) -> list[Target]:
+    """Return the U-Net's targets: the transformers' layers, and with convolutions those of residual blocks and samplers too."""
+    containers = UNET_CONTAINERS | UNET_CONVOLUTION_CONTAINERS if with_convolutions else UNET_CONTAINERS
+    return [Target(f"lora_unet_{path}", layer) for path, layer in _layers_inside(unet, containers)]
+
+
+def text_encoder_targets(text_encoder: nn.Module, prefix: str) -> list[Target]:
+    """Return the targets of a CLIP text encoder.
+
+    Newer versions of transformers have no `text_model` level in CLIPTextModel; names in files always have it.
+
+    Args:
+        text_encoder: a CLIP text model of transformers.
+        prefix: `lora_te1`, `lora_te2`, or `lora_te` for the only encoder of a model.
+    """
+    found = _layers_inside(text_encoder, TEXT_ENCODER_CONTAINERS)
+    return [Target(f"{prefix}_text_model_{path.removeprefix('text_model_')}", layer) for path, layer in found]
+
+
+def _layers_inside(root: nn.Module, containers: Collection[str]) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
+    """Yield path (dots as underscores) and layer of every linear layer and convolution inside a module of these class names."""
+    for container_path, container in root.named_modules():
+        if type(container).__name__ not in containers:
+            continue
+        for path, layer in container.named_modules(prefix=container_path):
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                yield path.replace(".", "_"), layer
