@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-import networks.lora
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import networks.lora
 from library.dataset.batch import Batch
 from library.diffusion.objective import DdpmObjective
 from library.diffusion.schedule import NoiseSchedule
@@ -299,7 +299,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {"device": device.type, "machine": platform.machine(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        facts |= {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+        facts |= {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda}
     else:
         facts["name"] = cpu_name()
     return facts

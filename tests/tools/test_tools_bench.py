@@ -1,6 +1,7 @@
 """tools/bench.py: what is counted is what the step does, the result is complete, and wrong options are refused early."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from safetensors import safe_open
 
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
@@ -55,9 +57,11 @@ def test_a_step_changes_what_is_trained_and_nothing_else() -> None:
     assert all(torch.equal(frozen_before[name], value) for name, value in unet.state_dict().items())
 
 
-def test_the_number_of_trained_parameters_is_that_of_the_model_or_of_its_adapters() -> None:
+def test_the_number_of_trained_parameters_is_that_of_the_model_or_of_its_adapters(tiny_checkpoint: Path) -> None:
+    with safe_open(tiny_checkpoint, framework="pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys() if name.startswith("model.diffusion_model.")]  # noqa: SIM118
     whole, _ = benchmark.make_run(BenchOptions(**SMALL | {"mode": "finetune"}), WorkingPrecisionOptions(), OptimizerOptions())
-    assert sum(parameter.numel() for parameter in whole.parameters) == 9_262_788  # the U-Net of the tiny checkpoint
+    assert sum(parameter.numel() for parameter in whole.parameters) == sum(math.prod(shape) for shape in shapes)
     of_rank = {}
     for rank in (4, 8):
         run, _ = benchmark.make_run(BenchOptions(**SMALL | {"network_dim": rank}), WorkingPrecisionOptions(), OptimizerOptions())
@@ -84,7 +88,7 @@ def test_the_result_is_printed_and_written_with_all_that_is_needed_to_repeat_it(
     result = written["result"]
     assert written["command"].startswith("python tools/bench.py --size tiny --resolution 64")
     assert written["options"]["bench"]["batch_size"] == 2
-    assert written["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(written["versions"]["torch"])
     assert written["hardware"]["device"] in ("cpu", "cuda")
     assert result["images_per_second"] == pytest.approx(2 / result["seconds_per_step"])
     assert result["tera_flop_per_second"] == pytest.approx(result["tera_flop_per_step"] / result["seconds_per_step"])
