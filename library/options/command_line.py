@@ -10,6 +10,10 @@ from library.options.record import Kind, Option
 _NEGATIVE_NUMBER = re.compile(r"^-(\d+|\d*\.\d+|\d+\.)(e[-+]?\d+)?%?$", re.IGNORECASE)
 
 
+_ADDITIONS = frozenset({"text_encoder_lr1", "text_encoder_lr2", "strict_config"})
+"""Options sd-scripts does not have; they must not make a beginning ambiguous that is not so there."""
+
+
 @dataclass
 class CommandLine:
     """What was typed."""
@@ -94,7 +98,8 @@ def _candidates(typed: str, options: Mapping[str, Option]) -> list[str]:
     beginning = typed[2:]
     if beginning in options or beginning == "help":
         return [beginning]
-    return [name for name in ("help", *options) if name.startswith(beginning)]
+    fitting = [name for name in ("help", *options) if name.startswith(beginning)]
+    return [name for name in fitting if name not in _ADDITIONS] or fitting
 
 
 def _resolve(typed: str, options: Mapping[str, Option], elsewhere: Container[str], line: CommandLine) -> str | None:

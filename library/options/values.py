@@ -29,6 +29,8 @@ def typed_value(option: Option, texts: Sequence[str]) -> Any:
         return True
     if option.many:
         return tuple(_from_text(option, text) for text in texts)
+    if texts[0] == "" and option.default is None and option.kind in (Kind.TEXT, Kind.PATH):
+        return None  # `--vae "$VAE"` with an empty variable means no VAE
     return _from_text(option, texts[0])
 
 
@@ -59,8 +61,6 @@ def _list_from_file(option: Option, value: Any) -> tuple[Any, ...]:
 
 
 def _from_text(option: Option, text: str) -> Any:
-    if text == "" and option.default is None and option.kind in (Kind.TEXT, Kind.PATH):
-        return None  # `--vae "$VAE"` with an empty variable means no VAE
     return _checked(option, _TEXT_READERS[option.kind](text))
 
 
@@ -119,7 +119,7 @@ def _flag_value(value: Any) -> bool:
 
 
 def _int_value(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != math.floor(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
         raise Unsuitable("is not a whole number.")
     return int(value)
 
@@ -132,7 +132,7 @@ def _float_value(value: Any) -> float:
 
 def _steps_value(value: Any) -> int | float:
     """A float up to 1 is a fraction of the run; above it only a whole number makes sense."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or (value > 1 and value != math.floor(value)):
+    if isinstance(value, bool) or not isinstance(value, int | float) or (value > 1 and not float(value).is_integer()):
         raise Unsuitable("is not a whole number of steps, a fraction up to 1.0, or a percentage in quotes.")
     return int(value) if value > 1 else value
 
