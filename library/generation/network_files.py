@@ -7,6 +7,7 @@ from pathlib import Path
 
 from library.options.errors import UsageError
 from library.options.groups.generation import GenNetworkOptions
+from networks.loading import parse_network_args
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def _module_exists(module: str) -> bool:
 
 def _parse_args(text: str, problems: list[str]) -> dict[str, str]:
     """Read `key=value;key=value`."""
-    pairs = [pair for pair in text.split(";") if pair.strip()]
-    problems.extend(f'--network_args: "{pair}" has no "="; write key=value;key=value.' for pair in pairs if "=" not in pair)
-    return {key.strip(): value.strip() for key, _, value in (pair.partition("=") for pair in pairs)}
+    try:
+        return parse_network_args([pair for pair in text.split(";") if pair.strip()])
+    except UsageError as error:
+        problems.extend(error.problems)
+        return {}

@@ -1,6 +1,5 @@
 """Attaches networks to a loaded model: merged into its weights, or beside them with a strength that each picture may set."""
 
-import importlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from library.files.tensors import open_tensors
 from library.generation.network_files import NetworkFile
 from library.models.family import Components
 from library.options.errors import UserError
+from networks.loading import import_network_module
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +105,7 @@ def attach_networks(
 
 
 def _create(file: NetworkFile, components: Components) -> tuple[Any, dict[str, Tensor]]:
-    module = importlib.import_module(file.module)
-    network, tensors = module.create_network_from_weights(
+    network, tensors = import_network_module(file.module).create_network_from_weights(
         file.multiplier, file.path, components.vae, components.text_encoders, components.denoiser, for_inference=True, **file.args
     )
     if network is None:
