@@ -36,22 +36,6 @@ class Batch:
         """The number of images, B."""
         return len(self.captions)
 
-    def pin_memory(self) -> "Batch":
-        """Return the batch in page-locked memory, from which copies to a GPU need not wait; data loaders call this."""
-
-        def pin(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.pin_memory()
-
-        sizes = self.sizes
-        return replace(
-            self,
-            images=pin(self.images),
-            latents=pin(self.latents),
-            text_cond=None if self.text_cond is None else {k: v.pin_memory() for k, v in self.text_cond.items()},
-            sizes=SizeConditioning(*(t.pin_memory() for t in (sizes.original_hw, sizes.crop_top_left, sizes.target_hw))),
-            loss_weights=self.loss_weights.pin_memory(),
-        )
-
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`; copies from pinned memory do not wait."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))

@@ -5,41 +5,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
-from torch import Tensor
-
+from library.dataset.cached import LatentFiles, LatentsInMemory, TextFiles, TextsInMemory
 from library.dataset.captions import caption_for_use, fixed_caption
 from library.dataset.index import Item, Section, build_index
 from library.dataset.plan import EpochPlan, draw_seed, plan_epoch
-from library.models.family import TextCond
 from library.options.dataset_config import DatasetConfig
-
-
-class LatentSource(Protocol):
-    """Cached latents, in memory or on disk."""
-
-    in_memory: bool
-
-    def read(self, item: Item, *, flipped: bool) -> Tensor:
-        """Return the latents (C, h, w) of an item, float32, in cache units.
-
-        Raises:
-            UserError: the cache file is gone or damaged.
-        """
-
-
-class TextSource(Protocol):
-    """Cached text outputs, in memory or on disk."""
-
-    in_memory: bool
-
-    def read(self, item: Item, caption: str) -> TextCond:
-        """Return the outputs of one caption, without a batch axis.
-
-        Raises:
-            UserError: the cache file is gone or damaged.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +39,9 @@ class Dataset:
         self.seed = seed
         self.sections: tuple[Section, ...] = build_index(config)
         self.items: tuple[Item, ...] = tuple(item for section in self.sections for item in section.items)
-        self.latents: LatentSource | None = None
+        self.latents: LatentFiles | LatentsInMemory | None = None
         """Set by `cache_latents`."""
-        self.texts: TextSource | None = None
+        self.texts: TextFiles | TextsInMemory | None = None
         """Set by `cache_text_outputs`."""
 
     @property
@@ -109,11 +80,19 @@ class Dataset:
     def draws(self, use: int, epoch: int) -> Draws:
         """Return what chance decides for a use in an epoch, whoever loads it and with whatever batch size."""
         item = self.items[self.use_items[use]]
-        subset = self.sections[item.section].subset(item)
+        rules = self.sections[item.section].subset(item).captions
         seed = draw_seed(self.seed, epoch, use)
         rng = random.Random(seed)
-        flipped = subset.flip_aug and rng.random() < 0.5
-        return Draws(seed, flipped, caption_for_use(item.caption, subset.captions, epoch, rng))
+        flipped = self.is_mirrored(item) and rng.random() < 0.5
+        return Draws(seed, flipped, caption_for_use(item.caption, rules, epoch, rng))
+
+    def is_mirrored(self, item: Item) -> bool:
+        """Say whether an item is mirrored in some of its uses."""
+        return self.sections[item.section].subset(item).flip_aug
+
+    def interpolation(self, item: Item) -> str | None:
+        """Return the resampling method of an item; None chooses by direction."""
+        return self.sections[item.section].interpolation(item)
 
     def fixed_caption(self, item: Item) -> str:
         """Return the caption an item always has; its subset must not vary captions."""

@@ -46,7 +46,8 @@ class Item:
     is_reg: bool
     geometry: Geometry
     cache_stem: str
-    """Path under which its caches lie: without extension, but with it where two images differ in the extension alone."""
+    """Path under which its caches lie, the same from whatever folder it is seen: without extension, but with it where two images
+    differ in the extension alone."""
 
 
 @dataclass(frozen=True)
@@ -148,21 +149,19 @@ def _section_images(number: int, section: SectionConfig, problems: list[str]) ->
         paths = list_images(subset.image_dir)
         if not paths:
             logger.warning("%s has no images; files directly in it count: %s", subset.image_dir, " ".join(image_extensions()))
-        stems = _cache_stems(paths)
+        stems = dict(zip(paths, _cache_stems(paths, os.path.realpath(subset.image_dir)), strict=True))
         captions = _captions(paths, subset, problems)
         for path, caption in zip(paths, captions, strict=True):
             yield _Found(number, position, path, caption, stems[path])
 
 
-def _cache_stems(paths: Iterable[str]) -> dict[str, str]:
+def _cache_stems(paths: Iterable[str], folder: str) -> Iterator[str]:
     """Give the first image of a name the name without extension, as sd-scripts does, and later ones their whole file name."""
-    stems: dict[str, str] = {}
     taken: set[str] = set()
-    for path in paths:
-        stem = os.path.splitext(path)[0]
-        stems[path] = path if stem in taken else stem
+    for name in map(os.path.basename, paths):
+        stem = os.path.splitext(name)[0]
+        yield os.path.join(folder, name if stem in taken else stem)
         taken.add(stem)
-    return stems
 
 
 def _captions(paths: Sequence[str], subset: SubsetConfig, problems: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ A worker receives everything that decides a batch with the request for it (uses,
 nothing but speed.
 """
 
+import copy
 import logging
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from library.dataset.batch import Batch
 from library.dataset.buckets import crop_top_left
+from library.dataset.cached import LatentsInMemory, TextFiles, TextsInMemory
 from library.dataset.dataset import Dataset, Draws
 from library.dataset.images import fit, read_pixels, to_model_range
 from library.dataset.index import Item
@@ -106,9 +108,9 @@ class Loader:
     def _with_texts_in_memory(self, batch: Batch) -> Batch:
         """Add texts held in this process, which workers are spared a copy of."""
         texts = self._dataset.texts
-        if texts is None or not texts.in_memory:
+        if not isinstance(texts, TextsInMemory):
             return batch
-        cond = stack_cond([texts.read(self._dataset.items[0], caption) for caption in batch.captions])
+        cond = stack_cond([texts.read(caption) for caption in batch.captions])
         return replace(batch, text_cond={key: value.pin_memory() for key, value in cond.items()} if self._pin else cond)
 
 
@@ -136,16 +138,14 @@ def load_batch(dataset: Dataset, epoch: int, share: Share) -> Batch:
     items = [dataset.items[dataset.use_items[use]] for use in share.uses]
     draws = [dataset.draws(use, epoch) for use in share.uses]
     latents = dataset.latents
-    texts = dataset.texts if dataset.texts is not None and not dataset.texts.in_memory else None
-    captions = [draw.caption for draw in draws]
+    texts = dataset.texts if isinstance(dataset.texts, TextFiles) else None
     prior = dataset.config.prior_loss_weight
+    pairs = list(zip(items, draws, strict=True))
     return Batch(
-        images=None if latents else torch.stack([_image(dataset, item, draw) for item, draw in zip(items, draws, strict=True)]),
-        latents=torch.stack([latents.read(item, flipped=draw.flipped) for item, draw in zip(items, draws, strict=True)])
-        if latents
-        else None,
-        captions=captions,
-        text_cond=stack_cond([texts.read(item, text) for item, text in zip(items, captions, strict=True)]) if texts else None,
+        images=None if latents else torch.stack([_image(dataset, item, draw) for item, draw in pairs]),
+        latents=torch.stack([latents.read(item, flipped=draw.flipped) for item, draw in pairs]) if latents else None,
+        captions=[draw.caption for draw in draws],
+        text_cond=stack_cond([texts.read(item) for item in items]) if texts else None,
         sizes=_sizes(items, draws),
         loss_weights=torch.tensor([share.weight * (prior if item.is_reg else 1.0) for item in items], dtype=torch.float32),
         draw_seeds=[draw.seed for draw in draws],
@@ -175,12 +175,10 @@ class _Reader:
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        dataset = self._dataset
-        texts = dataset.texts
-        if texts is None or not texts.in_memory:
-            return {"_dataset": dataset}
-        slim = object.__new__(Dataset)
-        slim.__dict__.update(dataset.__dict__, texts=None)
+        """Travel light to a worker that is not forked: texts in memory are added by the main process."""
+        slim = copy.copy(self._dataset)
+        if isinstance(slim.texts, TextsInMemory):
+            slim.texts = None
         return {"_dataset": slim}
 
 
@@ -198,7 +196,7 @@ class _CurrentRequests:
 
 
 def _useful_workers(dataset: Dataset, wanted: int) -> int:
-    if dataset.latents is not None and dataset.latents.in_memory:
+    if isinstance(dataset.latents, LatentsInMemory):
         return 0
     return min(wanted, os.cpu_count() or 1)
 
@@ -220,7 +218,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _image(dataset: Dataset, item: Item, draws: Draws) -> Tensor:
-    pixels = fit(read_pixels(item.path, item.orientation), item.geometry, dataset.sections[item.section].interpolation(item))
+    pixels = fit(read_pixels(item.path, item.orientation), item.geometry, dataset.interpolation(item))
     return torch.from_numpy(to_model_range(pixels[:, ::-1] if draws.flipped else pixels))
 
 

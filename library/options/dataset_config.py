@@ -301,7 +301,7 @@ def section_warnings(section: SectionConfig, where: str) -> list[str]:
 def text_cache_problems(section: SectionConfig, where: str) -> list[str]:
     """Return the caption settings that need another text at each use, which a text encoded once cannot give."""
     return [
-        f"{where}: {name} of {subset.image_dir} changes the caption from use to use, while --cache_text_encoder_outputs encodes one. "
+        f"{where}: {name} of {subset.image_dir} changes the caption from use to use; --cache_text_encoder_outputs encodes one. "
         f"Switch one of them off."
         for subset in section.subsets
         for name in subset.captions.varying()

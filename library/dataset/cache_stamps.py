@@ -1,0 +1,98 @@
+"""Notes in cache files on what they were made from, and the account of what had to be made again."""
+
+import io
+import json
+import os
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from library.files.hashes import sha256_file
+from library.options.errors import UserError
+
+STAMP_NAME = "atelier_stamp"
+"""The array that holds a stamp; programs that do not know it ignore it."""
+
+STAMP_FORMAT = 1
+
+Stamp = dict[str, Any]
+"""What an entry was made from, and the checksums of its arrays."""
+
+
+def add_stamp(arrays: Mapping[str, np.ndarray[Any, Any]], stamp: Stamp) -> dict[str, np.ndarray[Any, Any]]:
+    """Return the arrays of an entry with a stamp that holds for exactly these arrays."""
+    sealed = stamp | {"checksums": {name: _checksum(array) for name, array in arrays.items()}}
+    return dict(arrays) | {STAMP_NAME: np.frombuffer(json.dumps(sealed, sort_keys=True).encode(), dtype=np.uint8)}
+
+
+def read_stamp(path: str, suffix: str = "") -> Stamp | None:
+    """Return the stamp of an entry, or None if it has none or its arrays were replaced since.
+
+    Only the archive's directory and the stamp are read: the directory has the checksum of every array.
+
+    Args:
+        path: an npz file.
+        suffix: what follows the array names of the entry.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            checksums = {info.filename.removesuffix(".npy"): info.CRC for info in archive.infolist()}
+            if STAMP_NAME + suffix not in checksums:
+                return None
+            packed = np.lib.format.read_array(io.BytesIO(archive.read(f"{STAMP_NAME}{suffix}.npy")), allow_pickle=False)
+        stamp = json.loads(packed.tobytes())
+        sealed = {name + suffix: checksum for name, checksum in stamp["checksums"].items()}
+    except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}). Delete it, and it will be made again.") from None
+    return stamp if sealed.items() <= checksums.items() else None
+
+
+def _checksum(array: np.ndarray[Any, Any]) -> int:
+    """Return the CRC-32 of an array's npy form, which is what a zip directory notes."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, allow_pickle=False)
+    return zlib.crc32(buffer.getbuffer())
+
+
+def source_stamp(path: str) -> Stamp:
+    """Describe a source file: bytes, time of the last change in nanoseconds, content."""
+    status = os.stat(path)
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256_file(path)}
+
+
+def is_same_source(stamp: Any, path: str) -> bool:
+    """Say whether a source file is the one in the stamp; its content is only hashed when its time differs."""
+    if not isinstance(stamp, dict):
+        return False
+    status = os.stat(path)
+    if stamp.get("bytes") != status.st_size:
+        return False
+    return stamp.get("mtime_ns") == status.st_mtime_ns or stamp.get("sha256") == sha256_file(path)
+
+
+@dataclass
+class CacheReport:
+    """What caching did, in this process."""
+
+    kind: str
+    """What was cached, for the sentence: "Latents", "Captions"."""
+    kept: int = 0
+    foreign: int = 0
+    """Of those kept, files of another program, which do not say what they were made from."""
+    made: Counter[str] = field(default_factory=Counter)
+    """Entries made, by reason."""
+
+    def sentence(self) -> str:
+        """Return the account in one line."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.made.most_common())
+        made = f"{self.made.total()} encoded ({reasons})" if self.made else "nothing to encode"
+        kept = f"{self.kept} taken from the cache" if self.kept else "none in the cache"
+        return f"{self.kind}: {kept}, {made}."

@@ -1,0 +1,132 @@
+"""What was encoded once, as training reads it: latents and text outputs, in memory or in the files beside the images.
+
+The files have the layout of sd-scripts. A latent file holds `latents` (C, h, w), `latents_flipped`, `original_size`, `crop_ltrb`; when
+an image is trained at several sizes, the further sizes have `_<h>x<w>` after each of these names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from library.dataset.cache_stamps import STAMP_NAME
+from library.dataset.index import Item
+from library.files.npz import Arrays, read_npz
+from library.models.family import LatentCacheSpec, TextCacheSpec, TextCond
+from library.options.errors import UserError
+
+LATENT_NAMES = ("latents", "latents_flipped", "original_size", "crop_ltrb", STAMP_NAME)
+"""The arrays of one size of an image; the last is ours."""
+
+
+@dataclass(frozen=True)
+class LatentFiles:
+    """Latents on disk, one file per image.
+
+    Args:
+        spec: how the family names the files.
+        stride: pixels per latent position.
+    """
+
+    spec: LatentCacheSpec
+    stride: int
+
+    def path(self, item: Item) -> str:
+        """Return the file of an item: its caching name, its size as width x height of at least four digits, the family's suffix."""
+        width, height = item.size
+        return f"{item.cache_stem}_{width:04d}x{height:04d}{self.spec.suffix}"
+
+    def shape(self, item: Item) -> tuple[int, int]:
+        """Return (h, w) of an item's latents."""
+        width, height = item.geometry.bucket
+        return height // self.stride, width // self.stride
+
+    def pick(self, arrays: Mapping[str, Any], shape: tuple[int, int]) -> Arrays | None:
+        """Return the arrays of one size under their plain names, or None if the file does not hold it."""
+        for suffix in (size_suffix(shape), ""):
+            latents = arrays.get(f"latents{suffix}")
+            if latents is not None and latents.shape[-2:] == shape:
+                return {name: arrays[name + suffix] for name in LATENT_NAMES if name + suffix in arrays}
+        return None
+
+    def read(self, item: Item, *, flipped: bool) -> Tensor:
+        """Return an item's latents (C, h, w), float32, in cache units.
+
+        Raises:
+            UserError: the file is gone, damaged, or lacks the size or the mirrored latents.
+        """
+        path, shape = self.path(item), self.shape(item)
+        name = "latents_flipped" if flipped else "latents"
+        arrays = read_npz(path, keys={name, name + size_suffix(shape), "latents", "latents" + size_suffix(shape)})
+        picked = self.pick(arrays, shape)
+        if picked is None or name not in picked:
+            what = f"{'mirrored ' if flipped else ''}latents of {item.path} at {item.geometry.bucket[0]}x{item.geometry.bucket[1]}"
+            raise UserError(f"{path} does not hold the {what}. Leave out --skip_cache_check, or delete it, to have it made again.")
+        return torch.from_numpy(picked[name].astype(np.float32, copy=False))
+
+
+class LatentsInMemory:
+    """Latents held by this process.
+
+    Args:
+        latents: by item number, upright and, where the subset mirrors, mirrored; (C, h, w) float32.
+    """
+
+    def __init__(self, latents: Mapping[int, tuple[Tensor, Tensor | None]]) -> None:
+        self._latents = latents
+
+    def read(self, item: Item, *, flipped: bool) -> Tensor:
+        """Return an item's latents (C, h, w), float32, in cache units."""
+        upright, mirrored = self._latents[item.number]
+        return mirrored if flipped and mirrored is not None else upright
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Text outputs on disk, one file per image.
+
+    Args:
+        spec: how the family names and lays out the files.
+    """
+
+    spec: TextCacheSpec
+
+    def path(self, item: Item) -> str:
+        """Return the file of an item."""
+        return item.cache_stem + self.spec.suffix
+
+    def read(self, item: Item) -> TextCond:
+        """Return an item's text outputs without a batch axis; numbers with a fraction are float32.
+
+        Raises:
+            UserError: the file is gone or damaged.
+        """
+        path = self.path(item)
+        arrays = read_npz(path, keys=self.spec.required_keys)
+        missing = self.spec.required_keys - arrays.keys()
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(sorted(missing))}. Delete it, and it will be made again.")
+        return {name: value.float() if value.is_floating_point() else value for name, value in self.spec.unpack(arrays).items()}
+
+
+class TextsInMemory:
+    """Text outputs held by this process, each caption once.
+
+    Args:
+        outputs: by caption, without a batch axis.
+    """
+
+    def __init__(self, outputs: Mapping[str, TextCond]) -> None:
+        self._outputs = outputs
+
+    def read(self, caption: str) -> TextCond:
+        """Return the outputs of a caption, without a batch axis."""
+        return self._outputs[caption]
+
+
+def size_suffix(shape: tuple[int, int]) -> str:
+    """Return what follows the names of arrays that belong to one of several sizes."""
+    return f"_{shape[0]}x{shape[1]}"
