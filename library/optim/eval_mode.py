@@ -1,0 +1,28 @@
+"""Schedule-free optimizers train one set of weights and hand out another, their average."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Put the averaged weights into the model while sampling, validating or saving a model; a no-op for other optimizers.
+
+    The switch there and back rounds once in the dtype of the weights, the same whenever a run is repeated. A training state is
+    saved outside of it: the training weights and the optimizer's state together continue a run exactly.
+
+    Args:
+        optimizer: as `make_optimizer` gives it, or wrapped by accelerate.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    to_eval, to_train = getattr(inner, "eval", None), getattr(inner, "train", None)
+    if not callable(to_eval) or not callable(to_train):
+        yield
+        return
+    to_eval()
+    try:
+        yield
+    finally:
+        to_train()
