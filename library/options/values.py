@@ -29,7 +29,7 @@ def typed_value(option: Option, texts: Sequence[str]) -> Any:
         return True
     if option.many:
         return tuple(_from_text(option, text) for text in texts)
-    if texts[0] == "" and option.default is None and option.kind in (Kind.TEXT, Kind.PATH):
+    if texts[0] == "" and option.default is None and option.kind in (Kind.TEXT, Kind.PATH) and not option.choices:
         return None  # `--vae "$VAE"` with an empty variable means no VAE
     return _from_text(option, texts[0])
 

@@ -133,8 +133,8 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
 def test_written_options_are_read_back_the_same_without_secrets_and_defaults(tmp_path, config):
     path = tmp_path / "run.toml"
     typed = [
-        "--seed", "5", "--lr_warmup_steps", "10%", "--text_encoder_lr", "1e-4", "2e-4", "--dataset_config", "ü.toml", "--enable_bucket",
-        "--resolution", "832,1216", "--network_dim", "8", "--max_train_steps", "1600",
+        "--seed", "5", "--lr_warmup_steps", "10%", "--text_encoder_lr", "1e-4", "2e-4", "--dataset_config", "ü.toml",
+        "--enable_bucket", "--resolution", "832,1216", "--network_dim", "8", "--max_train_steps", "1600",
     ]  # fmt: skip
     with pytest.raises(SystemExit) as ended:
         train(*typed, "--wandb_api_key", "k", "--huggingface_token", "t", "--config_file", str(path), "--output_config")

@@ -1,0 +1,131 @@
+"""Combinations that exclude each other are refused; what is only odd is said and done."""
+
+import logging
+
+import pytest
+
+from library.options.errors import UsageError
+from library.options.groups.image import ImageOptions
+from library.options.parse import parse
+from library.options.scripts import CacheLatentsOptions, CacheTextEncoderOutputsOptions, SdxlGenImgOptions, SdxlTrainNetworkOptions
+
+TRAIN = "--pretrained_model_name_or_path m --output_dir o --network_module networks.lora --train_data_dir d"
+DRAW = "--ckpt m --prompt cat"
+
+REFUSED = [
+    ("--v2", "--v2 is for Stable Diffusion 2.x"),
+    ("--adaptive_noise_scale 0.1", "needs --noise_offset above 0"),
+    ("--adaptive_noise_scale 0.1 --noise_offset 0", "needs --noise_offset above 0"),
+    ("--min_timestep 500 --max_timestep 500", "--min_timestep (500) must be below --max_timestep (500)"),
+    ("--scale_v_pred_loss_like_noise_pred", "needs --v_parameterization"),
+    ("--v_pred_like_loss 0.1 --v_parameterization", "excludes --v_parameterization"),
+    ("--dim_from_weights", "needs --network_weights"),
+    ("--network_weights missing.safetensors", "there is no file missing.safetensors"),
+    ("--network_train_unet_only --network_train_text_encoder_only", "leave nothing to train"),
+    ("--network_train_text_encoder_only --cache_text_encoder_outputs_to_disk", "excludes --cache_text_encoder_outputs"),
+    ("--text_encoder_lr 1 2 3", "one for each of the two text encoders, not 3"),
+    ("--network_args conv_dim", "'conv_dim' is not of the form key=value"),
+    ("--network_args =4", "'=4' is not of the form key=value"),
+    ("--sample_every_n_steps 5", "need --sample_prompts"),
+    ("--sample_at_first --sample_prompts missing.txt", "there is no file missing.txt"),
+    ("--log_with tensorboard", "needs --logging_dir"),
+    ("--resume missing", "there is no folder missing"),
+    ("--initial_step 10 --max_train_steps 10", "--initial_step (10) must be below --max_train_steps (10)"),
+    ("--initial_epoch 3 --max_train_epochs 2", "--initial_epoch (3) must not be above --max_train_epochs (2)"),
+    ("--persistent_data_loader_workers --max_data_loader_n_workers 0", "needs workers"),
+]
+
+ACCEPTED = [
+    "--adaptive_noise_scale 0 --noise_offset 0",
+    "--min_timestep 0 --max_timestep 1",
+    "--v_pred_like_loss 0 --v_parameterization",
+    "--text_encoder_lr 1e-4 2e-4",
+    "--network_args conv_dim=4 rank_dropout=0.1",
+    "--sample_every_n_steps 0 --sample_every_n_epochs 0",
+    "--log_with tensorboard --logging_dir logs",
+    "--initial_step 9 --max_train_steps 10",
+    "--initial_step 5000 --max_train_epochs 10",
+    "--scale_v_pred_loss_like_noise_pred --v_parameterization",
+]
+
+ODD = [
+    ("--clip_skip 2", "--clip_skip has no influence on SDXL"),
+    ("--zero_terminal_snr", "--zero_terminal_snr is meant for v-prediction"),
+    ("--cache_text_encoder_outputs", "only the U-Net is trained"),
+    ("--huber_scale 2 --loss_type huber", "--huber_scale has no effect"),
+    ("--skip_until_initial_step", "--skip_until_initial_step has no effect"),
+]
+
+GENERATION_REFUSED = [
+    ("", "--ckpt is missing"),
+    ("--ckpt m", "There is nothing to draw"),
+    ("--ckpt m --from_file missing.txt", "there is no file missing.txt"),
+    (f"{DRAW} --W 1001", "--W must be a multiple of 8, not 1001; 1000 is near"),
+    (f"{DRAW} --network_module networks.lora", "there are 1 and 0"),
+    (f"{DRAW} --network_module networks.lora --network_weights a --network_mul 1 2", "there are 2 values and 1 networks"),
+]
+
+
+def refusal(script, command):
+    with pytest.raises(UsageError) as error:
+        parse(script, command.split())
+    return error.value.problems
+
+
+@pytest.mark.parametrize(("typed", "words"), REFUSED)
+def test_what_cannot_be_used_together_is_refused_in_one_sentence(typed, words):
+    (told,) = refusal(SdxlTrainNetworkOptions, f"{TRAIN} {typed}")
+    assert words in told
+
+
+@pytest.mark.parametrize("typed", ACCEPTED)
+def test_what_can_be_used_together_is_taken_without_a_word(typed, caplog):
+    with caplog.at_level(logging.INFO):
+        parse(SdxlTrainNetworkOptions, f"{TRAIN} {typed}".split())
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("typed", "words"), ODD)
+def test_what_is_only_odd_is_said(typed, words, caplog):
+    parse(SdxlTrainNetworkOptions, f"{TRAIN} {typed}".split())
+    (told,) = caplog.messages
+    assert words in told
+
+
+@pytest.mark.parametrize(("typed", "words"), GENERATION_REFUSED)
+def test_image_generation_names_what_is_missing(typed, words):
+    assert any(words in told for told in refusal(SdxlGenImgOptions, typed))
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [("--clip_skip 2", "no influence"), ("--fp16 --bf16", "float16 is used"), ("--no_preview", "never shown in a window")],
+)
+def test_image_generation_says_what_is_odd(typed, words, caplog):
+    parse(SdxlGenImgOptions, f"{DRAW} {typed}".split())
+    (told,) = caplog.messages
+    assert words in told
+
+
+@pytest.mark.parametrize("script", [CacheLatentsOptions, CacheTextEncoderOutputsOptions])
+def test_caching_tools_need_a_model_and_images_and_assume_sdxl(script):
+    told = " ".join(refusal(script, ""))
+    assert "--pretrained_model_name_or_path is missing" in told
+    assert "There are no training images" in told
+    assert not parse(script, ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]).tool.sdxl
+
+
+def test_wandb_without_its_package_is_refused_with_the_pip_command(monkeypatch):
+    monkeypatch.setattr("library.options.checks.find_spec", lambda name: None)
+    (told,) = refusal(SdxlTrainNetworkOptions, f"{TRAIN} --log_with wandb")
+    assert "pip install wandb" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("4,2", "not above the second"), ("0,2", "above 0"), ("2", "two numbers with a comma"), ("a,b", "two numbers")],
+)
+def test_a_face_crop_range_is_two_numbers_in_order(text, words):
+    with pytest.raises(ValueError, match=words):
+        ImageOptions(face_crop_aug_range=text)
+    assert ImageOptions(face_crop_aug_range="2.0,4.0").face_crop_aug_range == "2.0,4.0"
