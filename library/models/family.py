@@ -52,10 +52,10 @@ class SizeConditioning:
 
 @dataclass
 class Components:
-    """The loaded parts of a model; a text encoder that is not loaded, or was freed, is None."""
+    """The parts of a model; one that is not loaded, or was freed, is None."""
 
-    denoiser: nn.Module
-    vae: nn.Module
+    denoiser: nn.Module | None
+    vae: nn.Module | None
     text_encoders: list[nn.Module | None]
 
 

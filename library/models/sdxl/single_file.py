@@ -100,7 +100,7 @@ def single_file_tensors(
         "unet": parts["unet"],
         "te1": parts["te1"],
         "te2": te2 | {_LOGIT_SCALE: logit_scale},
-        "vae": _vae_tensors(parts["vae"]),
+        "vae": single_file_vae(parts["vae"]),
     }
     tensors = {PREFIXES[part] + name: tensor for part, group in named.items() for name, tensor in group.items()}
     return tensors | {marker: torch.zeros(0) for marker in sorted(markers)}
@@ -121,7 +121,8 @@ _VAE_RENAMES = (
 )
 
 
-def _vae_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def single_file_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a VAE's tensors, given under diffusers names, under the names and in the shapes of a single file (no prefix)."""
     levels = count_levels(tensors)
     converted = {}
     for name, tensor in tensors.items():

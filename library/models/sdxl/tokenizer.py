@@ -59,7 +59,7 @@ def load_bpe(cache_dir: str | None = None) -> ClipBpe:
     """
     folder = Path(cache_dir) / _CACHE_FOLDER if cache_dir else None
     if folder is None or not folder.is_dir():
-        return ClipBpe(*_open_clip_vocabulary())
+        return ClipBpe(*open_clip_vocabulary())
     try:
         return ClipBpe(*_folder_vocabulary(folder))
     except (OSError, ValueError, KeyError) as error:
@@ -78,7 +78,12 @@ def _folder_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, st
     return model["vocab"], [_pair(merge) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
 
 
-def _open_clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+def open_clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return CLIP's vocabulary (symbols, the same at word ends, merges, begin and end) and its merges, as OpenAI published them.
+
+    Raises:
+        UserError: open_clip, which ships them, is not installed.
+    """
     # The package is found, not imported: importing it takes seconds.
     package = importlib.util.find_spec("open_clip")
     if package is None or not package.submodule_search_locations:
