@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from library.options.checks_optimizer import did_you_mean_class, read_arguments, schedule_problems, step_rules
+from library.options.checks_optimizer import (
+    did_you_mean_class,
+    is_schedule_free,
+    optimizer_name,
+    read_arguments,
+    schedule_problems,
+    sets_its_own_rate,
+    step_rules,
+)
 from library.options.errors import UsageError
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.scheduler import SchedulerOptions
@@ -38,7 +46,7 @@ class Course:
     decay: int
     """D."""
     rate: float
-    """The optimizer's own rate, which rates given as numbers are relative to."""
+    """`--learning_rate`, which rates given as numbers are relative to, also in groups that have a rate of their own."""
     options: SchedulerOptions
     arguments: Mapping[str, Any]
 
@@ -187,35 +195,38 @@ def length_in_updates(length: int | float, total: int) -> int:
     return math.floor(length * total) if isinstance(length, float) else length
 
 
-def make_schedule(options: SchedulerOptions, optimizer: torch.optim.Optimizer, num_updates: int) -> LRScheduler:
+def make_schedule(
+    options: SchedulerOptions, optimizer_options: OptimizerOptions, optimizer: torch.optim.Optimizer, num_updates: int
+) -> LRScheduler:
     """Make the schedule that was asked for; step it once after each optimizer update that was not skipped.
 
     Schedule-free optimizers and Adafactor with relative steps set their rate themselves: theirs only reports it.
 
     Args:
         options: which schedule and its lengths.
+        optimizer_options: what `optimizer` was made from.
         optimizer: as `make_optimizer` gives it.
         num_updates: optimizer updates of the whole run, the same on every process.
 
     Raises:
         UsageError: for unknown names and arguments and missing packages.
     """
-    if any(group.get("relative_step") for group in optimizer.param_groups) and hasattr(optimizer, "_get_lr"):
+    if problems := schedule_problems(options, optimizer_options):
+        raise UsageError(problems)
+    if sets_its_own_rate(optimizer_options):
         _warn_unused(options, "Adafactor with relative steps")
         return RelativeStepSchedule(optimizer)
-    if type(optimizer).__name__.lower().endswith("schedulefree"):
-        _warn_unused(options, type(optimizer).__name__)
+    if is_schedule_free(optimizer_options):
+        _warn_unused(options, optimizer_name(optimizer_options))
         return LambdaLR(optimizer, lambda k: 1.0)
-    rate = float(optimizer.defaults["lr"])
-    if problems := schedule_problems(options, OptimizerOptions(learning_rate=rate)):
-        raise UsageError(problems)
     arguments, _ = read_arguments(options.lr_scheduler_args, "--lr_scheduler_args")
     if options.lr_scheduler_type:
         return _schedule_of_class(options.lr_scheduler_type, optimizer, arguments)
     warmup, decay = length_in_updates(options.lr_warmup_steps, num_updates), length_in_updates(options.lr_decay_steps, num_updates)
     if warmup >= num_updates:
         logger.warning("The warm-up of %d updates does not end within the run of %d updates.", warmup, num_updates)
-    return LambdaLR(optimizer, SCHEDULES[options.lr_scheduler](Course(num_updates, warmup, decay, rate, options, arguments)))
+    course = Course(num_updates, warmup, decay, optimizer_options.learning_rate, options, arguments)
+    return LambdaLR(optimizer, SCHEDULES[options.lr_scheduler](course))
 
 
 def _warn_unused(options: SchedulerOptions, who: str) -> None:

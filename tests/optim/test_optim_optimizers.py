@@ -54,7 +54,7 @@ def test_every_name_of_the_reference_gives_its_class_arguments_and_rates_or_an_e
         assert describe_optimizer(chosen).startswith(f"{type(optimizer).__module__}.{type(optimizer).__qualname__}")
         assert optimizer.param_groups[0]["lr"] == expected["learning_rate_after"]
         if expected["lr_scheduler_after"].startswith("adafactor:"):
-            schedule = make_schedule(SchedulerOptions(), optimizer, 10)
+            schedule = make_schedule(SchedulerOptions(), chosen, optimizer, 10)
             assert schedule.get_last_lr() == [float(expected["lr_scheduler_after"].partition(":")[2])]
 
 
@@ -184,8 +184,9 @@ def test_adafactor_updates_equal_the_reference(training_reference, case):
 def test_the_schedule_of_relative_adafactor_reports_the_rate_of_the_last_update(training_reference):
     table = training_reference["adafactor"]["relative"]
     (matrix, vector) = adafactor_parameters(table)
-    optimizer = make_optimizer(options("Adafactor", learning_rate=1e-4), [{"params": [matrix]}, {"params": [vector]}])
-    schedule = make_schedule(SchedulerOptions(), optimizer, 10)
+    chosen = options("Adafactor", learning_rate=1e-4)
+    optimizer = make_optimizer(chosen, [{"params": [matrix]}, {"params": [vector]}])
+    schedule = make_schedule(SchedulerOptions(), chosen, optimizer, 10)
     assert schedule.get_last_lr() == [1e-4, 1e-4]
     generator = torch.Generator().manual_seed(11)
     for rates in table["per_step"]:
@@ -199,7 +200,7 @@ def test_the_schedule_of_relative_adafactor_reports_the_rate_of_the_last_update(
 
 def test_relative_adafactor_reports_a_rate_when_the_first_tensor_of_a_group_has_no_gradient(parameters):
     optimizer = make_optimizer(options("Adafactor"), [{"params": parameters}])
-    schedule = make_schedule(SchedulerOptions(), optimizer, 10)
+    schedule = make_schedule(SchedulerOptions(), options("Adafactor"), optimizer, 10)
     parameters[1].grad = torch.ones(64)
     optimizer.step()
     schedule.step()

@@ -17,9 +17,14 @@ REFERENCE = json.loads((Path(__file__).parents[1] / "compat" / "training_referen
 CASES = REFERENCE["lr_schedulers"]["cases"]
 
 
-def optimizer_with(*rates, rate=None):
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": r} for r in rates]
-    return make_optimizer(OptimizerOptions(optimizer_type="SGD", learning_rate=rates[0] if rate is None else rate), groups)
+def optimizer_with(*rates):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates]
+    return make_optimizer(OptimizerOptions(optimizer_type="SGD", learning_rate=rates[0]), groups)
+
+
+def schedule_of(options, optimizer, num_updates):
+    rate = optimizer.param_groups[0]["lr"]
+    return make_schedule(options, OptimizerOptions(optimizer_type="SGD", learning_rate=rate), optimizer, num_updates)
 
 
 def rates_used(schedule, optimizer, count):
@@ -39,10 +44,10 @@ def test_the_rate_of_every_update_equals_the_reference(name):
     options, optimizer = SchedulerOptions(**case["options"]), optimizer_with(case["base_lr"])
     if "error" in case:
         with pytest.raises(UsageError):
-            make_schedule(options, optimizer, 100)
+            schedule_of(options, optimizer, 100)
         return
     expected = {int(k): rate for k, rate in case["lr_used_by_optimizer_step"].items()}
-    used = rates_used(make_schedule(options, optimizer, 100), optimizer, max(expected) + 1)
+    used = rates_used(schedule_of(options, optimizer, 100), optimizer, max(expected) + 1)
     for k, rate in expected.items():
         assert used[k][0] == pytest.approx(rate, rel=1e-6, abs=1e-12), f"update {k}"
 
@@ -66,7 +71,7 @@ LIBRARY_NAMES = {
 @pytest.mark.parametrize(("warmup", "total"), [(0, 37), (5, 37), (36, 37)])
 def test_schedules_equal_those_of_transformers(name, warmup, total):
     ours, theirs = optimizer_with(0.3), optimizer_with(0.3)
-    schedule = make_schedule(SchedulerOptions(lr_scheduler=name, lr_warmup_steps=warmup), ours, total)
+    schedule = schedule_of(SchedulerOptions(lr_scheduler=name, lr_warmup_steps=warmup), ours, total)
     library = transformers.get_scheduler(name, theirs, warmup, total, scheduler_specific_kwargs=LIBRARY_NAMES[name])
     for mine, reference in zip(rates_used(schedule, ours, total + 1), rates_used(library, theirs, total + 1), strict=True):
         assert mine == pytest.approx(reference, rel=1e-9, abs=1e-12)
@@ -87,9 +92,7 @@ def test_warmup_stable_decay_equals_that_of_transformers_in_every_shape(warmup_t
     library = transformers.optimization.get_wsd_schedule(
         theirs, 7, 9, num_stable_steps=14, warmup_type=warmup_type, decay_type=decay_type, min_lr_ratio=0.2
     )
-    for mine, reference in zip(
-        rates_used(make_schedule(options, ours, 30), ours, 33), rates_used(library, theirs, 33), strict=True
-    ):
+    for mine, reference in zip(rates_used(schedule_of(options, ours, 30), ours, 33), rates_used(library, theirs, 33), strict=True):
         assert mine == pytest.approx(reference, rel=1e-9, abs=1e-12)
 
 
@@ -97,28 +100,28 @@ def test_the_first_update_of_a_warmup_has_rate_zero():
     for name in set(SCHEDULES) - {"constant", "piecewise_constant"}:
         optimizer = optimizer_with(1.0)
         options = SchedulerOptions(lr_scheduler=name, lr_warmup_steps=3, lr_scheduler_min_lr_ratio=0.0)
-        make_schedule(options, optimizer, 10)
+        schedule_of(options, optimizer, 10)
         assert optimizer.param_groups[0]["lr"] == 0.0, name
 
 
 def test_each_group_keeps_its_share_of_the_rate():
     optimizer = optimizer_with(1e-3, 5e-4)
     for first, second in rates_used(
-        make_schedule(SchedulerOptions(lr_scheduler="cosine", lr_warmup_steps=2), optimizer, 9), optimizer, 9
+        schedule_of(SchedulerOptions(lr_scheduler="cosine", lr_warmup_steps=2), optimizer, 9), optimizer, 9
     ):
         assert second == pytest.approx(first / 2)
 
 
 def test_polynomial_ends_relative_to_the_rate_of_the_optimizer():
-    optimizer = optimizer_with(1e-3, 5e-4, rate=1e-3)
+    optimizer = optimizer_with(1e-3, 5e-4)
     options = SchedulerOptions(lr_scheduler="polynomial", lr_scheduler_args=("lr_end=1e-4",))
-    assert rates_used(make_schedule(options, optimizer, 5), optimizer, 6)[5] == pytest.approx([1e-4, 5e-5])
+    assert rates_used(schedule_of(options, optimizer, 5), optimizer, 6)[5] == pytest.approx([1e-4, 5e-5])
 
 
 def test_the_lowest_rate_can_be_given_as_a_number():
     optimizer = optimizer_with(0.5)
     options = SchedulerOptions(lr_scheduler="cosine_with_min_lr", lr_scheduler_args=("min_lr=0.1",))
-    assert rates_used(make_schedule(options, optimizer, 8), optimizer, 9)[8][0] == pytest.approx(0.1)
+    assert rates_used(schedule_of(options, optimizer, 8), optimizer, 9)[8][0] == pytest.approx(0.1)
 
 
 def test_a_float_length_is_a_share_of_the_run_and_an_int_is_a_number_of_updates():
@@ -163,11 +166,11 @@ def test_a_saved_schedule_continues_exactly(name, tmp_path):
         lr_scheduler_args=("step_rules='1:4,0.5:7,0.1'",) if name == "piecewise_constant" else None,
     )
     whole, first, second = (optimizer_with(0.7, 0.3) for _ in range(3))
-    expected = rates_used(make_schedule(options, whole, 12), whole, 12)
-    before = make_schedule(options, first, 12)
+    expected = rates_used(schedule_of(options, whole, 12), whole, 12)
+    before = schedule_of(options, first, 12)
     rates_used(before, first, 5)
     torch.save((first.state_dict(), before.state_dict()), tmp_path / "state.bin")
-    after = make_schedule(options, second, 12)
+    after = schedule_of(options, second, 12)
     optimizer_state, schedule_state = torch.load(tmp_path / "state.bin", weights_only=True)
     second.load_state_dict(optimizer_state)
     after.load_state_dict(schedule_state)
@@ -177,19 +180,18 @@ def test_a_saved_schedule_continues_exactly(name, tmp_path):
 def test_schedule_free_optimizers_ignore_schedule_and_warmup(training_reference, caplog):
     schedulefree = pytest.importorskip("schedulefree")
     expected = training_reference["schedulefree_scheduler"]
-    optimizer = make_optimizer(
-        OptimizerOptions(optimizer_type="AdamWScheduleFree", learning_rate=0.3), [{"params": [torch.nn.Parameter(torch.zeros(2))]}]
-    )
+    options = OptimizerOptions(optimizer_type="AdamWScheduleFree", learning_rate=0.3)
+    optimizer = make_optimizer(options, [{"params": [torch.nn.Parameter(torch.zeros(2))]}])
     assert isinstance(optimizer, schedulefree.AdamWScheduleFree)
     with caplog.at_level("WARNING"):
-        schedule = make_schedule(SchedulerOptions(lr_scheduler="constant", lr_warmup_steps=10), optimizer, 100)
+        schedule = make_schedule(SchedulerOptions(lr_scheduler="constant", lr_warmup_steps=10), options, optimizer, 100)
     assert schedule.get_last_lr() == expected["last_lr"]
     assert "--lr_warmup_steps has no effect" in caplog.text
 
 
 def test_a_warmup_longer_than_the_run_warns(caplog):
     with caplog.at_level("WARNING"):
-        make_schedule(SchedulerOptions(lr_scheduler="linear", lr_warmup_steps=100), optimizer_with(1.0), 100)
+        schedule_of(SchedulerOptions(lr_scheduler="linear", lr_warmup_steps=100), optimizer_with(1.0), 100)
     assert "does not end within the run" in caplog.text
 
 
@@ -233,9 +235,9 @@ def test_schedule_free_and_adafactor_need_no_valid_schedule():
 @pytest.mark.parametrize("path", ["CosineAnnealingLRR", "torch.optim.lr_scheduler.ReduceLROnPlateau"])
 def test_a_schedule_class_that_does_not_exist_or_needs_a_metric_is_refused(path):
     with pytest.raises(UsageError, match=r"has no schedule .* that follows the updates"):
-        make_schedule(SchedulerOptions(lr_scheduler_type=path), optimizer_with(1.0), 10)
+        schedule_of(SchedulerOptions(lr_scheduler_type=path), optimizer_with(1.0), 10)
 
 
 def test_arguments_a_schedule_class_refuses_are_shown():
     with pytest.raises(UsageError, match=r"StepLR does not accept --lr_scheduler_args .*step_size"):
-        make_schedule(SchedulerOptions(lr_scheduler_type="StepLR"), optimizer_with(1.0), 10)
+        schedule_of(SchedulerOptions(lr_scheduler_type="StepLR"), optimizer_with(1.0), 10)
