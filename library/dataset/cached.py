@@ -1,7 +1,7 @@
 """What was encoded once, as training reads it: latents and text outputs, in memory or in the files beside the images.
 
-The files have the layout of sd-scripts. A latent file holds `latents` (C, h, w), `latents_flipped`, `original_size`, `crop_ltrb`; when
-an image is trained at several sizes, the further sizes have `_<h>x<w>` after each of these names.
+The files have the layout of sd-scripts. A latent file holds `latents` (C, h, w), `latents_flipped`, `original_size`, `crop_ltrb`;
+an image that is trained at several sizes has them once more for each further size, with `_<h>x<w>` after the names.
 """
 
 from collections.abc import Mapping

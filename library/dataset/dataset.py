@@ -1,5 +1,6 @@
 """The images of a run, their uses in an epoch, and the draws each use makes."""
 
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,8 @@ from library.dataset.captions import caption_for_use, fixed_caption
 from library.dataset.index import Item, Section, build_index
 from library.dataset.plan import EpochPlan, draw_seed, plan_epoch
 from library.options.dataset_config import DatasetConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,8 @@ class Dataset:
     """
 
     def __init__(self, config: DatasetConfig, seed: int) -> None:
+        for warning in config.warnings:
+            logger.warning("%s", warning)
         self.config = config
         self.seed = seed
         self.sections: tuple[Section, ...] = build_index(config)

@@ -13,7 +13,7 @@ Facts = dict[str, Any]
 """Values that `json.dumps` can write."""
 
 
-def metadata_facts(dataset: Dataset, num_processes: int) -> Facts:
+def metadata_facts(dataset: Dataset, num_processes: int = 1) -> Facts:
     """Return the `ss_` entries that describe the dataset; lists and dicts are to be written as JSON, the rest as text.
 
     With a dataset file there is one description per dataset, else flat entries, as sd-scripts writes them.

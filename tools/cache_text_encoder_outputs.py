@@ -1,0 +1,91 @@
+"""Encode the captions of a dataset once and keep the results on disk, for training with --cache_text_encoder_outputs_to_disk.
+
+    python tools/cache_text_encoder_outputs.py --pretrained_model_name_or_path sdxl.safetensors --dataset_config data.toml
+    accelerate launch tools/cache_text_encoder_outputs.py …        # several GPUs share the captions
+
+The options of training may stay on the command line; those without influence here do nothing. Entries that are right are kept, so
+an interrupted run continues where it stopped.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the project's folder is not on the path
+
+from library.options.console import set_up_logging
+from library.options.dataset_config import DatasetConfig, load_dataset_config
+from library.options.entry import run_script
+from library.options.errors import UsageError
+from library.options.groups.cache import CacheFileOptions
+from library.options.parse import parse
+from library.options.scripts import CacheTextEncoderOutputsOptions
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check the options and the dataset definition, then cache."""
+    options = parse(CacheTextEncoderOutputsOptions, argv, further_problems)
+    set_up_logging(options.console)
+    cache(options, dataset_definition(options))
+
+
+def further_problems(options: CacheTextEncoderOutputsOptions) -> list[str]:
+    """Say what is wrong with the dataset definition; it is told together with mistakes in the options."""
+    try:
+        dataset_definition(options)
+    except UsageError as error:
+        return list(error.problems)
+    return []
+
+
+def dataset_definition(options: CacheTextEncoderOutputsOptions) -> DatasetConfig:
+    """Read and check `--dataset_config`, or the folders given in its place."""
+    return load_dataset_config(options.dataset, options.caption, options.image, cache_options(options))
+
+
+def cache_options(options: CacheTextEncoderOutputsOptions) -> CacheFileOptions:
+    """Return the caching options with what this tool is for switched on."""
+    return options.cache.model_copy(update={"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True})
+
+
+def cache(options: CacheTextEncoderOutputsOptions, definition: DatasetConfig) -> None:
+    """Open the model, index the captions, and encode what is not cached."""
+    from library.dataset.dataset import Dataset
+    from library.dataset.text_cache import TextEncoder, cache_text_outputs
+    from library.models.family import ModelSource
+    from library.models.sdxl.family import SdxlFamily
+    from library.training.accelerator import DTypes, make_accelerator, shared_seed
+    from library.training.preparation import caching_bar
+
+    model = options.model
+    path, max_token_length = model.pretrained_model_name_or_path or "", model.max_token_length or 75
+    family = SdxlFamily.open(
+        ModelSource(
+            path=path,
+            mmap=not model.disable_mmap_load_safetensors,
+            prefer_fp16_variant=options.precision.mixed_precision == "fp16",
+            tokenizer_cache_dir=model.tokenizer_cache_dir,
+            max_token_length=max_token_length,
+        )
+    )
+    accelerator = make_accelerator(options.precision, options.distributed)
+    dataset = Dataset(definition, shared_seed(accelerator, options.length.seed))
+    dtype = DTypes.of(options.precision, False, None).compute
+    encoders = family.load_text_encoders(dtype, accelerator.device)
+    batch_size = options.dataset.train_batch_size
+    encoder = TextEncoder(family, encoders, accelerator.device, dtype, max_token_length, batch_size)
+    with caching_bar("captions", accelerator) as progress:
+        cache_text_outputs(
+            dataset,
+            encoder,
+            cache_options(options),
+            trust_foreign=Path(path).is_dir(),
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            progress=progress,
+        )
+    accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    run_script(main)
