@@ -149,7 +149,9 @@ class Pipeline:
         for done, t in enumerate(sampler.timesteps, 1):
             noisy = sampler.scale_model_input(torch.cat([latents] * 2) if first.uses_guidance else latents, t)
             with self._autocast():
-                predicted = self.family.predict(self.components.denoiser, noisy, t.expand(len(noisy)), cond, sizes).float()
+                predicted = self.family.predict(
+                    _loaded(self.components.denoiser, "denoiser"), noisy, t.expand(len(noisy)), cond, sizes
+                ).float()
             if first.uses_guidance:
                 uncond, conditioned = predicted.chunk(2)
                 predicted = uncond + scales * (conditioned - uncond)
@@ -175,7 +177,7 @@ class Pipeline:
         return text, SizeConditioning(*(torch.tensor(column) for column in zip(*halves, strict=True))).to(self.device)
 
     def _decode(self, latents: Tensor, requests: Sequence[ImageRequest]) -> Iterator[Image.Image]:
-        vae = self.components.vae
+        vae = _loaded(self.components.vae, "VAE")
         for start in range(0, len(latents), self.vae_batch_size):
             part = latents[start : start + self.vae_batch_size]
             images = self._decode_batch(vae, part)
@@ -201,6 +203,12 @@ class Pipeline:
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+
+def _loaded(part: nn.Module | None, name: str) -> nn.Module:
+    if part is None:
+        raise ValueError(f"The {name} is not loaded, so nothing can be drawn")
+    return part
 
 
 def _equal_groups(requests: Sequence[ImageRequest], encoded: Sequence[EncodedPrompt]) -> list[list[int]]:

@@ -81,15 +81,33 @@ class TextCacheSpec:
 class Family(Protocol):
     """One architecture. Everything in and out is unpacked: latents (B, C, h, w), images (B, 3, H, W) in [-1, 1]."""
 
-    name: str
-    latent_channels: int
-    latent_stride: int
-    size_multiple: int
-    """Image sides must be multiples of this many pixels (SDXL: 32)."""
-    encoder_names: tuple[str, ...]
-    """Text encoders in their fixed order, as they are named in network files (SDXL: `te1`, `te2`)."""
-    latent_cache: LatentCacheSpec
-    text_cache: TextCacheSpec
+    @property
+    def name(self) -> str:
+        """The family's short name, such as `sdxl`."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents, C."""
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels per latent position, in each direction."""
+
+    @property
+    def size_multiple(self) -> int:
+        """Image sides must be multiples of this many pixels (SDXL: 32)."""
+
+    @property
+    def encoder_names(self) -> tuple[str, ...]:
+        """Text encoders in their fixed order, as they are named in network files (SDXL: `te1`, `te2`)."""
+
+    @property
+    def latent_cache(self) -> LatentCacheSpec:
+        """How latent caches are named."""
+
+    @property
+    def text_cache(self) -> TextCacheSpec:
+        """How text caches are named and laid out."""
 
     def load_text_encoders(self, dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
         """Load all text encoders, frozen and in evaluation mode."""

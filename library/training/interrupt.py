@@ -29,7 +29,7 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._receive)
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             # A group of its own on the CPU: agreeing on the flag must not make a GPU wait.
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo")  # type: ignore[assignment]  # every process is a member
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -65,7 +65,7 @@ class TrainingRun:
     max_grad_norm: float
     """0 leaves gradients as they are."""
     seed: int
-    observe_loss: Callable[[Tensor], None]
+    observe_loss: Callable[[Tensor], None] = lambda loss: None
     """Receives each batch's mean loss, still on the device."""
     observers: Sequence[Observer] = field(default_factory=list)
 

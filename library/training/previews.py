@@ -14,32 +14,11 @@ from torch import nn
 from library.generation.pipeline import EncodedPrompt, Pipeline
 from library.generation.request import ImageRequest
 from library.options.errors import UserError
-from library.options.groups.sample import SampleOptions
 from library.training.position import Position
+from library.training.preview_plan import PreviewPlan, sample_name
 from library.training.trainable import NetworkTrainable
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PreviewPlan:
-    """When sample images are drawn; epochs win over steps where both are given."""
-
-    at_first: bool
-    every_n_epochs: int | None
-    every_n_steps: int | None
-
-    @classmethod
-    def of(cls, options: SampleOptions) -> "PreviewPlan":
-        """Read the plan from the options; intervals of zero and below mean never."""
-        epochs = options.sample_every_n_epochs if (options.sample_every_n_epochs or 0) > 0 else None
-        steps = options.sample_every_n_steps if (options.sample_every_n_steps or 0) > 0 and epochs is None else None
-        return cls(options.sample_at_first, epochs, steps)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is ever drawn."""
-        return not (self.at_first or self.every_n_epochs or self.every_n_steps)
 
 
 @dataclass
@@ -57,7 +36,7 @@ class Previews:
         folder: the output folder; pictures go to its `sample` folder.
         output_name: first part of the file names, or None.
         process_index, num_processes: which of the prompts are drawn here.
-        show: receives (index in the prompt file, request, picture, position) of each picture, for trackers.
+        show: receives (index in the prompt file, picture, prompt) of each picture, for trackers.
     """
 
     plan: PreviewPlan
@@ -71,27 +50,27 @@ class Previews:
     output_name: str | None
     process_index: int
     num_processes: int
-    show: Callable[[int, ImageRequest, Image.Image, Position], None]
+    show: Callable[[int, Image.Image, str], None]
 
     def before_training(self, position: Position) -> None:
         """Draw before the first step where that was asked for; a resumed run has drawn already."""
         if self.plan.at_first and position.update == 0:
-            self.draw(position, f"e{0:06d}")
+            self.draw(f"e{0:06d}")
 
     def after_update(self, position: Position) -> None:
         """Draw where the plan has a step."""
-        if self.plan.every_n_steps and position.update % self.plan.every_n_steps == 0:
-            self.draw(position, f"{position.update:06d}")
+        if self.plan.is_due_after_update(position.update):
+            self.draw(f"{position.update:06d}")
 
     def after_epoch(self, position: Position) -> None:
         """Draw where the plan has an epoch."""
-        if self.plan.every_n_epochs and position.epoch % self.plan.every_n_epochs == 0:
-            self.draw(position, f"e{position.epoch:06d}")
+        if self.plan.is_due_after_epoch(position.epoch):
+            self.draw(f"e{position.epoch:06d}")
 
     def after_training(self, position: Position) -> None:
         """Nothing is drawn at the end that an epoch or a step did not draw."""
 
-    def draw(self, position: Position, when: str) -> None:
+    def draw(self, when: str) -> None:
         """Draw this process's share of the prompts and write the pictures."""
         before = next(self.vae.parameters()).device
         log.info("Drawing sample images")
@@ -99,11 +78,11 @@ class Previews:
             self.vae.to(self.pipeline.device)
             try:
                 for index in range(self.process_index, len(self.requests), self.num_processes):
-                    self._draw_one(index, position, when)
+                    self._draw_one(index, when)
             finally:
                 self.vae.to(before)
 
-    def _draw_one(self, index: int, position: Position, when: str) -> None:
+    def _draw_one(self, index: int, when: str) -> None:
         request = self.requests[index]
         encoded = None if self.encoded is None else [self.encoded[index]]
         picture = self.pipeline.draw([request], encoded=encoded)[0]
@@ -115,19 +94,4 @@ class Previews:
             raise UserError(
                 f"The sample image {path} could not be written: {error}. Free some space or choose another --output_dir."
             ) from error
-        self.show(index, request, picture, position)
-
-
-def sample_name(output_name: str | None, when: str, index: int, now: datetime, seed: int | None) -> str:
-    """Return the file name of a sample image: `my_e000003_00_20260131120000_42.png`.
-
-    Args:
-        output_name: `--output_name`, or None.
-        when: `e` and the epoch, or the number of updates; six digits.
-        index: position in the prompt file, from 0.
-        now: local time.
-        seed: the prompt's seed; left out where it has none.
-    """
-    prefix = f"{output_name}_" if output_name else ""
-    suffix = "" if seed is None else f"_{seed}"
-    return f"{prefix}{when}_{index:02d}_{now:%Y%m%d%H%M%S}{suffix}.png"
+        self.show(index, picture, request.raw_prompt or request.prompt)

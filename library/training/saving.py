@@ -42,7 +42,7 @@ class Saver:
     writes: bool
     seed: int
     batches_per_epoch: int
-    losses: Callable[[], dict[str, Any]]
+    losses: Callable[[], dict[str, Any]] = dict
 
     def before_training(self, position: Position) -> None:
         """Nothing is saved before training."""

@@ -1,0 +1,188 @@
+"""How a network of adapters is made, trained and described: the recipe of `sdxl_train_network.py`."""
+
+import logging
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from library.dataset.facts import metadata_facts, num_reg_images, num_train_uses
+from library.optim.optimizers import describe_optimizer
+from library.options.errors import UserError
+from library.options.groups.network import NetworkOptions
+from library.options.record import option_values
+from library.training.metadata import (
+    RunRecord,
+    at_save,
+    hash_sources,
+    minimal,
+    network_metadata,
+    network_record,
+    source_names,
+)
+from library.training.modelspec import ModelSpec, described_fields, model_title
+from library.training.position import Position
+from library.training.preparation import TextSide
+from library.training.setting import MetadataAt, Setting, Trained
+from library.training.trainable import NetworkTrainable
+from networks.loading import import_network_module, parse_network_args
+
+log = logging.getLogger(__name__)
+
+
+class NetworkRecipe:
+    """Trains what `--network_module` makes and leaves the model as it is."""
+
+    tracker_name = "network_train"
+
+    def make_trainable(self, setting: Setting, denoiser: nn.Module, text: TextSide, vae: nn.Module | None) -> Trained:
+        """Make the network, attach it to the denoiser and to the text encoders that are trained, and load its weights."""
+        options, device = setting.options, setting.accelerator.device
+        rates = text_encoder_rates(options.network, options.optimizer.learning_rate, text.encoders)
+        encoders = [encoder for encoder in text.encoders if encoder is not None]
+        trains_text = any(rates)
+        trains_denoiser = not options.network.network_train_text_encoder_only
+
+        network = make_network(options.network, vae, encoders if trains_text else [], denoiser)
+        network.apply_to(encoders, denoiser, trains_text, trains_denoiser)
+        if options.network.network_weights:
+            log.info("Loaded %s: %s", options.network.network_weights, network.load_weights(options.network.network_weights))
+        if options.precision.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+            for encoder in encoders if trains_text else []:
+                checkpoint_encoder(encoder)
+        network.to(device, setting.dtypes.trained)
+        groups, descriptions = parameter_groups(network, rates, options.network.unet_lr, options.optimizer.learning_rate)
+        network.prepare_grad_etc(encoders, denoiser)
+        trainable = NetworkTrainable(network, denoiser, encoders, options.network.scale_weight_norms)
+        return Trained(trainable, groups, descriptions, trains_text)
+
+    def metadata(self, setting: Setting, trained: Trained) -> MetadataAt:
+        """Build what stays the same now; hashes of the base model are computed in the background until the first save."""
+        options = setting.options
+        values = option_values(options)
+        sources = (options.model.pretrained_model_name_or_path or "", options.model.vae)
+        hashes = hash_sources(*sources) if setting.accelerator.is_main_process else None
+        network = network_record(trained.trainable.module.state_dict(), options.network)
+        fixed = network_metadata(
+            values,
+            run_record(setting),
+            network,
+            metadata_facts(setting.dataset, setting.accelerator.num_processes),
+            source_names(*sources),
+        )
+        spec = model_spec(setting)
+
+        def at(stem: str, position: Position) -> dict[str, str]:
+            now = time.time()
+            described = fixed if hashes is None else fixed | hashes.result()
+            saved = at_save(described, stem, position.update, setting.length.epochs_finished(position.update), now)
+            return (minimal(saved) if options.network.no_metadata else saved) | spec.at_save(now)
+
+        return at
+
+
+def text_encoder_rates(options: NetworkOptions, default: float, encoders: Sequence[nn.Module | None]) -> list[float]:
+    """Return the learning rate of each text encoder; all 0 where none is trained.
+
+    Cached text outputs are those of encoders that do not change, so with them the U-Net alone is trained, and a warning says so.
+
+    Args:
+        options: the rates asked for and what is excluded.
+        default: `--learning_rate`.
+        encoders: None for those that were freed after their outputs were cached.
+    """
+    if options.network_train_unet_only:
+        return [0.0] * len(encoders)
+    if all(encoder is None for encoder in encoders):
+        log.warning("Text encoder outputs are cached, so the U-Net alone is trained (as with --network_train_unet_only).")
+        return [0.0] * len(encoders)
+    return [default if rate is None else rate for rate in options.text_encoder_rates()]
+
+
+def make_network(options: NetworkOptions, vae: nn.Module | None, encoders: Sequence[nn.Module], denoiser: nn.Module) -> Any:
+    """Make the network that was asked for, not attached yet.
+
+    Raises:
+        UserError: the module makes no network of these arguments.
+    """
+    module = import_network_module(options.network_module or "networks.lora")
+    arguments: dict[str, Any] = dict(parse_network_args(options.network_args))
+    if options.dim_from_weights:
+        network, _ = module.create_network_from_weights(1.0, options.network_weights, vae, list(encoders), denoiser, **arguments)
+    else:
+        network = module.create_network(
+            1.0,
+            options.network_dim,
+            options.network_alpha,
+            vae,
+            list(encoders),
+            denoiser,
+            neuron_dropout=options.network_dropout,
+            **{"dropout": options.network_dropout, **arguments},
+        )
+    if network is None:
+        raise UserError(f"--network_module {options.network_module} made no network of these --network_args.")
+    return network
+
+
+def parameter_groups(
+    network: Any, encoder_rates: Sequence[float], unet_rate: float | None, default: float
+) -> tuple[list[dict[str, Any]], list[str | None]]:
+    """Ask a network for its parameter groups, in the newest form of the contract it knows.
+
+    Returns:
+        The groups, and what each trains (None where the network does not say).
+
+    Raises:
+        UserError: every rate is 0.
+    """
+    unet_rate = default if unet_rate is None else unet_rate
+    if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):
+        found = network.prepare_optimizer_params_with_multiple_te_lrs(list(encoder_rates), unet_rate, default)
+    else:
+        found = network.prepare_optimizer_params(next(iter(encoder_rates), 0.0), unet_rate, default)
+    groups, descriptions = found if isinstance(found, tuple) else (found, [None] * len(found))
+    if not any(group["params"] for group in groups):
+        raise UserError("Nothing is trained: all learning rates are 0. Raise --learning_rate, --unet_lr or --text_encoder_lr.")
+    return [{**group, "params": list(group["params"])} for group in groups], list(descriptions)
+
+
+def checkpoint_encoder(encoder: Any) -> None:
+    """Let a text encoder compute its activations again in the backward pass."""
+    encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    encoder.train()  # transformers checkpoints in training mode only; CLIP has no dropout that this would switch on
+
+
+def run_record(setting: Setting) -> RunRecord:
+    """Collect the facts of the run that metadata tells."""
+    sections = setting.dataset.sections
+    return RunRecord(
+        session_id=random.SystemRandom().getrandbits(32),
+        started_at=setting.started_at,
+        seed=setting.seed,
+        num_train_images=sum(num_train_uses(section) for section in sections),
+        num_reg_images=sum(num_reg_images(section) for section in sections),
+        num_validation_images=0,
+        batches_per_epoch=setting.batches_per_epoch,
+        num_epochs=setting.length.num_epochs,
+        total_updates=setting.length.total_updates,
+        optimizer=describe_optimizer(setting.options.optimizer),
+        base_model_version=setting.family.base_model_version(),
+    )
+
+
+def model_spec(setting: Setting) -> ModelSpec:
+    """Collect what `modelspec.*` says of a network of this run."""
+    options = setting.options
+    return ModelSpec(
+        architecture=f"{setting.family.architecture()}/lora",
+        title=model_title(options.modelspec, options.output.output_name, "LoRA", setting.started_at),
+        resolution=setting.dataset.sections[0].config.resolution,
+        v_prediction=options.model.v_parameterization,
+        timestep_range=(options.noise.min_timestep, options.noise.max_timestep),
+        clip_skip=options.model.clip_skip,
+        fields=described_fields(options.modelspec),
+    )

@@ -1,0 +1,291 @@
+"""From checked options to a finished run: the verbs every training script shares, in the order they are carried out.
+
+A script hands over a `Recipe`: what is trained, and what a saved file says about itself. Everything else is here, once.
+"""
+
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from library.dataset.dataset import Dataset
+from library.dataset.facts import num_reg_images, num_train_uses
+from library.dataset.loader import Loader
+from library.diffusion.objective import DdpmObjective
+from library.diffusion.schedule import NoiseSchedule
+from library.generation.pipeline import Pipeline
+from library.generation.request import ImageRequest
+from library.models.family import Components, Family, ModelSource
+from library.optim.eval_mode import averaged_weights
+from library.optim.optimizers import make_optimizer
+from library.optim.schedules import make_schedule
+from library.options.dataset_config import DatasetConfig
+from library.options.record import option_values
+from library.options.scripts import SdxlTrainNetworkOptions
+from library.training.accelerator import DTypes, make_accelerator, shared_seed
+from library.training.interrupt import StopRequest
+from library.training.logs import RunSummary, TrainingLog
+from library.training.loop import TrainingRun, train
+from library.training.outputs import RunLength, SavePlan
+from library.training.position import Position
+from library.training.preparation import TextSide, prepare_latents, prepare_text
+from library.training.preview_plan import PreviewPlan
+from library.training.previews import Previews
+from library.training.progress import Progress
+from library.training.resume import saved_place, start_position
+from library.training.saving import Saver
+from library.training.setting import MetadataAt, Setting, Trained
+from library.training.state import Resumable, load_state
+from library.training.step import FrozenParts, TrainStep
+from library.training.trackers import RunLog
+
+log = logging.getLogger(__name__)
+
+
+class Recipe(Protocol):
+    """What differs from script to script."""
+
+    tracker_name: str
+    """Project name in logs, unless another is given."""
+
+    def make_trainable(self, setting: Setting, denoiser: nn.Module, text: TextSide, vae: nn.Module | None) -> Trained:
+        """Attach or unfreeze what is trained, on the device and in the type it is trained in."""
+
+    def metadata(self, setting: Setting, trained: Trained) -> MetadataAt:
+        """Say what saved files say about themselves."""
+
+
+def run_recipe(
+    recipe: Recipe,
+    open_family: Callable[[ModelSource], Family],
+    options: SdxlTrainNetworkOptions,
+    data: DatasetConfig,
+    requests: Sequence[ImageRequest],
+) -> None:
+    """Carry out a training run.
+
+    Args:
+        recipe: of the script.
+        open_family: opens the base model.
+        options: checked.
+        data: the dataset definition, checked.
+        requests: sample prompts; empty where no sample images are drawn.
+
+    Raises:
+        UserError: something the person gave cannot be used.
+        SystemExit: the run was stopped by a signal, after it was saved.
+    """
+    started_at = time.time()
+    accelerator = make_accelerator(options.precision, options.distributed)
+    saved = saved_place(options.state)
+    seed = shared_seed(accelerator, options.length.seed, saved.seed if saved else None)
+    dtypes = DTypes.of(options.precision, options.cache.no_half_vae, options.output.save_precision)
+
+    family = open_family(model_source(options))
+    dataset = Dataset(data, seed)
+    batches_per_epoch = dataset.batches_per_epoch(accelerator.num_processes)
+    accumulation = options.length.gradient_accumulation_steps
+    length = RunLength.of(batches_per_epoch, accumulation, options.length.max_train_steps, options.length.max_train_epochs)
+    start = start_position(options.state, saved, length, batches_per_epoch, accumulation)
+    setting = Setting(options, accelerator, dtypes, seed, family, dataset, batches_per_epoch, length, started_at)
+
+    text = prepare_text(setting, requests)
+    vae = prepare_latents(setting, keep=bool(requests))
+    denoiser = load_denoiser(setting)
+    trained = recipe.make_trainable(setting, denoiser, text, vae)
+
+    parts = FrozenParts(family, denoiser, text.encoders, vae)
+    trackers = open_trackers(recipe, setting)
+    run, saver = build_run(recipe, setting, trained, parts)
+    progress = Progress(length.total_updates, start.update, visible=accelerator.is_main_process)
+    training_log = TrainingLog(
+        trackers, progress, lambda: run.optimizer.param_groups, trained.descriptions, lambda: trained.trainable.norms
+    )
+    run.observe_loss, saver.losses = training_log.observe_loss, training_log.state_dict
+    run.observers = [training_log, *previews(setting, trained, saver.averaged, parts, text, requests, trackers), saver]
+    if options.state.resume is not None:
+        load_state(Path(options.state.resume), saver.live)
+        if saved is not None and saved.losses:
+            training_log.losses.load_state_dict(saved.losses)
+    try:
+        with StopRequest() as stop:
+            end = train(run, start, stop)
+            if stop.agreed:
+                stop_saved(saver, end, stop)
+    finally:
+        training_log.close()
+
+
+def model_source(options: SdxlTrainNetworkOptions) -> ModelSource:
+    """Say where the base model is and how its files are read."""
+    model = options.model
+    return ModelSource(
+        path=model.pretrained_model_name_or_path or "",
+        vae=model.vae,
+        mmap=not model.disable_mmap_load_safetensors,
+        prefer_fp16_variant=options.precision.mixed_precision == "fp16",
+        tokenizer_cache_dir=model.tokenizer_cache_dir,
+        max_token_length=model.max_token_length or 75,
+    )
+
+
+def load_denoiser(setting: Setting) -> nn.Module:
+    """Load the denoiser frozen, in the type of the computation, with the attention and checkpointing that were asked for."""
+    precision = setting.options.precision
+    denoiser: Any = setting.family.load_denoiser(setting.dtypes.compute, setting.accelerator.device)
+    denoiser.set_attention("mem_eff_attn" if precision.mem_eff_attn else "xformers" if precision.xformers else "sdpa")
+    denoiser.enable_gradient_checkpointing(precision.gradient_checkpointing)
+    if setting.accelerator.device.type == "cuda":
+        denoiser.to(memory_format=torch.channels_last)
+    return denoiser  # type: ignore[no-any-return]  # an nn.Module with the family's switches
+
+
+def build_run(recipe: Recipe, setting: Setting, trained: Trained, frozen: FrozenParts) -> tuple[TrainingRun, Saver]:
+    """Build optimizer, schedule, step, loader and saver: everything the loop needs but those who look on."""
+    options, accelerator = setting.options, setting.accelerator
+    optimizer = make_optimizer(options.optimizer, trained.groups)
+    schedule = make_schedule(options.scheduler, options.optimizer, optimizer, setting.length.total_updates)
+    noise_schedule = NoiseSchedule.make(zero_terminal_snr=options.noise.zero_terminal_snr, device=accelerator.device)
+    objective = DdpmObjective(noise_schedule, options.model.v_parameterization, options.noise, options.loss)
+    report(setting, objective)
+    step, prepared = accelerator.prepare(
+        TrainStep(trained.trainable.module, frozen, objective, train_text=trained.trains_text), optimizer
+    )
+    run = TrainingRun(
+        accelerator=accelerator,
+        step=step,
+        trainable=trained.trainable,
+        parameters=[parameter for group in trained.groups for parameter in group["params"]],
+        optimizer=prepared,
+        schedule=schedule,
+        batches=make_loader(setting).epoch,
+        batches_per_epoch=setting.batches_per_epoch,
+        accumulation=options.length.gradient_accumulation_steps,
+        max_updates=setting.length.total_updates,
+        max_grad_norm=options.optimizer.max_grad_norm,
+        seed=setting.seed,
+    )
+    saver = Saver(
+        plan=SavePlan.of(options.output, options.state, f".{options.output.save_model_as}", setting.length.num_epochs),
+        trainable=trained.trainable,
+        live=Resumable(trained.trainable.module, prepared, schedule, accelerator.scaler),
+        dtype=setting.dtypes.saved,
+        metadata=recipe.metadata(setting, trained),
+        averaged=lambda: averaged_weights(optimizer),
+        writes=accelerator.is_main_process,
+        seed=setting.seed,
+        batches_per_epoch=setting.batches_per_epoch,
+    )
+    return run, saver
+
+
+def make_loader(setting: Setting) -> Loader:
+    """Make the loader of this process's share of every batch."""
+    options, accelerator = setting.options.dataset, setting.accelerator
+    return Loader(
+        setting.dataset,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        num_workers=options.max_data_loader_n_workers,
+        persistent=options.persistent_data_loader_workers,
+        pin=accelerator.device.type == "cuda",
+    )
+
+
+def report(setting: Setting, objective: DdpmObjective) -> None:
+    """Log the figures a person wants to check before waiting for hours."""
+    sections = setting.dataset.sections
+    summary = RunSummary(
+        num_train_images=sum(num_train_uses(section) for section in sections),
+        num_reg_images=sum(num_reg_images(section) for section in sections),
+        num_validation_images=0,
+        batches_per_epoch=setting.batches_per_epoch,
+        num_epochs=setting.length.num_epochs,
+        batch_sizes=[section.config.batch_size for section in sections],
+        num_processes=setting.accelerator.num_processes,
+        accumulation=setting.options.length.gradient_accumulation_steps,
+        total_updates=setting.length.total_updates,
+        loss_terms=objective.describe(),
+    )
+    log.info("Training\n%s", "\n".join(summary.lines()))
+
+
+def open_trackers(recipe: Recipe, setting: Setting) -> RunLog:
+    """Start the trackers; only the main process has any."""
+    if not setting.accelerator.is_main_process:
+        return RunLog()
+    options = setting.options
+    return RunLog.open(options.logging, recipe.tracker_name, option_values(options), datetime.fromtimestamp(setting.started_at))
+
+
+def previews(
+    setting: Setting,
+    trained: Trained,
+    averaged: Callable[[], Any],
+    frozen: FrozenParts,
+    text: TextSide,
+    requests: Sequence[ImageRequest],
+    trackers: RunLog,
+) -> list[Previews]:
+    """Return the observer that draws sample images, or nothing where none are wanted."""
+    if not requests or frozen.vae is None:
+        return []
+    options, accelerator = setting.options, setting.accelerator
+    pipeline = Pipeline(
+        setting.family,
+        Components(frozen.denoiser, frozen.vae, frozen.text_encoders),
+        device=accelerator.device,
+        prediction_type="v_prediction" if options.model.v_parameterization else "epsilon",
+        zero_terminal_snr=options.noise.zero_terminal_snr,
+        autocast_dtype=setting.autocast_dtype,
+    )
+    return [
+        Previews(
+            plan=PreviewPlan.of(options.sample),
+            requests=requests,
+            pipeline=pipeline,
+            encoded=text.prompts,
+            vae=frozen.vae,
+            trainable=trained.trainable,
+            averaged=averaged,
+            folder=Path(options.output.output_dir or "."),
+            output_name=options.output.output_name,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            show=trackers.sample,
+        )
+    ]
+
+
+def stop_saved(saver: Saver, end: Position, stop: StopRequest) -> None:
+    """Save where a run was stopped, say how it continues, and end the process as the signal would have.
+
+    Raises:
+        SystemExit: always; 128 plus the signal's number.
+    """
+    state = saver.save_interrupted(end)
+    words = without_option(sys.argv, "--resume")
+    log.warning("Stopped at step %d. The same command with --resume continues exactly there:", end.update)
+    log.warning("  %s --resume %s", shlex.join(words), shlex.quote(str(state)))
+    raise SystemExit(128 + (stop.signal or 0))
+
+
+def without_option(words: Sequence[str], option: str) -> list[str]:
+    """Return a command line without an option and its value, in both spellings."""
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if skip or word.startswith(f"{option}="):
+            skip = False
+        elif word == option:
+            skip = True
+        else:
+            kept.append(word)
+    return kept

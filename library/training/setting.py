@@ -1,0 +1,53 @@
+"""What a training run is made of, as it is handed from verb to verb."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from library.dataset.dataset import Dataset
+from library.models.family import Family
+from library.options.scripts import SdxlTrainNetworkOptions
+from library.training.accelerator import DTypes
+from library.training.outputs import RunLength
+from library.training.position import Position
+from library.training.trainable import NetworkTrainable
+
+MetadataAt = Callable[[str, Position], dict[str, str]]
+"""(file stem, place) to the metadata of a model saved there."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known before anything is trained: options, data and model, and how long the run is."""
+
+    options: SdxlTrainNetworkOptions
+    accelerator: Accelerator
+    dtypes: DTypes
+    seed: int
+    family: Family
+    dataset: Dataset
+    batches_per_epoch: int
+    length: RunLength
+    started_at: float
+    """Unix time in seconds."""
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The type models compute in where it differs from that of trained weights; None without mixed precision."""
+        return None if self.dtypes.compute == torch.float32 else self.dtypes.compute
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a recipe trains."""
+
+    trainable: NetworkTrainable
+    groups: Sequence[dict[str, Any]]
+    """Parameter groups for the optimizer, each with its rate."""
+    descriptions: Sequence[str | None]
+    """What each group trains, for the log."""
+    trains_text: bool
+    """Whether gradients flow through the text encoders."""
