@@ -104,7 +104,7 @@ def _size_problems(numbers: dict[str, list[int]]) -> list[str]:
     for name, values in numbers.items():
         got = f"--{name} {','.join(map(str, values))}"
         if len(values) != counts.get(name, len(values)):
-            as_many = " as many as --channel_mult has" if name == "depth" else ""
+            as_many = ", as many as --channel_mult has" if name == "depth" else ""
             problems.append(f"{got}: {counts[name]} numbers are wanted{as_many}, like {_example(name)}.")
         elif min(values) < least[name]:
             problems.append(f"{got}: {min(values)} is too small; the least is {least[name]}.")

@@ -49,7 +49,8 @@ def test_full_size_has_every_name_and_shape_of_the_released_checkpoint() -> None
 
 
 @pytest.mark.parametrize(
-    ("channels", "mult", "depth"), [(320, (1, 2, 4), (0, 2, 10)), (64, (1, 1, 2), (0, 1, 2)), (96, (1, 3), (2, 0)), (64, (1,), (1,))]
+    ("channels", "mult", "depth"),
+    [(320, (1, 2, 4), (0, 2, 10)), (64, (1, 1, 2), (0, 1, 2)), (96, (1, 3), (2, 0)), (64, (1,), (1,))],
 )
 def test_sizes_are_read_back_from_tensor_shapes(channels, mult, depth) -> None:
     sizes = plan_unet(channels, mult, depth, 192, 176)
@@ -58,7 +59,9 @@ def test_sizes_are_read_back_from_tensor_shapes(channels, mult, depth) -> None:
 
 
 def test_a_pruned_unet_with_other_depths_in_each_place_is_understood() -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in build_unet(plan_unet(64, (1, 2), (0, 3), 192, 176)).state_dict().items()}
+    shapes = {
+        name: tuple(tensor.shape) for name, tensor in build_unet(plan_unet(64, (1, 2), (0, 3), 192, 176)).state_dict().items()
+    }
     pruned = {name: shape for name, shape in shapes.items() if not name.startswith("input_blocks.4.1.transformer_blocks.2.")}
     sizes = unet_sizes(pruned, {})
     assert [sizes.input_blocks[index][1].depth for index in (4, 5)] == [2, 3]

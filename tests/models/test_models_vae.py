@@ -31,7 +31,9 @@ def test_diffusers_names_of_any_age_are_kept_or_renewed() -> None:
 
 def test_full_size_has_every_name_and_shape_of_the_released_checkpoint() -> None:
     keys = json.loads((COMPAT / "sdxl_checkpoint_keys.json").read_text(encoding="utf-8"))["keys"]
-    released = {name.removeprefix("first_stage_model."): shape for name, shape in keys.items() if name.startswith("first_stage_model.")}
+    released = {
+        name.removeprefix("first_stage_model."): shape for name, shape in keys.items() if name.startswith("first_stage_model.")
+    }
     ours = single_file_vae(build_part("vae", SdxlSizes()).state_dict())
     assert {name: list(tensor.shape) for name, tensor in ours.items()} == released
 

@@ -21,14 +21,8 @@ _STEMS = (
     ("diffusion_pytorch_model", ".bin"),
     ("pytorch_model", ".bin"),
 )
-_HUB_PATTERNS = [
-    "model_index.json",
-    "config.json",
-    "*/config.json",
-    "scheduler/*.json",
-    "*.safetensors",
-    "*.safetensors.index*.json",
-]
+_HUB_PLACES = (*(f"{sub}/" for sub in _SUBFOLDERS.values()), "diffusion_pytorch_model")
+"""Where weights lie in a model of the hub; the last is for one that is only a VAE. Single files beside them are not fetched."""
 
 
 def open_folder(folder: Path, prefer_fp16: bool = False, mmap: bool = True) -> Checkpoint:
@@ -63,11 +57,12 @@ def open_vae_folder(folder: Path, prefer_fp16: bool = False, mmap: bool = True) 
     return vae_part(tensors)
 
 
-def hub_snapshot(name: str) -> Path:
+def hub_snapshot(name: str, prefer_fp16: bool = False) -> Path:
     """Fetch a model from the Hugging Face hub, or find it in the local cache, and return its folder.
 
     Args:
         name: `owner/model`.
+        prefer_fp16: fetch the `.fp16` files if there are any, else the plain ones; False tries the plain ones first.
 
     Raises:
         UserError: `name` is neither a file nor a model of the hub, or the hub cannot be reached.
@@ -78,13 +73,19 @@ def hub_snapshot(name: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
-    except Exception as error:  # the hub's client raises its own and several HTTP libraries' exceptions
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{name} is no file or folder here, and it could not be fetched from the Hugging Face hub: {reason}"
-        ) from error
+    folder = Path()
+    for is_variant in (prefer_fp16, not prefer_fp16):
+        weights = "*.fp16*.safetensors" if is_variant else "*.safetensors"
+        others = None if is_variant else ["*.fp16*.safetensors"]
+        try:
+            wanted = ["*.json", *(place + weights for place in _HUB_PLACES)]
+            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=others))
+        except Exception as error:  # the hub's client raises exceptions of its own and of several HTTP libraries
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"{name} is no file or folder here, and the Hugging Face hub does not give it: {reason}") from error
+        if any(folder.rglob(weights)):
+            break
+    return folder
 
 
 def _refuse_foreign(folder: Path) -> None:

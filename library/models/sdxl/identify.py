@@ -39,6 +39,8 @@ _KINDS = (
     Kind("a ControlNet-LLLite", _starts("lllite_"), _ADAPTER),
     Kind("a ControlNet", _contains("control_model.", "controlnet_cond_embedding", "controlnet_down_blocks")),
     Kind("a textual inversion embedding", _is_textual_inversion),
+    Kind("Stable Diffusion 2", _starts("cond_stage_model.model.")),
+    Kind("Stable Diffusion 1", _starts("cond_stage_model.")),
     Kind(
         "an SDXL refiner", _starts("conditioner.embedders.0.model."), "The refiner has another U-Net; give an SDXL base checkpoint."
     ),
@@ -50,8 +52,6 @@ _KINDS = (
     Kind("an EDM-type SDXL model (Playground 2.5, CosXL)", _starts("edm_mean", "edm_vpred."), "Its noise process is another one."),
     Kind("Stable Diffusion 3", _contains("joint_blocks.", "joint_transformer_blocks")),
     Kind("FLUX.1", _contains("double_blocks.", "single_transformer_blocks")),
-    Kind("Stable Diffusion 2", _starts("cond_stage_model.model.")),
-    Kind("Stable Diffusion 1", _starts("cond_stage_model.")),
     Kind(
         "the U-Net file of a diffusers folder",
         _starts("down_blocks.", "add_embedding."),

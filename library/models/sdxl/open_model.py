@@ -33,7 +33,7 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     if path.is_file():
         checkpoint = open_single_file(source.path, source.mmap)
     else:
-        folder = path if path.is_dir() else hub_snapshot(source.path)
+        folder = path if path.is_dir() else hub_snapshot(source.path, source.prefer_fp16_variant)
         checkpoint = open_folder(folder, source.prefer_fp16_variant, source.mmap)
     if source.vae is not None:
         checkpoint = replace(checkpoint, parts=checkpoint.parts | {"vae": _open_vae(source.vae, source)})
@@ -45,7 +45,7 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
 def _open_vae(path: str, source: ModelSource) -> Part:
     """Open a VAE: a folder, a VAE file under either kind of name, or a whole checkpoint."""
     if not Path(path).is_file():
-        folder = Path(path) if Path(path).is_dir() else hub_snapshot(path)
+        folder = Path(path) if Path(path).is_dir() else hub_snapshot(path, source.prefer_fp16_variant)
         return open_vae_folder(folder, source.prefer_fp16_variant, source.mmap)
     tensors = entries(open_tensors(path, source.mmap))
     tensors = without_prefix(tensors, PREFIXES["vae"]) or tensors

@@ -1,0 +1,146 @@
+"""SDXL behind the family interface: the whole way from text, images and sizes to a prediction, against diffusers' pipeline."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from library.models.family import Family, SizeConditioning
+from library.models.sdxl.embeddings import size_embedding
+from library.models.sdxl.family import SdxlFamily
+
+CPU = torch.device("cpu")
+REFERENCE = json.loads((Path(__file__).parents[1] / "compat" / "training_reference_values.json").read_text(encoding="utf-8"))
+TEXTS = ["a photo of a cat", "", "score_9, hand-drawn!"]
+
+
+@pytest.fixture(scope="module")
+def encoders(family):
+    return family.load_text_encoders(torch.float32, CPU)
+
+
+def test_it_is_a_family(family) -> None:
+    as_family: Family = family
+    assert as_family.base_model_version() == "sdxl_base_v1-0"
+    assert as_family.architecture() == "stable-diffusion-xl-v1-base"
+
+
+def test_size_embeddings_equal_sd_scripts() -> None:
+    expected = REFERENCE["size_embeddings"]
+    sizes = SizeConditioning(*(torch.tensor([expected[name]]) for name in ("original_hw", "crop_top_left", "target_hw")))
+    embedded = size_embedding(sizes, 256)
+    assert list(embedded.shape) == expected["shape"]
+    numbers = embedded.reshape(6, 2, 128)[:, :, :4]
+    torch.testing.assert_close(numbers[:, 0], torch.tensor(expected["cos_part_first4_of_each_256"]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(numbers[:, 1], torch.tensor(expected["sin_part_first4_of_each_256"]), rtol=1e-5, atol=1e-6)
+
+
+def test_encoded_text_equals_diffusers(family, encoders, pipeline) -> None:
+    with torch.no_grad():
+        ours = family.encode_text(family.tokenize(TEXTS), encoders)
+        context, _, pooled, _ = pipeline.encode_prompt(TEXTS, device="cpu", do_classifier_free_guidance=False)
+    torch.testing.assert_close(torch.cat([ours["hidden1"], ours["hidden2"]], dim=-1)[:2], context[:2], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours["pool2"][:2], pooled[:2], rtol=1e-4, atol=1e-4)
+
+
+def test_prediction_equals_diffusers(family, pipeline) -> None:
+    draw = torch.Generator().manual_seed(0)
+    noisy, timesteps = torch.randn(2, 4, 8, 12, generator=draw), torch.tensor([10, 900])
+    cond = {
+        "hidden1": torch.randn(2, 77, 64, generator=draw),
+        "hidden2": torch.randn(2, 77, 128, generator=draw),
+        "pool2": torch.randn(2, 128, generator=draw),
+    }
+    sizes = SizeConditioning(torch.tensor([[64, 96], [70, 99]]), torch.tensor([[0, 3], [5, 0]]), torch.tensor([[64, 96]] * 2))
+    time_ids = torch.cat([sizes.original_hw, sizes.crop_top_left, sizes.target_hw], dim=1)
+    context = torch.cat([cond["hidden1"], cond["hidden2"]], dim=-1)
+    with torch.no_grad():
+        ours = family.predict(family.load_denoiser(torch.float32, CPU), noisy, timesteps, cond, sizes)
+        added = {"text_embeds": cond["pool2"], "time_ids": time_ids}
+        expected = pipeline.unet(noisy, timesteps, context, added_cond_kwargs=added).sample
+    assert float((ours - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_prediction_needs_sizes(family) -> None:
+    with pytest.raises(ValueError, match="sizes"):
+        family.predict(torch.nn.Identity(), torch.zeros(1), torch.zeros(1), {}, None)
+
+
+def test_long_prompts_are_encoded_row_by_row_and_joined(family, encoders) -> None:
+    long = SdxlFamily.open(type(family.source)(family.source.path, max_token_length=150))
+    text = " ".join(["cat"] * 100)
+    tokens = long.tokenize([text, "a dog"])
+    assert tokens["ids1"].shape == (2, 2, 77)
+    with torch.no_grad():
+        cond = long.encode_text(tokens, encoders)
+        first = family.encode_text(family.tokenize([text]), encoders)
+    assert {name: tuple(t.shape) for name, t in cond.items()} == {
+        "hidden1": (2, 152, 64),
+        "hidden2": (2, 152, 128),
+        "pool2": (2, 128),
+    }
+    torch.testing.assert_close(cond["pool2"][:1], first["pool2"])
+    torch.testing.assert_close(cond["hidden2"][:1, :76], first["hidden2"][:, :76])
+
+
+def test_an_encoder_that_is_not_loaded_gives_nothing(family, encoders) -> None:
+    tokens = family.tokenize(["a cat"])
+    assert family.encode_text(tokens, [encoders[0], None]).keys() == {"hidden1"}
+    assert family.encode_text(tokens, [None, encoders[1]]).keys() == {"hidden2", "pool2"}
+
+
+def test_gradients_flow_to_an_encoder_that_is_trained(family) -> None:
+    trained, frozen = family.load_text_encoders(torch.float32, CPU)
+    trained.requires_grad_(True)
+    cond = family.encode_text(family.tokenize(["a cat"]), [trained, frozen])
+    assert cond["hidden1"].requires_grad
+    assert not cond["hidden2"].requires_grad
+
+
+def test_checkpointing_is_switched_on_everywhere(family) -> None:
+    unet, encoders = family.load_denoiser(torch.float32, CPU), family.load_text_encoders(torch.float32, CPU)
+    family.enable_gradient_checkpointing(unet, encoders)
+    assert unet.gradient_checkpointing
+    assert unet.middle_block[1].gradient_checkpointing
+    assert all(encoder.is_gradient_checkpointing for encoder in encoders)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [(torch.float32, np.float32), (torch.float16, np.float16), (torch.bfloat16, np.float32)]
+)
+def test_text_outputs_survive_the_cache_file(family, dtype, stored) -> None:
+    cond = {"hidden1": torch.randn(77, 64), "hidden2": torch.randn(77, 128), "pool2": torch.randn(128)}
+    cond = {name: tensor.to(dtype) for name, tensor in cond.items()}
+    arrays = family.text_cache.pack(cond)
+    assert arrays.keys() == family.text_cache.required_keys == {"hidden_state1", "hidden_state2", "pool2"}
+    assert {array.dtype for array in arrays.values()} == {np.dtype(stored)}
+    for name, tensor in family.text_cache.unpack(arrays).items():
+        assert torch.equal(tensor.to(dtype), cond[name])
+
+
+def test_a_fingerprint_is_that_of_the_weights_not_of_the_file(family, tmp_path) -> None:
+    path = tmp_path / "copy.safetensors"
+    family.save_single_file(
+        path,
+        load_components(family),
+        {"note": "another header"},
+    )
+    copy = SdxlFamily.open(type(family.source)(str(path)))
+    for part in ("vae", "text_encoders"):
+        assert copy.fingerprint(part) == family.fingerprint(part)
+    changed = load_components(family)
+    changed.text_encoders[1].text_projection.weight.data[0, 0] += 0.5
+    family.save_single_file(path, changed)
+    other = SdxlFamily.open(type(family.source)(str(path)))
+    assert other.fingerprint("vae") == family.fingerprint("vae")
+    assert other.fingerprint("text_encoders") != family.fingerprint("text_encoders")
+
+
+def load_components(family):
+    from library.models.family import Components
+
+    return Components(
+        family.load_denoiser(torch.float32, CPU), family.load_vae(torch.float32, CPU), family.load_text_encoders(torch.float32, CPU)
+    )
