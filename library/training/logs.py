@@ -170,6 +170,7 @@ class RunSummary:
     accumulation: int
     total_updates: int
     loss_terms: Sequence[str]
+    """What the loss is made of, one phrase each."""
 
     def lines(self) -> list[str]:
         """Return the lines printed when training starts."""
@@ -182,7 +183,7 @@ class RunSummary:
             f"  epochs: {self.num_epochs}",
             f"  batch size: {sizes}; processes: {self.num_processes}; gradient accumulation: {self.accumulation}",
             f"  total optimizer steps: {self.total_updates}",
-            f"  loss: {' → '.join(self.loss_terms)}",
+            *(f"  {term}" for term in self.loss_terms),
         ]
 
 
@@ -223,9 +224,13 @@ class TrainingLog:
         self._norms = norms
         self._feed = AsyncScalars()
         self._here = Position()
+        self._has_started = False
 
     def observe_loss(self, loss: Tensor) -> None:
         """Take the mean loss () of the next batch, wherever it is."""
+        if not self._has_started:
+            self._has_started = True
+            self._progress.start_clock()
         rates = learning_rate_scalars(self._groups(), self._descriptions)
         self._feed.push(_Observed(self._here.epoch, self._here.batch, self._here.update + 1, rates), loss)
         self._here = replace(self._here, batch=self._here.batch + 1)

@@ -55,7 +55,7 @@ class RunRecord:
     num_epochs: int
     total_updates: int
     optimizer: str
-    """`module.Class(argument=value,…)`."""
+    """`module.Class(argument=value,…)`, as `library.optim.optimizers.describe_optimizer` gives it."""
     base_model_version: str
     """As the family names it, such as `sdxl_base_v1-0`."""
 
@@ -230,15 +230,3 @@ def source_revision() -> str:
     except (OSError, subprocess.SubprocessError):
         return "(unknown)"
     return done.stdout.strip()
-
-
-def describe_optimizer(optimizer: object, arguments: Mapping[str, Any]) -> str:
-    """Write an optimizer as `module.Class(argument=value,…)`.
-
-    Args:
-        optimizer: the optimizer itself, not a wrapper around it.
-        arguments: what it was given beyond the parameters and the learning rate.
-    """
-    kind = type(optimizer)
-    given = ",".join(f"{name}={value}" for name, value in arguments.items())
-    return f"{kind.__module__}.{kind.__qualname__}({given})"

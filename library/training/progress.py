@@ -26,6 +26,10 @@ class Progress:
         if visible:
             self._raise_messages()
 
+    def start_clock(self) -> None:
+        """Measure speed and time left from now on: what came before the first step was no training."""
+        self._bar.unpause()
+
     def advance(self) -> None:
         """Count one update."""
         self._bar.update(1)

@@ -318,6 +318,21 @@ def test_a_resumed_bar_starts_where_the_run_stands(monkeypatch: pytest.MonkeyPat
     assert "3/4" in stream.getvalue()
 
 
+def test_time_before_the_first_step_is_not_counted_as_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, clock = io.StringIO(), [1000.0]
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    log = TrainingLog(RunLog(), Progress(total=4, initial=0, visible=True), lambda: [{"lr": 1.0}], [])
+    log.before_training(Position())
+    clock[0] += 3600  # sample images before the first step
+    for update in range(4):
+        log.observe_loss(torch.tensor(1.0))
+        clock[0] += 30
+        log.after_update(Position(1, update + 1, update + 1))
+    log.close()
+    assert "4/4 [02:00<00:00, 30.00s/it" in stream.getvalue()
+
+
 def test_limiting_norms_shows_behind_the_bar() -> None:
     figures = progress_figures(0.5, {"lr/unet": 1e-4, "lr/group1": 2e-4}, NormStats(3, 0.25, 0.9))
     assert figures == {"avr_loss": "0.5", "lr": "0.0001", "Keys Scaled": "3", "Average key norm": "0.25"}
@@ -351,8 +366,8 @@ def test_the_lines_at_the_start_tell_every_figure() -> None:
         num_processes=2,
         accumulation=3,
         total_updates=77,
-        loss_terms=["l2", "min-SNR 5"],
+        loss_terms=["loss: l2", "weight: min-SNR 5"],
     )
     text = "\n".join(summary.lines())
-    for figure in ("120", "40", "5", "31", "7", "2, 4", "processes: 2", "accumulation: 3", "77", "l2 → min-SNR 5"):
+    for figure in ("120", "40", "5", "31", "7", "2, 4", "processes: 2", "accumulation: 3", "77", "loss: l2", "weight: min-SNR 5"):
         assert figure in text

@@ -18,7 +18,6 @@ from library.training.metadata import (
     NetworkRecord,
     RunRecord,
     at_save,
-    describe_optimizer,
     hash_sources,
     minimal,
     network_metadata,
@@ -160,12 +159,6 @@ def test_source_hashes_equal_those_of_sha256sum(tmp_path: Path) -> None:
         "ss_new_vae_hash": "IsADirectory",
     }
     assert hash_sources("owner/name-on-a-hub", None).result() == {}
-
-
-def test_an_optimizer_is_described_by_module_class_and_arguments() -> None:
-    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1e-4)
-    described = describe_optimizer(optimizer, {"weight_decay": 0.1, "betas": (0.9, 0.99)})
-    assert described == "torch.optim.adamw.AdamW(weight_decay=0.1,betas=(0.9, 0.99))"
 
 
 def spec(**changes: Any) -> dict[str, str]:
