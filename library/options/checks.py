@@ -1,5 +1,6 @@
 """Combinations of options that exclude each other, and those that are only odd; nothing here needs torch."""
 
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,9 @@ from library.options.scripts import (
     SdxlGenImgOptions,
     SdxlTrainNetworkOptions,
 )
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.safetensors)(?<!\.ckpt)(?<!\.pt)(?<!\.bin)")
+"""`owner/model` on the Hugging Face hub; what ends like a file is meant to be one."""
 
 
 def find_problems(options: ScriptOptions) -> list[str]:
@@ -60,9 +64,11 @@ def _training_problems(options: SdxlTrainNetworkOptions) -> Iterator[str]:
 
 
 def _model_problems(model: ModelOptions) -> Iterator[str]:
-    path = model.pretrained_model_name_or_path
-    if path is None:
+    if model.pretrained_model_name_or_path is None:
         yield "--pretrained_model_name_or_path is missing. Name an SDXL checkpoint file or a diffusers folder."
+    for name, path in (("pretrained_model_name_or_path", model.pretrained_model_name_or_path), ("vae", model.vae)):
+        if path is not None and not Path(path).exists() and not _HUB_NAME.fullmatch(path):
+            yield f"--{name}: there is no file or folder {path}."
     if model.v2:
         yield "--v2 is for Stable Diffusion 2.x, but this script is for SDXL. Leave it out."
 
@@ -136,8 +142,6 @@ def _training_notes(options: SdxlTrainNetworkOptions) -> Iterator[str]:
         yield "--clip_skip has no influence on SDXL, which always uses the second to last layer; it is only noted in the metadata."
     if options.noise.zero_terminal_snr and not options.model.v_parameterization:
         yield "--zero_terminal_snr is meant for v-prediction; without --v_parameterization the last timestep teaches nothing."
-    if options.cache.cache_text_encoder_outputs and not options.network.network_train_unet_only:
-        yield "With --cache_text_encoder_outputs only the U-Net is trained; rates for the text encoders are ignored."
     if options.loss.huber_schedule == "snr" and options.loss.huber_scale != 1:
         yield "--huber_scale has no effect with --huber_schedule snr."
     if options.state.skip_until_initial_step and not (

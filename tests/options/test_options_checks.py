@@ -9,7 +9,7 @@ from library.options.groups.image import ImageOptions
 from library.options.parse import parse
 from library.options.scripts import CacheLatentsOptions, CacheTextEncoderOutputsOptions, SdxlGenImgOptions, SdxlTrainNetworkOptions
 
-TRAIN = "--pretrained_model_name_or_path m --output_dir o --network_module networks.lora --train_data_dir d"
+TRAIN = "--pretrained_model_name_or_path owner/model --output_dir o --network_module networks.lora --train_data_dir d"
 DRAW = "--ckpt m --prompt cat"
 
 REFUSED = [
@@ -19,6 +19,8 @@ REFUSED = [
     ("--min_timestep 500 --max_timestep 500", "--min_timestep (500) must be below --max_timestep (500)"),
     ("--scale_v_pred_loss_like_noise_pred", "needs --v_parameterization"),
     ("--v_pred_like_loss 0.1 --v_parameterization", "excludes --v_parameterization"),
+    ("--vae missing.safetensors", "there is no file or folder missing.safetensors"),
+    ("--vae models/missing.safetensors", "there is no file or folder models/missing.safetensors"),
     ("--dim_from_weights", "needs --network_weights"),
     ("--network_weights missing.safetensors", "there is no file missing.safetensors"),
     ("--network_train_unet_only --network_train_text_encoder_only", "leave nothing to train"),
@@ -40,6 +42,7 @@ ACCEPTED = [
     "--min_timestep 0 --max_timestep 1",
     "--v_pred_like_loss 0 --v_parameterization",
     "--text_encoder_lr 1e-4 2e-4",
+    "--vae madebyollin/sdxl-vae-fp16-fix",
     "--network_args conv_dim=4 rank_dropout=0.1",
     "--sample_every_n_steps 0 --sample_every_n_epochs 0",
     "--log_with tensorboard --logging_dir logs",
@@ -51,7 +54,6 @@ ACCEPTED = [
 ODD = [
     ("--clip_skip 2", "--clip_skip has no influence on SDXL"),
     ("--zero_terminal_snr", "--zero_terminal_snr is meant for v-prediction"),
-    ("--cache_text_encoder_outputs", "only the U-Net is trained"),
     ("--huber_scale 2 --loss_type huber", "--huber_scale has no effect"),
     ("--skip_until_initial_step", "--skip_until_initial_step has no effect"),
 ]
@@ -112,7 +114,7 @@ def test_caching_tools_need_a_model_and_images_and_assume_sdxl(script):
     told = " ".join(refusal(script, ""))
     assert "--pretrained_model_name_or_path is missing" in told
     assert "There are no training images" in told
-    assert not parse(script, ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]).tool.sdxl
+    assert not parse(script, ["--pretrained_model_name_or_path", "owner/model", "--train_data_dir", "d"]).tool.sdxl
 
 
 def test_wandb_without_its_package_is_refused_with_the_pip_command(monkeypatch):

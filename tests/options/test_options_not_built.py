@@ -9,11 +9,12 @@ from library.options.parse import parse
 from library.options.record import Kind, Option, options_of
 from library.options.scripts import SCRIPTS, CacheTextEncoderOutputsOptions, SdxlTrainNetworkOptions
 
+_DATA = "--pretrained_model_name_or_path owner/model --train_data_dir d"
 ESSENTIALS = {
-    "sdxl_train_network.py": "--pretrained_model_name_or_path m --output_dir o --network_module networks.lora --train_data_dir d",
+    "sdxl_train_network.py": f"{_DATA} --output_dir o --network_module networks.lora",
     "sdxl_gen_img.py": "--ckpt m --prompt cat",
-    "tools/cache_latents.py": "--pretrained_model_name_or_path m --train_data_dir d",
-    "tools/cache_text_encoder_outputs.py": "--pretrained_model_name_or_path m --train_data_dir d",
+    "tools/cache_latents.py": _DATA,
+    "tools/cache_text_encoder_outputs.py": _DATA,
 }
 
 

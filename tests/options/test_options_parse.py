@@ -11,7 +11,7 @@ from library.options.scripts import CacheLatentsOptions, SdxlGenImgOptions, Sdxl
 
 ESSENTIALS = [
     "--pretrained_model_name_or_path",
-    "m",
+    "owner/model",
     "--output_dir",
     "o",
     "--network_module",
@@ -171,7 +171,16 @@ def test_help_is_shown_by_topic_and_ends_well(capsys):
 
 
 def test_a_caching_tool_takes_a_training_command_line_and_says_what_does_nothing(caplog):
-    argv = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", "--sdxl", "--loss_type", "l1", "--torch_compile"]
+    argv = [
+        "--pretrained_model_name_or_path",
+        "owner/model",
+        "--train_data_dir",
+        "d",
+        "--sdxl",
+        "--loss_type",
+        "l1",
+        "--torch_compile",
+    ]
     with caplog.at_level(logging.INFO):
         parse(CacheLatentsOptions, argv)
     assert caplog.messages == ["Options for training that do nothing in tools/cache_latents.py: loss_type, torch_compile"]
