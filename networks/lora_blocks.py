@@ -67,7 +67,10 @@ def parse_side_weights(text: str) -> tuple[float, ...]:
     if name.strip() not in _PRESETS:
         allowed = f"numbers separated by commas or one of {', '.join(_PRESETS)}, with +number after it if wanted"
         return _numbers(text, SIDE_BLOCKS, allowed)
-    offset = _numbers(base, 1, f"a number after {name.strip()}+")[0]
+    try:
+        offset = float(base or 0)
+    except ValueError:
+        raise ValueError(f"a number is expected after {name.strip()}+") from None
     return tuple(_PRESETS[name.strip()](i) + offset for i in range(SIDE_BLOCKS))
 
 
@@ -85,7 +88,7 @@ def _numbers(text: str, length: int, allowed: str) -> tuple[float, ...]:
     try:
         numbers = [float(item.strip() or 0) for item in text.split(",")]
     except ValueError:
-        raise ValueError(f"{allowed} expected") from None
+        raise ValueError(f"{allowed} are expected") from None
     if len(numbers) == 1:
         return tuple(numbers * length)
     if len(numbers) != length:

@@ -1,7 +1,7 @@
 """Read LoRA files: the names and shapes of every kind that can be used, and a sentence for those that cannot."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,18 +10,17 @@ from torch import Tensor
 from library.files.tensors import open_tensors
 from library.options.errors import UserError
 
-_OTHER_KINDS = (
-    (".hada_", "LoHa", "lycoris.kohya"),
-    (".lokr_", "LoKr", "lycoris.kohya"),
-    (".dora_scale", "DoRA", "lycoris.kohya"),
-    (".lora_mid.", "Tucker LoCon", "lycoris.kohya"),
-    (".oft_", "OFT", "lycoris.kohya"),
-    (".a1.weight", "GLoRA", "lycoris.kohya"),
-    (".on_input", "(IA)³", "lycoris.kohya"),
-    (".diff", "full weight differences", "lycoris.kohya"),
-    (".lora_A.", "LoRA in the naming of diffusers or PEFT", None),
-)
-
+_OTHER_KINDS = {
+    "LoHa": re.compile(r"\.hada_"),
+    "LoKr": re.compile(r"\.lokr_"),
+    "DoRA": re.compile(r"\.dora_scale$"),
+    "Tucker LoCon": re.compile(r"\.lora_mid\."),
+    "OFT": re.compile(r"\.oft_"),
+    "GLoRA": re.compile(r"\.[ab][12]\.weight$"),
+    "(IA)³": re.compile(r"\.on_input$"),
+    "full-difference": re.compile(r"\.diff(_b)?$"),
+}
+_PEFT_NAME = re.compile(r"\.lora_[AB]\.|\.lora_linear_layer\.")
 _KIND = {"resnets": 0, "attentions": 1}
 _DIFFUSERS_BLOCKS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"down_blocks_(\d+)_(resnets|attentions)_(\d+)_", lambda m: f"input_blocks_{3 * int(m[1]) + int(m[3]) + 1}_{_KIND[m[2]]}_"),
@@ -66,11 +65,7 @@ def normalise(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     Raises:
         UserError: another kind of adapter, or no adapter at all.
     """
-    for name in tensors:
-        for mark, kind, module in _OTHER_KINDS:
-            if mark in name:
-                advice = f"use it with --network_module {module}" if module else "convert it to the kohya naming first"
-                raise UserError(f"{source} holds {kind} weights ({name}), which networks.lora cannot use; {advice}.")
+    _refuse_other_kinds(tensors, source)
     renamed = {_checkpoint_name(name): tensor for name, tensor in tensors.items()}
     adapters = {name.removesuffix(".lora_down.weight") for name in renamed if name.endswith(".lora_down.weight")}
     if not adapters:
@@ -91,6 +86,18 @@ def ranks_of(tensors: Mapping[str, Tensor]) -> dict[str, RankAndAlpha]:
         name.removesuffix(".lora_down.weight"): len(tensor) for name, tensor in tensors.items() if name.endswith("lora_down.weight")
     }
     return {adapter: RankAndAlpha(rank, float(tensors[f"{adapter}.alpha"])) for adapter, rank in downs.items()}
+
+
+def _refuse_other_kinds(names: Iterable[str], source: str) -> None:
+    for name in names:
+        for kind, pattern in _OTHER_KINDS.items():
+            if pattern.search(name):
+                advice = "use it with --network_module lycoris.kohya"
+                raise UserError(f"{source} holds {kind} weights ({name}), which networks.lora cannot use; {advice}.")
+        if _PEFT_NAME.search(name):
+            raise UserError(
+                f"{source} names its LoRA as diffusers or PEFT do ({name}); convert it to the kohya naming (lora_unet_…) first."
+            )
 
 
 def _checkpoint_name(name: str) -> str:
