@@ -26,7 +26,9 @@ from library.generation.network_files import NetworkFile, planned_networks
 from library.generation.plan import (
     PictureSettings,
     batches,
+    find_problems,
     locate_prompt,
+    log_notes,
     plan_pictures,
     raise_refusals,
     read_prompts,
@@ -60,12 +62,13 @@ def main(argv: Sequence[str]) -> None:
         UserError: a file cannot be used, or a picture came out black.
     """
     # What was asked, checked before anything heavy is imported.
-    options = parse(SdxlGenImgOptions, argv)
+    options = parse(SdxlGenImgOptions, argv, find_problems)
     set_up_logging(options.console)
-    checkpoint = resolve_checkpoint(options.model.ckpt)
+    checkpoint = resolve_checkpoint(options.model.ckpt or "")
     networks = planned_networks(options.network)
-    settings = PictureSettings.of(options)
-    requests = plan_pictures(read_prompts(options.prompt), settings)
+    settings, prompts = PictureSettings.of(options), read_prompts(options.prompt)
+    log_notes(prompts, settings)
+    requests = plan_pictures(prompts, settings)
 
     # The model, its networks, the folder.
     pipeline = load_pipeline(checkpoint, options)
@@ -102,12 +105,12 @@ def load_pipeline(checkpoint: str, options: SdxlGenImgOptions) -> "Pipeline":
     logger.info(f"Loading {checkpoint} in {dtype} on {device}")
     # SDXL's own VAE overflows in float16.
     vae_dtype = torch.float32 if model.no_half_vae or model.fp16 else dtype
-    unet = cast(UNet, family.load_denoiser(dtype, device))
+    unet, vae = cast(UNet, family.load_denoiser(dtype, device)), family.load_vae(vae_dtype, device)
     unet.set_attention("xformers" if model.xformers else "sdpa")
-    components = Components(unet, family.load_vae(vae_dtype, device), [*family.load_text_encoders(dtype, device)])
     if model.opt_channels_last:
-        components.denoiser.to(memory_format=torch.channels_last)
-        components.vae.to(memory_format=torch.channels_last)
+        for part in (unet, vae):
+            part.to(memory_format=torch.channels_last)
+    components = Components(unet, vae, [*family.load_text_encoders(dtype, device)])
     style = PromptStyle(max_chunks=options.prompt.max_embeddings_multiples or 1)
     return Pipeline(family, components, device=device, style=style, vae_batch_size=vae_batch_size(options))
 
@@ -191,6 +194,7 @@ def typed_prompts(settings: PictureSettings) -> Iterator[list[ImageRequest]]:
         except UsageError as error:
             logger.error(str(error))
             continue
+        log_notes([prompt], settings)
         yield requests_of(prompt, settings, series)
 
 

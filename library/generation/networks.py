@@ -51,12 +51,14 @@ class AttachedNetworks:
     def _apply(self, strengths: tuple[float, ...]) -> None:
         networks = [network for _, network in self._live]
         if self._precalculated and self._strengths is not None:
-            # All share one copy of the original weights.
             for network in networks:
                 network.restore_weights()
         for network, strength in zip(networks, strengths, strict=True):
             network.set_multiplier(strength)
         if self._precalculated:
+            # Every network remembers the original weights before any of them adds its own part.
+            for network in networks:
+                network.backup_weights()
             for network in networks:
                 network.pre_calculation()
         self._strengths = strengths
@@ -99,7 +101,6 @@ def attach_networks(
         network.to(device, dtype).eval().requires_grad_(False)
         if precalculate:
             _require(file, network, "pre_calculation", "--network_pre_calc")
-            network.backup_weights()
         live.append((file, network))
     return AttachedNetworks(files, live, precalculated=precalculate)
 
@@ -116,19 +117,19 @@ def _create(file: NetworkFile, components: Components) -> tuple[Any, dict[str, T
 def _check_matches(file: NetworkFile, network: Any, tensors: dict[str, Tensor]) -> None:
     """Log how many modules of the file have a place in the model; complain where none has."""
     in_file = {key.partition(".")[0] for key in tensors}
-    in_model = {lora.lora_name for part in ("text_encoder_loras", "unet_loras") for lora in getattr(network, part, ())}
-    matched = in_file & in_model
+    matched = in_file & _module_names(network)
     if not matched:
-        example = min(in_file, default="nothing")
         raise UserError(
-            f"{file.path}: none of its {len(in_file)} modules (such as {example}) fits this model with {file.module}. "
-            "Either it was trained for another kind of model, or with another network module."
+            f"{file.path}: none of its {len(in_file)} modules (such as {min(in_file, default='nothing')}) fits this model with "
+            f"{file.module}. Either it was trained for another kind of model, or with another network module."
         )
     logger.info(f"{file.path}: {len(matched)} of {len(in_file)} modules attached, strength {file.multiplier:g}")
-    if unused := sorted(in_file - in_model):
-        logger.warning(
-            f"{file.path}: {len(unused)} of its modules have no place in this model and are not used, such as {unused[0]}."
-        )
+
+
+def _module_names(network: Any) -> set[str]:
+    """Return the names of a network's modules: our own networks map them, others list modules that know their names."""
+    listed = [module for part in ("text_encoder_loras", "unet_loras") for module in getattr(network, part, ())]
+    return {*getattr(network, "adapters", ()), *(module.lora_name for module in listed)}
 
 
 def _require(file: NetworkFile, network: Any, method: str, option: str) -> None:

@@ -19,7 +19,6 @@ from library.generation.encoding import encode_prompts
 from library.generation.request import ImageRequest, with_rounded_size
 from library.models.family import Components, Family, SizeConditioning, TextCond
 from library.models.prompt_weights import PromptStyle
-from library.options.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +80,10 @@ class Pipeline:
         """Run the text encoders, each request by itself.
 
         Raises:
-            UserError: a text encoder was freed.
+            ValueError: a text encoder was freed; encode before that and hand the result to `draw`.
         """
-        encoders = self.components.text_encoders
-        if any(encoder is None for encoder in encoders):
-            raise UserError(
-                "The text encoders are not loaded, so prompts cannot be encoded; encode them before the encoders are freed."
-            )
+        for encoder in self.components.text_encoders:
+            _loaded(encoder, "text encoder")
         with self._autocast():
             return [self._encode_one(request) for request in requests]
 
@@ -139,6 +135,7 @@ class Pipeline:
     def _denoise(self, requests: Sequence[ImageRequest], encoded: Sequence[EncodedPrompt], on_step: StepCallback | None) -> Tensor:
         """Run the sampler; returns float32 latents (B, C, h, w) in model units."""
         first = requests[0]
+        denoiser = _loaded(self.components.denoiser, "denoiser")
         cond, sizes = self._conditioning(requests, encoded)
         generators = image_generators([secrets.randbits(32) if request.seed is None else request.seed for request in requests])
         sampler = make_sampler(first.sampler, self.prediction_type, self.zero_terminal_snr)
@@ -149,9 +146,7 @@ class Pipeline:
         for done, t in enumerate(sampler.timesteps, 1):
             noisy = sampler.scale_model_input(torch.cat([latents] * 2) if first.uses_guidance else latents, t)
             with self._autocast():
-                predicted = self.family.predict(
-                    _loaded(self.components.denoiser, "denoiser"), noisy, t.expand(len(noisy)), cond, sizes
-                ).float()
+                predicted = self.family.predict(denoiser, noisy, t.expand(len(noisy)), cond, sizes).float()
             if first.uses_guidance:
                 uncond, conditioned = predicted.chunk(2)
                 predicted = uncond + scales * (conditioned - uncond)

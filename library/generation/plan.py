@@ -3,12 +3,13 @@
 import glob
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+from library.generation.network_files import planned_networks
 from library.generation.prompt_line import GENERATION, PromptLine, parse_prompt_line
 from library.generation.request import MIN_SIDE, SIDE_STEP, ImageRequest, rounded_side
 from library.generation.seeds import SeedSeries
@@ -46,15 +47,27 @@ class PictureSettings:
         return cls(options.prompt, options.picture, options.size)
 
 
-def resolve_checkpoint(ckpt: str | None) -> str:
+def find_problems(options: SdxlGenImgOptions) -> Iterator[str]:
+    """Tell what is wrong with the files a command line names and with what is in the prompts."""
+    ckpt = options.model.ckpt
+    checks: list[Callable[[], object]] = [
+        lambda: None if ckpt is None else resolve_checkpoint(ckpt),
+        lambda: read_prompts(options.prompt),
+        lambda: planned_networks(options.network),
+    ]
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            yield from error.problems if isinstance(error, UsageError) else [str(error)]
+
+
+def resolve_checkpoint(ckpt: str) -> str:
     """Return the path of the model: `ckpt` itself, or the one path it matches as a pattern.
 
     Raises:
-        UsageError: nothing was given.
         UserError: there is no such path, or the pattern matches several.
     """
-    if ckpt is None:
-        raise UsageError(["--ckpt is missing; give an SDXL checkpoint file or a diffusers folder."])
     if Path(ckpt).exists():
         return ckpt
     matches = sorted(glob.glob(ckpt))
@@ -69,33 +82,29 @@ def resolve_checkpoint(ckpt: str | None) -> str:
 
 
 def read_prompts(options: PromptOptions) -> list[LocatedPrompt]:
-    """Read the prompts of `--from_file`, or else `--prompt`.
+    """Read the prompts of `--from_file`, or else `--prompt`; none where there is neither.
 
     Raises:
-        UsageError: there is none and none will be asked for, or lines ask for something that cannot be drawn; all told together.
+        UsageError: the file has no prompt, or lines ask for something that cannot be drawn; all told together.
         UserError: the file is missing or is not UTF-8.
     """
-    if options.from_file is not None:
-        prompts = [locate_prompt(line, f"{options.from_file}, line {n}") for n, line in _file_lines(options.from_file)]
-        nothing = f"{options.from_file}: there is no prompt in this file; write one per line."
-    else:
+    if options.from_file is None:
         prompts = [] if options.prompt is None else [locate_prompt(options.prompt, "--prompt")]
-        nothing = "There is nothing to draw; give --prompt, --from_file or --interactive."
-    if not prompts and not options.interactive:
-        raise UsageError([nothing])
+    else:
+        prompts = [locate_prompt(line, f"{options.from_file}, line {number}") for number, line in _file_lines(options.from_file)]
+        if not prompts:
+            raise UsageError([f"{options.from_file}: there is no prompt in this file; write one per line."])
     raise_refusals(prompts)
     return prompts
 
 
 def locate_prompt(raw: str, where: str) -> LocatedPrompt:
-    """Take one line apart; what it says that is not used goes to the log."""
+    """Take one line apart."""
     prompt = LocatedPrompt(where, raw, parse_prompt_line(raw, GENERATION, where))
     if dynamic := _DYNAMIC.search(raw):
         prompt.line.refusals.append(
             f'{where}: dynamic prompts ("{dynamic.group()}") are not available; write one line per variant.'
         )
-    for note in prompt.line.notes:
-        logger.warning(note)
     return prompt
 
 
@@ -120,26 +129,33 @@ def _file_lines(path: str) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
+def log_notes(prompts: Iterable[LocatedPrompt], settings: PictureSettings) -> None:
+    """Log what the lines say that is not used, and sizes that are drawn otherwise."""
+    for prompt in prompts:
+        for note in prompt.line.notes:
+            logger.warning(note)
+        (width, height), (drawn_width, drawn_height) = _size(prompt, settings)
+        if (width, height) != (drawn_width, drawn_height):
+            logger.warning(
+                f"{prompt.where}: {width}x{height} is drawn as {drawn_width}x{drawn_height}; "
+                f"sides are multiples of {SIDE_STEP} pixels, at least {MIN_SIDE}."
+            )
+
+
 def plan_pictures(prompts: Sequence[LocatedPrompt], settings: PictureSettings) -> list[ImageRequest]:
     """Return every picture of a run in the order they are drawn: rounds, prompts, images of a prompt."""
-    per_round = len(prompts) * settings.prompt.images_per_prompt
-    rounds = settings.prompt.n_iter
-    same = settings.picture.iter_same_seed
-    seed = settings.picture.seed
-    series = SeedSeries(seed, per_round * (1 if same else rounds))
-    requests = [request for prompt in prompts for request in requests_of(prompt, settings, series)]
-    for _ in range(rounds - 1):
-        again = list(requests[:per_round]) if same else [r for prompt in prompts for r in requests_of(prompt, settings, series)]
-        requests.extend(again)
-    return requests
+    rounds, same, seed = settings.prompt.n_iter, settings.picture.iter_same_seed, settings.picture.seed
+    series = SeedSeries(seed, len(prompts) * settings.prompt.images_per_prompt * (1 if same else rounds))
+    first = [request for prompt in prompts for request in requests_of(prompt, settings, series)]
+    if same:
+        return first * rounds
+    return first + [r for _ in range(rounds - 1) for prompt in prompts for r in requests_of(prompt, settings, series)]
 
 
 def requests_of(prompt: LocatedPrompt, settings: PictureSettings, series: SeedSeries) -> list[ImageRequest]:
     """Return the images of one prompt. Seeds of its own are used one per image, the last one for all that follow."""
     values, picture = prompt.line.values, settings.picture
-    width, height = _drawable_size(
-        values.get("width", picture.W or DEFAULT_SIDE), values.get("height", picture.H or DEFAULT_SIDE), prompt.where
-    )
+    width, height = _size(prompt, settings)[1]
     original, negative_original, crop = _size_conditioning(
         {**settings.size.model_dump(exclude_none=True), **values}, (width, height)
     )
@@ -164,14 +180,11 @@ def requests_of(prompt: LocatedPrompt, settings: PictureSettings, series: SeedSe
     ]
 
 
-def _drawable_size(width: int, height: int, where: str) -> tuple[int, int]:
-    rounded = rounded_side(width), rounded_side(height)
-    if rounded != (width, height):
-        logger.warning(
-            f"{where}: {width}x{height} is drawn as {rounded[0]}x{rounded[1]}; "
-            f"sides are multiples of {SIDE_STEP} pixels, at least {MIN_SIDE}."
-        )
-    return rounded
+def _size(prompt: LocatedPrompt, settings: PictureSettings) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return width and height as asked for, and as they are drawn."""
+    width = prompt.line.values.get("width", settings.picture.W or DEFAULT_SIDE)
+    height = prompt.line.values.get("height", settings.picture.H or DEFAULT_SIDE)
+    return (width, height), (rounded_side(width), rounded_side(height))
 
 
 def _size_conditioning(

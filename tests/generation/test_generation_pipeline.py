@@ -24,7 +24,6 @@ from library.generation.pipeline import Pipeline
 from library.generation.request import ImageRequest
 from library.models.prompt_weights import PromptStyle
 from library.models.sdxl.tokenizer import load_bpe
-from library.options.errors import UserError
 
 REQUEST = ImageRequest("a red cat on a mat", "blurry dog", width=96, height=64, steps=4, cfg_scale=5.0, seed=7, sampler="ddim")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -145,7 +144,7 @@ def test_encoded_prompts_can_be_drawn_without_text_encoders(family, components, 
     encoded = pipeline.encode([REQUEST])
     bare = Pipeline(family, replace(components, text_encoders=[None, None]), device=CPU)
     assert difference(bare.draw([REQUEST], encoded=encoded)[0], pipeline.draw([REQUEST])[0]) == 0
-    with pytest.raises(UserError, match="text encoders are not loaded"):
+    with pytest.raises(ValueError, match="The text encoder is not loaded"):
         bare.draw([REQUEST])
 
 

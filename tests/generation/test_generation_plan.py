@@ -9,6 +9,7 @@ from library.generation.plan import (
     PictureSettings,
     batches,
     locate_prompt,
+    log_notes,
     plan_pictures,
     read_prompts,
     resolve_checkpoint,
@@ -95,6 +96,7 @@ def test_prompts_typed_one_by_one_draw_from_the_same_series():
 def test_sides_are_rounded_down_to_a_multiple_of_8_and_told(caplog):
     request = plan("a --w 515 --h 20", seed=1)[0]
     assert (request.width, request.height) == (512, 64)
+    log_notes([locate_prompt("a --w 515 --h 20", "line 1")], settings())
     assert "line 1: 515x20 is drawn as 512x64" in caplog.text
 
 
@@ -131,10 +133,11 @@ def test_a_prompt_file_in_another_encoding_is_told(tmp_path):
         read_prompts(PromptOptions(from_file=str(path)))
 
 
-def test_nothing_to_draw_is_an_error():
-    with pytest.raises(UsageError, match="nothing to draw"):
-        read_prompts(PromptOptions())
-    assert read_prompts(PromptOptions(interactive=True)) == []
+def test_a_file_without_a_prompt_is_told(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("# nothing\n\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="there is no prompt in this file"):
+        read_prompts(PromptOptions(from_file=str(path)))
 
 
 def test_batches_hold_neighbours_that_can_be_drawn_together():
@@ -151,5 +154,3 @@ def test_the_checkpoint_may_be_a_pattern_that_matches_one_path(tmp_path):
         resolve_checkpoint(str(tmp_path / "a-*.safetensors"))
     with pytest.raises(UserError, match="no such file or folder"):
         resolve_checkpoint(str(tmp_path / "b.safetensors"))
-    with pytest.raises(UsageError, match="--ckpt is missing"):
-        resolve_checkpoint(None)
