@@ -65,7 +65,9 @@ def make_accelerator(precision: WorkingPrecisionOptions, distributed: ProcessGro
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=distributed.ddp_timeout)))
     if precision.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("--mixed_precision fp16 needs a GPU, and none is visible to PyTorch; use bf16 or no.")
-    return Accelerator(mixed_precision=precision.mixed_precision, kwargs_handlers=handlers)
+    # Told so, accelerate joins several processes on CPUs too; left to itself it takes each for the only one.
+    has_no_device = not torch.accelerator.is_available()
+    return Accelerator(mixed_precision=precision.mixed_precision, cpu=has_no_device, kwargs_handlers=handlers)
 
 
 def shared_seed(accelerator: Accelerator, *wanted: int | None) -> int:

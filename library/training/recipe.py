@@ -99,6 +99,7 @@ def run_recipe(
     text = prepare_text(setting, requests)
     vae = prepare_latents(setting, keep=bool(requests))
     denoiser = load_denoiser(setting)
+    torch.manual_seed(seed)  # decides the initial weights of what is trained
     trained = recipe.make_trainable(setting, denoiser, text, vae)
 
     parts = FrozenParts(family, denoiser, text.encoders, vae)

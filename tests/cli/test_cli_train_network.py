@@ -1,0 +1,199 @@
+"""`sdxl_train_network.py` as a person runs it: files, resuming, stopping, several processes, sample images."""
+
+import json
+import shlex
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.cli.training_commands import arguments, run_command, start_command, write_dataset
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, toy_images: Path) -> Path:
+    return write_dataset(tmp_path, toy_images)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return dict(load_file(path))
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, toy_images: Path) -> tuple[Path, Path]:
+    """The output folder and dataset of a run of six steps that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    dataset = write_dataset(folder, toy_images)
+    more = [
+        "--save_every_n_steps",
+        "2",
+        "--save_state",
+        "--gradient_accumulation_steps",
+        "2",
+        "--logging_dir",
+        str(folder / "logs"),
+    ]
+    done = run_command(arguments(tiny_checkpoint, dataset, folder / "out", *more))
+    assert done.returncode == 0, done.stderr
+    return folder, dataset
+
+
+def test_a_run_writes_the_network_its_states_and_its_log(whole_run: tuple[Path, Path]) -> None:
+    folder, _ = whole_run
+    names = {path.name for path in (folder / "out").iterdir()}
+    steps = [f"net-step0000000{n}" for n in (2, 4, 6)]
+    assert names == {*(f"{s}.safetensors" for s in steps), *(f"{s}-state" for s in steps), "net.safetensors", "net-state"}
+    assert list((folder / "logs").glob("*/network_train/events.out.*"))
+
+
+def test_the_trained_weights_changed_and_the_file_describes_itself(whole_run: tuple[Path, Path]) -> None:
+    path = whole_run[0] / "out" / "net.safetensors"
+    found = weights(path)
+    ups = [tensor for name, tensor in found.items() if name.endswith("lora_up.weight")]
+    assert {name.split("_")[1] for name in found} == {"te1", "te2", "unet"}
+    # The last layer of the first encoder has no influence on the context, and keeps its zeros.
+    assert sum(bool(tensor.any()) for tensor in ups) >= len(ups) - 6
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_steps"] == "6" and metadata["ss_network_dim"] == "4" and metadata["ss_seed"] == "11"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert json.loads(metadata["ss_datasets"])[0]["num_train_images"] == 5
+    assert len(metadata["sshs_model_hash"]) == 64
+
+
+def wait_for(path: Path, seconds: float = 120) -> None:
+    """Wait until a file or folder appears."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(
+    whole_run: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder, dataset = whole_run
+    args = arguments(
+        tiny_checkpoint, dataset, tmp_path, "--save_every_n_steps", "2", "--save_state", "--gradient_accumulation_steps", "2"
+    )
+    killed = start_command(args)
+    wait_for(tmp_path / "net-step00000002-state")
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "net.safetensors").exists()
+
+    resumed = run_command([*args, "--resume", str(tmp_path / "net-step00000002-state")])
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_bits(tmp_path / "net.safetensors", folder / "out" / "net.safetensors")
+
+
+def test_ctrl_c_saves_and_prints_the_command_that_continues(
+    whole_run: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder, dataset = whole_run
+    args = arguments(tiny_checkpoint, dataset, tmp_path, "--save_every_n_steps", "1", "--gradient_accumulation_steps", "2")
+    stopped = start_command(args)
+    wait_for(tmp_path / "net-step00000002.safetensors")
+    stopped.send_signal(signal.SIGINT)
+    _, said = stopped.communicate(timeout=120)
+    assert stopped.returncode == 130, said
+    state = next(tmp_path.glob("net-step*-state"))
+    command = next(line for line in said.splitlines() if "--resume" in line and "sdxl_train_network.py" in line)
+    words = shlex.split(command)
+    assert words[-2:] == ["--resume", str(state)]
+
+    resumed = run_command(words[words.index("--pretrained_model_name_or_path") :])
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_bits(tmp_path / "net.safetensors", folder / "out" / "net.safetensors")
+
+
+def test_two_processes_of_two_images_give_the_gradient_of_one_process_of_four(
+    tiny_checkpoint: Path, toy_images: Path, tmp_path: Path
+) -> None:
+    sgd = [
+        "--optimizer_type",
+        "SGD",
+        "--learning_rate",
+        "1",
+        "--max_grad_norm",
+        "0",
+        "--max_train_steps",
+        "1",
+        "--network_dropout",
+        "0",
+    ]
+    two = write_dataset(tmp_path / "two", toy_images, batch_size=2, count=4)
+    one = write_dataset(tmp_path / "one", toy_images, batch_size=4, count=4)
+    for config in (one, two):  # one bucket, so that one update sees all four images
+        config.write_text(config.read_text().replace("enable_bucket = true", "enable_bucket = false").replace(
+            (config.parent / "images").as_posix(), (one.parent / "images").as_posix()))  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    caches = ["--cache_latents"]  # without buckets, pictures of any size are cropped only when their latents are cached
+    done = run_command(arguments(tiny_checkpoint, two, tmp_path / "out2", *sgd, *caches), launcher)
+    assert done.returncode == 0, done.stderr
+    done = run_command(arguments(tiny_checkpoint, one, tmp_path / "out1", *sgd, *caches))
+    assert done.returncode == 0, done.stderr
+    ours, theirs = weights(tmp_path / "out1" / "net.safetensors"), weights(tmp_path / "out2" / "net.safetensors")
+    assert any(tensor.any() for name, tensor in ours.items() if "lora_up" in name)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_sample_images_and_both_caches(dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    dataset.write_text(
+        "\n".join(line for line in dataset.read_text().splitlines() if "shuffle" not in line and "dropout" not in line)
+    )
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("# two pictures\na red house --d 3 --s 2\na tree --w 96 --h 64 --s 2 --l 1\n", encoding="utf-8")
+    more = ["--sample_prompts", str(prompts), "--sample_at_first", "--sample_every_n_epochs", "1", "--max_train_epochs", "2",
+            "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--gradient_checkpointing", "--mixed_precision", "bf16",
+            "--save_every_n_epochs", "1", "--save_precision", "fp16"]  # fmt: skip
+    done = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "out", *more))
+    assert done.returncode == 0, done.stderr
+    assert "the U-Net alone is trained" in done.stderr
+    pictures = sorted(path.name for path in (tmp_path / "out" / "sample").iterdir())
+    assert [name[:14] for name in pictures] == [f"net_e00000{e}_0{i}" for e in range(3) for i in range(2)]
+    assert pictures[0].endswith("_3.png")
+    sizes = [Image.open(tmp_path / "out" / "sample" / name).size for name in pictures[:2]]
+    assert sizes == [(64, 64), (96, 64)]
+    found = weights(tmp_path / "out" / "net-000001.safetensors")
+    assert {name.split("_")[1] for name in found} == {"unet"} and {tensor.dtype for tensor in found.values()} == {torch.float16}
+    suffixes = sorted("_".join(path.name.split("_")[1:]) for path in (tmp_path / "images").glob("*.npz"))
+    assert len([name for name in suffixes if name.endswith("te_outputs.npz")]) == 5
+    assert len([name for name in suffixes if name.endswith("sdxl.npz")]) == 5
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--optimizer_type", "AdamW8bit", "--lr_scheduler", "cosine", "--lr_warmup_steps", "1"],
+        [
+            "--optimizer_type",
+            "Adafactor",
+            "--optimizer_args",
+            "relative_step=False",
+            "scale_parameter=False",
+            "--scale_weight_norms",
+            "1",
+        ],
+        ["--optimizer_type", "torch.optim.RMSprop", "--v_parameterization", "--min_snr_gamma", "5", "--noise_offset", "0.05"],
+    ],
+    ids=["AdamW8bit", "Adafactor", "RMSprop"],
+)
+def test_optimizers_and_objectives_run(more: list[str], dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    args = arguments(tiny_checkpoint, dataset, tmp_path / "out", "--max_train_steps", "2", "--network_train_unet_only", *more)
+    done = run_command(args)
+    assert done.returncode == 0, done.stderr
+    ups = [tensor for name, tensor in weights(tmp_path / "out" / "net.safetensors").items() if name.endswith("lora_up.weight")]
+    assert all(tensor.isfinite().all() for tensor in ups) and any(tensor.any() for tensor in ups)
