@@ -36,7 +36,8 @@ def main(argv: Sequence[str]) -> None:
     """Check everything that can be checked without loading anything, then train."""
     options = parse(SdxlTrainNetworkOptions, argv, further_problems)
     set_up_logging(options.console)
-    train(options, dataset_definition(options), sample_requests(options))
+    data = dataset_definition(options)
+    train(options, data, sample_requests(options, data.sections[0].resolution))
 
 
 def further_problems(options: SdxlTrainNetworkOptions) -> list[str]:
@@ -62,12 +63,11 @@ def network_arguments(options: SdxlTrainNetworkOptions) -> None:
         parse_lora_args(arguments)
 
 
-def sample_requests(options: SdxlTrainNetworkOptions) -> list[ImageRequest]:
-    """Read the sample prompts where sample images are wanted; they have the training resolution unless they say otherwise."""
+def sample_requests(options: SdxlTrainNetworkOptions, size: tuple[int, int] = (1024, 1024)) -> list[ImageRequest]:
+    """Read the sample prompts where sample images are wanted; pictures have `size` (width, height) unless they say otherwise."""
     if PreviewPlan.of(options.sample).is_empty or options.sample.sample_prompts is None:
         return []
-    width, height = dataset_definition(options).sections[0].resolution
-    defaults = SampleDefaults(width=width, height=height, sampler=options.sample.sample_sampler)
+    defaults = SampleDefaults(width=size[0], height=size[1], sampler=options.sample.sample_sampler)
     return read_sample_prompts(options.sample.sample_prompts, defaults)
 
 

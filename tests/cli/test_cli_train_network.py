@@ -136,8 +136,11 @@ def test_two_processes_of_two_images_give_the_gradient_of_one_process_of_four(
     two = write_dataset(tmp_path / "two", toy_images, batch_size=2, count=4)
     one = write_dataset(tmp_path / "one", toy_images, batch_size=4, count=4)
     for config in (one, two):  # one bucket, so that one update sees all four images
-        config.write_text(config.read_text().replace("enable_bucket = true", "enable_bucket = false").replace(
-            (config.parent / "images").as_posix(), (one.parent / "images").as_posix()))  # fmt: skip
+        config.write_text(
+            config.read_text()
+            .replace("enable_bucket = true", "enable_bucket = false")
+            .replace((config.parent / "images").as_posix(), (one.parent / "images").as_posix())
+        )
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     caches = ["--cache_latents"]  # without buckets, pictures of any size are cropped only when their latents are cached
     done = run_command(arguments(tiny_checkpoint, two, tmp_path / "out2", *sgd, *caches), launcher)
@@ -156,9 +159,24 @@ def test_sample_images_and_both_caches(dataset: Path, tiny_checkpoint: Path, tmp
     )
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# two pictures\na red house --d 3 --s 2\na tree --w 96 --h 64 --s 2 --l 1\n", encoding="utf-8")
-    more = ["--sample_prompts", str(prompts), "--sample_at_first", "--sample_every_n_epochs", "1", "--max_train_epochs", "2",
-            "--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk", "--gradient_checkpointing", "--mixed_precision", "bf16",
-            "--save_every_n_epochs", "1", "--save_precision", "fp16"]  # fmt: skip
+    more = [
+        "--sample_prompts",
+        str(prompts),
+        "--sample_at_first",
+        "--sample_every_n_epochs",
+        "1",
+        "--max_train_epochs",
+        "2",
+        "--cache_latents_to_disk",
+        "--cache_text_encoder_outputs_to_disk",
+        "--gradient_checkpointing",
+        "--mixed_precision",
+        "bf16",
+        "--save_every_n_epochs",
+        "1",
+        "--save_precision",
+        "fp16",
+    ]
     done = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "out", *more))
     assert done.returncode == 0, done.stderr
     assert "the U-Net alone is trained" in done.stderr
