@@ -58,13 +58,13 @@ def inspect_image(path: str) -> ImageFacts:
         if os.path.getsize(path) == 0:
             raise UserError(f"{path} is empty (0 bytes).")
         with Image.open(path) as image:
-            orientation = _orientation(image)
-            size = image.size[::-1] if orientation in _SIDEWAYS else image.size
             is_whole = _WHOLENESS.get(image.format or "", _cannot_tell)
             with open(path, "rb") as file:
                 whole = is_whole(file)
             if not whole:
                 image.load()
+            orientation = _orientation(image)
+            size = image.size[::-1] if orientation in _SIDEWAYS else image.size
     except UnidentifiedImageError:
         raise UserError(f"{path} is not a picture, or is damaged at its beginning.") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
@@ -137,7 +137,9 @@ RESAMPLERS: dict[str, Callable[[Pixels, Size], Pixels]] = {
 
 
 def _orientation(image: Image.Image) -> int:
-    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    value = Image.Image.getexif(image).get(  # the method of PNG images decodes them
+        ExifTags.Base.Orientation, 1
+    )
     return value if value in _TURNS else 1
 
 
@@ -150,11 +152,15 @@ def _as_rgb(image: Image.Image) -> Pixels:
 
 
 def _png_is_whole(file: BinaryIO) -> bool:
-    """Walk the chunks, comparing each checksum, to the end chunk."""
+    """Walk the chunks, comparing each checksum, to the end chunk; EXIF data behind the pixels is left to the decoder."""
     if file.read(len(_PNG_SIGNATURE)) != _PNG_SIGNATURE:
         return False
+    has_pixels = False
     while len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
+        if kind == b"eXIf" and has_pixels:
+            return False
+        has_pixels = has_pixels or kind == b"IDAT"
         checksum = zlib.crc32(kind)
         for start in range(0, length, _READ_SIZE):
             checksum = zlib.crc32(file.read(min(_READ_SIZE, length - start)), checksum)
