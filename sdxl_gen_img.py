@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
         for typed in typed_prompts(settings):
             draw_all(typed, options.prompt.batch_size, pipeline, attached, files)
     if pipeline.num_not_finite:
-        raise UserError(f"{pipeline.num_not_finite} pictures are black because their values were not finite; they are named above.")
+        raise UserError(f"{pipeline.num_not_finite} of the pictures came out black, for the reasons told above.")
 
 
 # ---------------------------------------------------------------- model
