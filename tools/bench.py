@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "bitsandbytes", "xformers")
 """Packages whose version can change the numbers."""
 
+UNEVEN = 1.5
+"""A slowest step this many times as long as the fastest means that the device was not ours alone."""
+
 SIZE_STEP = 32
 """Image sides are multiples of this many pixels: 8 for the VAE, times 4 for the two downsamplings of the U-Net."""
 
@@ -92,11 +95,14 @@ def table(options: BenchScriptOptions, speed: "Speed", hardware: dict[str, Any])
     what = f"LoRA of rank {bench.network_dim}" if bench.mode == "lora" else "full fine-tune"
     checkpointing = ", gradient checkpointing" if precision.gradient_checkpointing else ""
     memory = ", ".join(f"{size:.2f} GiB {kind}" for kind, size in speed.peak_memory_gib.items())
+    steps = speed.step_seconds
+    busy = " (uneven: something else was running; measure again)" if steps["slowest"] > UNEVEN * steps["fastest"] else ""
     rows = {
         "step": f"{what}, {bench.size} U-Net, {bench.batch_size} × {bench.resolution}², {precision.mixed_precision}{checkpointing}",
         "device": f"{hardware['name']} ({hardware['device']}, {hardware['threads']} threads)",
         "trained": f"{speed.trained_parameters:,} parameters",
         "time": f"{speed.seconds_per_step:.4f} s/step, {speed.images_per_second:.3f} images/s",
+        "single steps": f"median {steps['median']:.4f} s, fastest {steps['fastest']:.4f} s, slowest {steps['slowest']:.4f} s{busy}",
         "arithmetic": f"{speed.tera_flop_per_second:.3f} TFLOP/s ({speed.tera_flop_per_step:.4f} TFLOP a step, counted)",
         "share of peak": f"{speed.share_of_matmul_peak:.1%} of {speed.matmul_peak_tera_flop_per_second:.3f} TFLOP/s, measured",
         "peak memory": memory,

@@ -1,7 +1,9 @@
 """One training step with random weights and random data, and how fast it is. It runs the functions of the training loop itself."""
 
 import gc
+import itertools
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +58,8 @@ class Speed:
 
     seconds_per_step: float
     """Mean over the timed steps."""
+    step_seconds: dict[str, float]
+    """`median`, `fastest` and `slowest` of the timed steps; far apart, they say that the device was doing something else too."""
     images_per_second: float
     tera_flop_per_step: float
     """Counted: matrix products, convolutions and attention of forward and backward, recomputation included."""
@@ -79,7 +83,8 @@ def measure(bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: 
     reset_peak_memory(device)
     for _ in range(bench.warmup):
         one_step(run, batch)
-    seconds = timed(device, lambda: one_step(run, batch), bench.steps)
+    each = timed_each(device, lambda: one_step(run, batch), bench.steps)
+    seconds = statistics.mean(each)
     memory = peak_memory_gib(device)
     counted = count_tera_flop(run, batch)
     dtype = DTypes.of(precision, no_half_vae=False, save_precision=None).compute
@@ -87,6 +92,7 @@ def measure(bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: 
     peak = matmul_peak(device, dtype)
     return Speed(
         seconds_per_step=seconds,
+        step_seconds={"median": statistics.median(each), "fastest": min(each), "slowest": max(each)},
         images_per_second=bench.batch_size / seconds,
         tera_flop_per_step=counted,
         tera_flop_per_second=counted / seconds,
@@ -217,6 +223,24 @@ def timed(device: torch.device, work: Callable[[], object], repeats: int) -> flo
         work()
     wait_for(device)
     return (time.perf_counter() - began) / repeats
+
+
+def timed_each(device: torch.device, work: Callable[[], object], repeats: int) -> list[float]:
+    """Return the seconds of each call of `work`; their sum is the time of all. The device is not waited for between calls."""
+    if device.type == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        wait_for(device)
+        marks[0].record()
+        for mark in marks[1:]:
+            work()
+            mark.record()
+        wait_for(device)
+        return [before.elapsed_time(after) / 1000 for before, after in itertools.pairwise(marks)]
+    times = [time.perf_counter()]
+    for _ in range(repeats):
+        work()
+        times.append(time.perf_counter())
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 def count_tera_flop(run: TrainingRun, batch: Batch) -> float:

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,8 +95,25 @@ def test_the_result_is_printed_and_written_with_all_that_is_needed_to_repeat_it(
     assert result["tera_flop_per_second"] == pytest.approx(result["tera_flop_per_step"] / result["seconds_per_step"])
     rate, peak = result["tera_flop_per_second"], result["matmul_peak_tera_flop_per_second"]
     assert 0 < result["share_of_matmul_peak"] == pytest.approx(rate / peak)
+    steps = result["step_seconds"]
+    assert 0 < steps["fastest"] <= steps["median"] <= steps["slowest"]
+    assert steps["fastest"] <= result["seconds_per_step"] <= steps["slowest"]
     assert all(size > 0 for size in result["peak_memory_gib"].values())
     assert f"{result['seconds_per_step']:.4f} s/step" in capsys.readouterr().out
+
+
+def test_each_step_is_timed_on_its_own_so_that_a_disturbed_one_shows() -> None:
+    pauses = iter([0.01, 0.05, 0.01])
+    seconds = benchmark.timed_each(torch.device("cpu"), lambda: time.sleep(next(pauses)), 3)
+    assert seconds == pytest.approx([0.01, 0.05, 0.01], abs=0.01)
+
+
+@pytest.mark.parametrize(("slowest", "told"), [(1.4, False), (1.6, True)])
+def test_an_uneven_measurement_says_so(slowest: float, told: bool) -> None:
+    steps = {"median": 1.0, "fastest": 1.0, "slowest": slowest}
+    speed = benchmark.Speed(1.0, steps, 1.0, 1.0, 1.0, 1.0, 1.0, {"resident": 1.0}, 1)
+    shown = bench.table(bench.BenchScriptOptions(), speed, {"name": "some", "device": "cpu", "threads": 1})
+    assert ("measure again" in shown) == told
 
 
 @pytest.mark.parametrize(
