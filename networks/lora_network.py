@@ -284,9 +284,9 @@ def _is_unet(name: str) -> bool:
 
 
 def _part(name: str) -> str:
-    """Return the part of the model an adapter belongs to, as groups are called: "unet", "textencoder 1", "textencoder 2"."""
+    """Return the part of the model an adapter belongs to, as groups are called: "unet", "textencoder1", "textencoder2"."""
     prefix = name.split("_")[1]
-    return "unet" if prefix == "unet" else f"textencoder {prefix.removeprefix('te')}".strip()
+    return "unet" if prefix == "unet" else f"textencoder{prefix.removeprefix('te')}"
 
 
 def _rate_per_encoder(rates: float | Sequence[float | None] | None, encoders: Sequence[str]) -> list[float | None]:

@@ -8,6 +8,9 @@ import sys
 
 from library.options.groups.console import ConsoleOptions
 
+_CHATTY = ("bitsandbytes",)
+"""Packages whose warnings are about choices that nobody using these scripts has."""
+
 _PLAIN = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
 
 
@@ -25,6 +28,8 @@ def set_up_logging(console: ConsoleOptions) -> None:
     level = logging.getLevelNamesMapping()[console.console_log_level or "INFO"]
     if int(os.environ.get("RANK", "0")) > 0:
         level = max(level, logging.ERROR)
+    for package in _CHATTY:
+        logging.getLogger(package).setLevel(logging.ERROR)
     _install(_handler(console), level)
 
 

@@ -23,7 +23,6 @@ _IN_BOTH_TOOLS = frozenset(
         "disable_mmap_load_safetensors",
         "flux",
         "in_json",
-        "lowram",
         "masked_loss",
         "mixed_precision",
         "output_config",

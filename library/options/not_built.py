@@ -44,7 +44,6 @@ NOT_BUILT: Mapping[str, str] = {
     **_refuse(_FULL_HALF, "full_fp16", "full_bf16"),
     **_refuse(_EIGHT_BIT, "fp8_base", "fp8_base_unet"),
     **_refuse("checkpointed activations stay on the accelerator", "cpu_offload_checkpointing"),
-    **_refuse("the model is read into main memory first", "lowram"),
     **_refuse(_DEEPSPEED, "deepspeed", "zero_stage", "offload_optimizer_device", "offload_optimizer_nvme_path"),
     **_refuse(_DEEPSPEED, "offload_param_device", "offload_param_nvme_path", "zero3_init_flag", "zero3_save_16bit_model"),
     **_refuse(_DEEPSPEED, "fp16_master_weights_and_gradients"),

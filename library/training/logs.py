@@ -31,11 +31,11 @@ class AsyncScalars:
 
         Args:
             tag: comes back with the number.
-            value: () on any device; it may be overwritten later on the same stream.
+            value: () or (n,) on any device; it may be overwritten later on the same stream.
         """
         value = value.detach()
         if value.is_cuda:
-            landing = torch.empty((), dtype=value.dtype, pin_memory=True)
+            landing = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             landing.copy_(value, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(value.device))
@@ -43,19 +43,19 @@ class AsyncScalars:
         else:
             self._pending.append((tag, value.to("cpu", copy=True), None))
 
-    def ready(self) -> Iterator[tuple[Any, float]]:
-        """Yield tag and number of everything that has arrived, oldest first, without waiting."""
+    def ready(self) -> Iterator[tuple[Any, Any]]:
+        """Yield tag and number (a list of numbers for (n,)) of everything that has arrived, oldest first, without waiting."""
         while self._pending and (self._pending[0][2] is None or self._pending[0][2].query()):
             tag, value, _ = self._pending.popleft()
-            yield tag, float(value)
+            yield tag, value.tolist()
 
-    def drain(self) -> Iterator[tuple[Any, float]]:
+    def drain(self) -> Iterator[tuple[Any, Any]]:
         """Yield everything sent off, waiting for what is still on its way."""
         while self._pending:
             tag, value, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            yield tag, float(value)
+            yield tag, value.tolist()
 
 
 class LossRecorder:
@@ -205,7 +205,8 @@ class TrainingLog:
         progress: the bar.
         groups: the optimizer's parameter groups, as they are at the time of asking.
         descriptions: what each group trains, see `learning_rate_scalars`.
-        norms: what limiting the network's norms did last, or None.
+        norms: what limiting the network's norms did last (how many were scaled, mean, largest; numbers or tensors on the device),
+            or None.
     """
 
     def __init__(
@@ -214,7 +215,7 @@ class TrainingLog:
         progress: Progress,
         groups: Callable[[], Sequence[Mapping[str, Any]]],
         descriptions: Sequence[str | None],
-        norms: Callable[[], tuple[int, float, float] | None] = lambda: None,
+        norms: Callable[[], Sequence[Tensor | float] | None] = lambda: None,
     ) -> None:
         self.losses = LossRecorder()
         self._trackers = trackers
@@ -223,6 +224,8 @@ class TrainingLog:
         self._descriptions = descriptions
         self._norms = norms
         self._feed = AsyncScalars()
+        self._norm_feed = AsyncScalars()
+        self._shown_norms: NormStats | None = None
         self._here = Position()
         self._has_started = False
 
@@ -242,6 +245,9 @@ class TrainingLog:
     def after_update(self, position: Position) -> None:
         """Count an update and show the losses that have arrived."""
         self._here = position
+        norms = self._norms()
+        if norms is not None:
+            self._norm_feed.push(None, torch.stack([torch.as_tensor(norm, dtype=torch.float32) for norm in norms]))
         self._show(self._feed.ready())
         self._progress.advance()
 
@@ -267,9 +273,10 @@ class TrainingLog:
         self._trackers.close()
 
     def _show(self, arrived: Iterable[tuple[Any, float]]) -> None:
-        found = self._norms()
-        # Networks without own bookkeeping report zeros when nothing was scaled: that is no measurement.
-        norms = NormStats(*found) if found is not None and any(found) else None
+        for _, (scaled, mean, largest) in self._norm_feed.ready():
+            # Networks without own bookkeeping report zeros when nothing was scaled: that is no measurement.
+            self._shown_norms = NormStats(int(scaled), mean, largest) if scaled or mean or largest else None
+        norms = self._shown_norms
         for observed, loss in arrived:
             self.losses.add(observed.epoch, observed.batch, loss)
             self._trackers.step(step_scalars(loss, self.losses.average, observed.rates, norms), observed.update, observed.epoch)

@@ -17,6 +17,7 @@ from library.dataset.text_cache import TextEncoder, cache_text_outputs
 from library.generation.pipeline import EncodedPrompt, Pipeline
 from library.generation.request import ImageRequest
 from library.models.family import Components
+from library.training.progress import bar_interval, messages_above_bars
 from library.training.setting import Setting
 
 
@@ -76,7 +77,8 @@ def prepare_latents(setting: Setting, *, keep: bool) -> nn.Module | None:
         keep: whether the VAE is wanted afterwards, to draw sample images.
 
     Returns:
-        The VAE: on the device where images are encoded while training, on the CPU where it only draws, or None.
+        The VAE: on the device where images are encoded while training, on the CPU where it only draws (on the device with
+        `--lowram`), or None.
     """
     cache, accelerator, family = setting.options.cache, setting.accelerator, setting.family
     dtype = setting.dtypes.vae
@@ -96,7 +98,7 @@ def prepare_latents(setting: Setting, *, keep: bool) -> nn.Module | None:
         )
     accelerator.wait_for_everyone()
     if keep:
-        return vae.to("cpu")
+        return vae if setting.options.model.lowram else vae.to("cpu")
     del encoder, vae
     free_memory()
     return None
@@ -105,7 +107,8 @@ def prepare_latents(setting: Setting, *, keep: bool) -> nn.Module | None:
 @contextmanager
 def caching_bar(what: str, accelerator: Accelerator) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on the main process; gives the function that moves it."""
-    with tqdm(desc=f"caching {what}", disable=not accelerator.is_local_main_process) as bar:
+    visible = accelerator.is_local_main_process
+    with messages_above_bars(), tqdm(desc=f"caching {what}", disable=not visible, mininterval=bar_interval()) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

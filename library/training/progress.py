@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from tqdm import tqdm
 
@@ -17,14 +18,13 @@ class Progress:
     """
 
     def __init__(self, total: int, initial: int, visible: bool) -> None:
-        # A file or pipe keeps every redrawn line: redraw it rarely there.
-        interval = 0.1 if sys.stderr.isatty() else 10.0
+        interval = bar_interval()
         self._bar = tqdm(
             total=total, initial=initial, desc="steps", disable=not visible, mininterval=interval, maxinterval=interval * 10
         )
-        self._handlers: list[_AboveBar] = []
+        self._raised = ExitStack()
         if visible:
-            self._raise_messages()
+            self._raised.enter_context(messages_above_bars())
 
     def start_clock(self) -> None:
         """Measure speed and time left from now on: what came before the first step was no training."""
@@ -41,20 +41,29 @@ class Progress:
     def close(self) -> None:
         """Draw the bar a last time, leave it standing, and let messages go their usual way again."""
         self._bar.close()
-        root = logging.getLogger()
-        for handler in self._handlers:
+        self._raised.close()
+
+
+def bar_interval() -> float:
+    """Return the seconds between two drawings of a bar: a file or pipe keeps every redrawn line, so it is redrawn rarely there."""
+    return 0.1 if sys.stderr.isatty() else 10.0
+
+
+@contextmanager
+def messages_above_bars() -> Iterator[None]:
+    """While entered, log messages are written above any progress bar instead of across it."""
+    root = logging.getLogger()
+    raised = [_AboveBar(inner) for inner in list(root.handlers)]
+    for handler in raised:
+        root.removeHandler(handler.inner)
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in raised:
             if handler in root.handlers:
                 root.removeHandler(handler)
                 root.addHandler(handler.inner)
-        self._handlers = []
-
-    def _raise_messages(self) -> None:
-        root = logging.getLogger()
-        for inner in list(root.handlers):
-            handler = _AboveBar(inner)
-            root.removeHandler(inner)
-            root.addHandler(handler)
-            self._handlers.append(handler)
 
 
 class _AboveBar(logging.Handler):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class NetworkTrainable:
@@ -27,8 +27,8 @@ class NetworkTrainable:
         self.denoiser = denoiser
         self.text_encoders = list(text_encoders)
         self.max_norm = max_norm
-        self.norms: tuple[int, float, float] | None = None
-        """After an update with `max_norm`: adapters scaled down, mean norm, largest norm."""
+        self.norms: Sequence[Tensor | float] | None = None
+        """After an update with `max_norm`: adapters scaled down, mean norm, largest norm; tensors stay on the device."""
 
     def on_epoch_start(self) -> None:
         """Put the network in training mode."""

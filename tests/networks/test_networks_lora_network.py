@@ -36,7 +36,7 @@ def groups_of(network, *rates):
 def test_each_encoder_and_the_unet_is_a_group_with_its_own_rate(tiny):
     network = applied(tiny)
     rates, groups = groups_of(network, [1e-5, 2e-5], 1e-4, 1e-3)
-    assert rates == {"textencoder 1": 1e-5, "textencoder 2": 2e-5, "unet": 1e-4}
+    assert rates == {"textencoder1": 1e-5, "textencoder2": 2e-5, "unet": 1e-4}
     grouped = [parameter for group in groups for parameter in group["params"]]
     assert {id(p) for p in grouped} == {id(p) for p in network.get_trainable_params()} == {id(p) for p in network.parameters()}
     assert len(grouped) == len({id(p) for p in grouped})
@@ -45,11 +45,11 @@ def test_each_encoder_and_the_unet_is_a_group_with_its_own_rate(tiny):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ((None, None, 1e-3), {"textencoder 1": 1e-3, "textencoder 2": 1e-3, "unet": 1e-3}),
-        (([5e-5], None, 1e-3), {"textencoder 1": 5e-5, "textencoder 2": 5e-5, "unet": 1e-3}),
-        ((5e-5, 1e-4, 1e-3), {"textencoder 1": 5e-5, "textencoder 2": 5e-5, "unet": 1e-4}),
-        (([None, 2e-5], 1e-4, 1e-3), {"textencoder 1": 1e-3, "textencoder 2": 2e-5, "unet": 1e-4}),
-        (([0.0, 2e-5], 0.0, 1e-3), {"textencoder 2": 2e-5}),
+        ((None, None, 1e-3), {"textencoder1": 1e-3, "textencoder2": 1e-3, "unet": 1e-3}),
+        (([5e-5], None, 1e-3), {"textencoder1": 5e-5, "textencoder2": 5e-5, "unet": 1e-3}),
+        ((5e-5, 1e-4, 1e-3), {"textencoder1": 5e-5, "textencoder2": 5e-5, "unet": 1e-4}),
+        (([None, 2e-5], 1e-4, 1e-3), {"textencoder1": 1e-3, "textencoder2": 2e-5, "unet": 1e-4}),
+        (([0.0, 2e-5], 0.0, 1e-3), {"textencoder2": 2e-5}),
         ((None, 1e-4, None), {"unet": 1e-4}),
     ],
 )
@@ -79,8 +79,8 @@ def test_lora_plus_gives_the_up_matrices_their_own_rate(tiny):
     network = applied(tiny, loraplus_lr_ratio="16", loraplus_text_encoder_lr_ratio="4")
     rates, groups = groups_of(network, [1e-5, 0.0], 1e-4, None)
     assert rates == {
-        "textencoder 1": 1e-5,
-        "textencoder 1 plus": pytest.approx(4e-5),
+        "textencoder1": 1e-5,
+        "textencoder1 plus": pytest.approx(4e-5),
         "unet": 1e-4,
         "unet plus": pytest.approx(16e-4),
     }
@@ -91,8 +91,8 @@ def test_lora_plus_gives_the_up_matrices_their_own_rate(tiny):
 def test_the_older_method_gives_both_encoders_one_rate(tiny):
     groups, descriptions = applied(tiny).prepare_optimizer_params(1e-5, 1e-4, 1e-3)
     assert [(group["lr"], name) for group, name in zip(groups, descriptions, strict=True)] == [
-        (1e-5, "textencoder 1"),
-        (1e-5, "textencoder 2"),
+        (1e-5, "textencoder1"),
+        (1e-5, "textencoder2"),
         (1e-4, "unet"),
     ]
 

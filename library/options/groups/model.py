@@ -20,7 +20,10 @@ class ModelOptions(OptionGroup):
     disable_mmap_load_safetensors: bool = flag(
         "Read checkpoint files whole instead of mapping them; faster on some network drives."
     )
-    lowram: bool = flag("Load the model straight onto the accelerator and keep it there, for machines with little main memory.")
+    lowram: bool = flag(
+        "Keep the VAE on the accelerator between sample images, for machines with little main memory; models are always loaded "
+        "straight onto it."
+    )
     max_token_length: Annotated[Literal[150, 225] | None, SameAsUnset(75)] = option(
         None, "Longest caption in tokens; 75 when left out. Longer captions are encoded in chunks of 75."
     )
