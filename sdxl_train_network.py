@@ -28,7 +28,7 @@ from library.options.parse import parse
 from library.options.scripts import SdxlTrainNetworkOptions
 from library.training.outputs import output_problems
 from library.training.preview_plan import PreviewPlan
-from networks.loading import parse_network_args
+from networks.loading import check_network_module, parse_network_args
 from networks.lora_args import parse_lora_args
 
 
@@ -57,9 +57,12 @@ def dataset_definition(options: SdxlTrainNetworkOptions) -> DatasetConfig:
 
 
 def network_arguments(options: SdxlTrainNetworkOptions) -> None:
-    """Check `--network_args`; those of other packages' modules are theirs to check."""
+    """Check `--network_module` and `--network_args`; the arguments of other packages' modules are theirs to check."""
+    module = options.network.network_module
     arguments = parse_network_args(options.network.network_args)
-    if options.network.network_module == "networks.lora":
+    if module is not None:
+        check_network_module(module)
+    if module == "networks.lora":
         parse_lora_args(arguments)
 
 

@@ -1,6 +1,7 @@
 """Find the network module a run asks for, ours or a third party's, and read its arguments."""
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from difflib import get_close_matches
 from types import ModuleType
@@ -27,6 +28,18 @@ def import_network_module(name: str) -> ModuleType:
     if not hasattr(module, "create_network"):
         raise UsageError([f"--network_module {name} is not a network module: it has no create_network. {_known_modules(name)}"])
     return module
+
+
+def check_network_module(name: str) -> None:
+    """Find out whether a network module exists, without importing it. Of another package only its presence is looked at.
+
+    Raises:
+        UsageError: there is no such module, or the package it is in is not installed.
+    """
+    package = name.partition(".")[0]
+    looked_for = name if package == "networks" else package  # finding a package's inside would import it
+    if importlib.util.find_spec(looked_for) is None:
+        raise UsageError([_missing_module(name, ModuleNotFoundError(name=looked_for))])
 
 
 def parse_network_args(pairs: Sequence[str] | None) -> dict[str, str]:

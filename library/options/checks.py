@@ -59,6 +59,8 @@ def _training_problems(options: SdxlTrainNetworkOptions) -> Iterator[str]:
     yield from _sample_problems(options.sample)
     yield from _logging_problems(options.logging)
     yield from _start_problems(options)
+    if options.precision.xformers and find_spec("xformers") is None:
+        yield "--xformers needs the package xformers: pip install xformers, or leave it out, since PyTorch's attention is as fast."
     if options.dataset.persistent_data_loader_workers and options.dataset.max_data_loader_n_workers == 0:
         yield "--persistent_data_loader_workers needs workers, but --max_data_loader_n_workers is 0. Leave one of them out."
 
@@ -90,6 +92,8 @@ def _network_problems(network: NetworkOptions, cache: CacheFileOptions) -> Itera
     if network.network_train_text_encoder_only and cache.cache_text_encoder_outputs:
         yield "--network_train_text_encoder_only excludes --cache_text_encoder_outputs, which freezes their outputs. Choose one."
     rates = network.text_encoder_lr or ()
+    if network.unet_lr == 0 and set(network.text_encoder_rates()) == {0.0}:
+        yield "--unet_lr and the rates of both text encoders are 0, so nothing is trained. Raise one of them."
     if len(rates) > 2:
         yield f"--text_encoder_lr takes one rate, or one for each of the two text encoders, not {len(rates)}."
     for item in network.network_args or ():

@@ -4,7 +4,7 @@ import pytest
 
 import networks.lora
 from library.options.errors import UsageError
-from networks.loading import import_network_module, parse_network_args
+from networks.loading import check_network_module, import_network_module, parse_network_args
 
 
 def test_our_module_and_any_other_on_the_path_is_found(tmp_path, monkeypatch):
@@ -47,3 +47,11 @@ def test_what_is_no_pair_is_told_all_at_once():
     with pytest.raises(UsageError) as caught:
         parse_network_args(["conv_dim", "=4", "a=1"])
     assert len(caught.value.problems) == 2
+
+
+def test_a_module_is_looked_for_without_importing_it() -> None:
+    check_network_module("networks.lora")
+    with pytest.raises(UsageError, match=r"Did you mean networks\.lora"):
+        check_network_module("networks.lroa")
+    with pytest.raises(UsageError, match="pip install lycoris_lora"):
+        check_network_module("lycoris.kohya")
