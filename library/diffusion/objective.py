@@ -94,7 +94,7 @@ class DdpmObjective:
         self, prediction: Tensor, target: Tensor, timesteps: Tensor, loss_weights: Tensor, masks: Tensor | None = None
     ) -> Tensor:
         """Return the weighted loss of each image, (B,) float32, against a given target; arguments as in `loss`."""
-        elements = self.element_loss(prediction.float(), target, per_image(self._huber_c, timesteps))
+        elements = self.element_loss(prediction, target, per_image(self._huber_c, timesteps))
         if masks is not None:
             elements = apply_mask(elements, masks)
         return elements.mean(dim=(1, 2, 3)) * loss_weights * self._weight[timesteps]

@@ -123,7 +123,7 @@ def lms_scheduler(**arguments: Any) -> Any:
     """
     from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
 
-    class ExactLMSDiscreteScheduler(LMSDiscreteScheduler):  # type: ignore[misc]  # diffusers has no types
+    class ExactLMSDiscreteScheduler(LMSDiscreteScheduler):
         def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
             return lms_coefficient(self.sigmas.double().tolist(), order, t, current_order)
 

@@ -16,8 +16,7 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     Args:
         optimizer: as `make_optimizer` gives it, or wrapped by accelerate.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)
-    to_eval, to_train = getattr(inner, "eval", None), getattr(inner, "train", None)
+    to_eval, to_train = getattr(optimizer, "eval", None), getattr(optimizer, "train", None)
     if not callable(to_eval) or not callable(to_train):
         yield
         return

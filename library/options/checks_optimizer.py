@@ -38,7 +38,7 @@ def read_arguments(items: Sequence[str] | None, flag: str) -> tuple[dict[str, An
     arguments, problems = {}, []
     for item in items or ():
         key, equals, text = item.partition("=")
-        if not key or not equals or "=" in text:
+        if not key or not equals:
             problems.append(f"{flag}: {item!r} is not key=value. Write for example weight_decay=0.01.")
             continue
         try:

@@ -91,6 +91,14 @@ def test_noise_and_loss_are_float32_whatever_the_dtype_of_latents_and_prediction
     assert sample.noisy.dtype == sample.noise.dtype == loss.dtype == torch.float32
 
 
+def test_an_adaptive_offset_is_measured_in_float32():
+    goal, latents = (
+        objective(noise=NoiseOptions(noise_offset=0.1, adaptive_noise_scale=0.5)),
+        torch.randn(1, 4, 8, 8, dtype=torch.bfloat16),
+    )
+    assert torch.equal(goal.sample(latents, [1]).noise, goal.sample(latents.float(), [1]).noise)
+
+
 def test_the_loss_of_an_image_is_multiplied_by_its_weight():
     goal, latents, prediction = objective(), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     sample = goal.sample(latents, [1, 2])
