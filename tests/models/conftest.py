@@ -1,6 +1,5 @@
 """A tiny SDXL model in float32, ours and diffusers', shared by the tests of the models."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,6 @@ import torch
 from library.models.family import ModelSource
 from library.models.sdxl.family import SdxlFamily
 from tools.make_tiny_sdxl import main as make_tiny_sdxl
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 CPU = torch.device("cpu")
 
