@@ -22,6 +22,6 @@ def test_memory_that_is_freed_again_counts_in_the_peak() -> None:
         block = torch.ones(50_000_000, dtype=torch.uint8)
         return [int(block[::4096].sum())]
 
-    _, without = _with_peak(lambda: [])
+    _, without = _with_peak(list)
     _, peak = _with_peak(work)
     assert peak - without > 45_000_000
