@@ -20,7 +20,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from library.generation.network_files import NetworkFile, planned_networks
 from library.generation.plan import (
@@ -95,7 +95,6 @@ def load_pipeline(checkpoint: str, options: SdxlGenImgOptions) -> "Pipeline":
     from library.models.family import Components, ModelSource
     from library.models.prompt_weights import PromptStyle
     from library.models.sdxl.family import SdxlFamily
-    from library.models.sdxl.unet import UNet
 
     model = options.model
     dtype, device = compute_dtype(model), best_device()
@@ -105,14 +104,22 @@ def load_pipeline(checkpoint: str, options: SdxlGenImgOptions) -> "Pipeline":
     logger.info(f"Loading {checkpoint} in {dtype} on {device}")
     # SDXL's own VAE overflows in float16.
     vae_dtype = torch.float32 if model.no_half_vae or model.fp16 else dtype
-    unet, vae = cast(UNet, family.load_denoiser(dtype, device)), family.load_vae(vae_dtype, device)
-    unet.set_attention("xformers" if model.xformers else "sdpa")
+    unet, vae = family.load_denoiser(dtype, device), family.load_vae(vae_dtype, device)
+    family.set_attention(unet, "xformers" if model.xformers else "sdpa")
     if model.opt_channels_last:
         for part in (unet, vae):
             part.to(memory_format=torch.channels_last)
     components = Components(unet, vae, [*family.load_text_encoders(dtype, device)])
     style = PromptStyle(max_chunks=options.prompt.max_embeddings_multiples or 1)
-    return Pipeline(family, components, device=device, style=style, vae_batch_size=vae_batch_size(options))
+    return Pipeline(
+        family,
+        components,
+        device=device,
+        prediction_type="v_prediction" if family.declared_prediction() == "v" else "epsilon",
+        zero_terminal_snr=family.declares_zero_terminal_snr(),
+        style=style,
+        vae_batch_size=vae_batch_size(options),
+    )
 
 
 def compute_dtype(model: GenModelOptions) -> "torch.dtype":

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from library.diffusion.samplers import PredictionType, image_generators, make_sampler, sampler_step, start_noise
-from library.generation.encoding import encode_prompts
 from library.generation.request import ImageRequest, with_rounded_size
 from library.models.family import Components, Family, SizeConditioning, TextCond
 from library.models.prompt_weights import PromptStyle
@@ -89,7 +88,7 @@ class Pipeline:
 
     def _encode_one(self, request: ImageRequest) -> EncodedPrompt:
         texts = [request.prompt, request.negative_prompt] if request.uses_guidance else [request.prompt]
-        conds = encode_prompts(self.family, texts, self.components.text_encoders, self.style)
+        conds = self.family.encode_prompts(texts, self.components.text_encoders, self.style)
         return EncodedPrompt(conds[0], conds[1] if request.uses_guidance else None)
 
     @torch.no_grad()

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from library.models.prompt_weights import PromptStyle
+
 Tokens = dict[str, Tensor]
 """Token ids by the family's own names; SDXL: `ids1` and `ids2`, int64 (B, n, 77)."""
 
@@ -127,6 +129,13 @@ class Family(Protocol):
     def encode_text(self, tokens: Tokens, encoders: Sequence[nn.Module | None]) -> TextCond:
         """Run every encoder that is not None on the device and in the dtype it has; gradients flow where they are enabled."""
 
+    def encode_prompts(self, texts: Sequence[str], encoders: Sequence[nn.Module | None], style: PromptStyle) -> list[TextCond]:
+        """Encode the texts of one picture (prompt, negative prompt), weights and all, to the same length.
+
+        Returns:
+            One conditioning per text, each with a batch axis of 1.
+        """
+
     def encode_images(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
         """Sample the VAE posterior, in cache units (SDXL: unscaled).
 
@@ -157,6 +166,19 @@ class Family(Protocol):
         Returns:
             (B, C, h, w), in the denoiser's output dtype.
         """
+
+    def set_attention(self, denoiser: nn.Module, kind: str) -> None:
+        """Choose how the denoiser computes attention: "sdpa", "xformers", "mem_eff_attn" or "plain".
+
+        Raises:
+            UserError: the package it needs is not installed.
+        """
+
+    def enable_gradient_checkpointing(self, denoiser: nn.Module, encoders: Sequence[nn.Module | None] = ()) -> None:
+        """Let the denoiser and these encoders compute activations again in the backward pass instead of keeping them."""
+
+    def declared_prediction(self) -> str | None:
+        """Return what the files say the denoiser predicts, "v" or "epsilon"; None where they say nothing."""
 
     def base_model_version(self) -> str:
         """The `ss_base_model_version` of network files (SDXL: `sdxl_base_v1-0`)."""

@@ -51,8 +51,9 @@ class NetworkRecipe:
             log.info("Loaded %s: %s", options.network.network_weights, network.load_weights(options.network.network_weights))
         if options.precision.gradient_checkpointing:
             network.enable_gradient_checkpointing()
+            setting.family.enable_gradient_checkpointing(denoiser, encoders if trains_text else [])
             for encoder in encoders if trains_text else []:
-                checkpoint_encoder(encoder)
+                encoder.train()  # transformers checkpoint in training mode only; CLIP has no dropout that this would switch on
         network.to(device, setting.dtypes.trained)
         groups, descriptions = parameter_groups(network, rates, options.network.unet_lr, options.optimizer.learning_rate)
         network.prepare_grad_etc(encoders, denoiser)
@@ -148,12 +149,6 @@ def parameter_groups(
     if not any(group["params"] for group in groups):
         raise UserError("Nothing is trained: all learning rates are 0. Raise --learning_rate, --unet_lr or --text_encoder_lr.")
     return [{**group, "params": list(group["params"])} for group in groups], list(descriptions)
-
-
-def checkpoint_encoder(encoder: Any) -> None:
-    """Let a text encoder compute its activations again in the backward pass."""
-    encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    encoder.train()  # transformers checkpoints in training mode only; CLIP has no dropout that this would switch on
 
 
 def run_record(setting: Setting) -> RunRecord:

@@ -61,7 +61,13 @@ def prepare_text(setting: Setting, requests: Sequence[ImageRequest]) -> TextSide
             progress=progress,
         )
     accelerator.wait_for_everyone()
-    pipeline = Pipeline(family, Components(None, None, encoders), device=accelerator.device, autocast_dtype=setting.autocast_dtype)
+    pipeline = Pipeline(
+        family,
+        Components(None, None, encoders),
+        device=accelerator.device,
+        style=setting.prompt_style,
+        autocast_dtype=setting.autocast_dtype,
+    )
     prompts = pipeline.encode(requests)
     del encoder, pipeline
     encoders[:] = [None] * len(encoders)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from library.files.atomic import atomic_write
 from library.generation.pipeline import EncodedPrompt, Pipeline
 from library.generation.request import ImageRequest
 from library.options.errors import UserError
@@ -89,7 +90,8 @@ class Previews:
         path = self.folder / "sample" / sample_name(self.output_name, when, index, datetime.now(), request.seed)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            with atomic_write(path) as unfinished:
+                picture.save(unfinished, format="PNG")
         except OSError as error:
             raise UserError(
                 f"The sample image {path} could not be written: {error}. Free some space or choose another --output_dir."

@@ -89,6 +89,7 @@ def run_recipe(
     dtypes = DTypes.of(options.precision, options.cache.no_half_vae, options.output.save_precision)
 
     family = open_family(model_source(options))
+    warn_of_other_prediction(family, options.model.v_parameterization)
     dataset = Dataset(data, seed)
     batches_per_epoch = dataset.batches_per_epoch(accelerator.num_processes)
     accumulation = options.length.gradient_accumulation_steps
@@ -137,15 +138,24 @@ def model_source(options: SdxlTrainNetworkOptions) -> ModelSource:
     )
 
 
+def warn_of_other_prediction(family: Family, v_parameterization: bool) -> None:
+    """Warn where a model says that it predicts something else than it is trained for."""
+    declared = family.declared_prediction()
+    if declared == "v" and not v_parameterization:
+        log.warning("The base model says that it predicts v: add --v_parameterization, or it unlearns what it knows.")
+    if declared == "epsilon" and v_parameterization:
+        log.warning("The base model says that it predicts noise: leave out --v_parameterization, or it unlearns what it knows.")
+
+
 def load_denoiser(setting: Setting) -> nn.Module:
-    """Load the denoiser frozen, in the type of the computation, with the attention and checkpointing that were asked for."""
+    """Load the denoiser frozen, in the type of the computation, with the attention that was asked for."""
     precision = setting.options.precision
-    denoiser: Any = setting.family.load_denoiser(setting.dtypes.compute, setting.accelerator.device)
-    denoiser.set_attention("mem_eff_attn" if precision.mem_eff_attn else "xformers" if precision.xformers else "sdpa")
-    denoiser.enable_gradient_checkpointing(precision.gradient_checkpointing)
+    denoiser = setting.family.load_denoiser(setting.dtypes.compute, setting.accelerator.device)
+    kind = "mem_eff_attn" if precision.mem_eff_attn else "xformers" if precision.xformers else "sdpa"
+    setting.family.set_attention(denoiser, kind)
     if setting.accelerator.device.type == "cuda":
         denoiser.to(memory_format=torch.channels_last)
-    return denoiser  # type: ignore[no-any-return]  # an nn.Module with the family's switches
+    return denoiser
 
 
 def build_run(recipe: Recipe, setting: Setting, trained: Trained, frozen: FrozenParts) -> tuple[TrainingRun, Saver]:
@@ -245,6 +255,7 @@ def previews(
         device=accelerator.device,
         prediction_type="v_prediction" if options.model.v_parameterization else "epsilon",
         zero_terminal_snr=options.noise.zero_terminal_snr,
+        style=setting.prompt_style,
         autocast_dtype=setting.autocast_dtype,
     )
     return [

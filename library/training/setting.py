@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from library.dataset.dataset import Dataset
 from library.models.family import Family
+from library.models.prompt_weights import PromptStyle
 from library.options.scripts import SdxlTrainNetworkOptions
 from library.training.accelerator import DTypes
 from library.training.outputs import RunLength
@@ -33,6 +34,11 @@ class Setting:
     length: RunLength
     started_at: float
     """Unix time in seconds."""
+
+    @property
+    def prompt_style(self) -> PromptStyle:
+        """How sample prompts are encoded: as captions are."""
+        return PromptStyle.of_training(self.options.model.max_token_length or 75)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

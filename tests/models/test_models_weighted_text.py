@@ -11,7 +11,7 @@ from library.models.family import ModelSource
 from library.models.prompt_weights import PromptStyle
 from library.models.sdxl.family import SdxlFamily
 from library.models.sdxl.tokenizer import load_bpe
-from library.models.sdxl.weighted_text import apply_weights, encode_prompts, tokenize_weighted
+from library.models.sdxl.weighted_text import apply_weights, tokenize_weighted
 
 VALUES = json.loads((Path(__file__).parents[1] / "compat" / "prompt_reference_values.json").read_text(encoding="utf-8"))
 GENERATION = [case for case in VALUES["encoding"]["cases"] if "BREAK" not in case["prompt"]]
@@ -44,7 +44,7 @@ def family() -> SdxlFamily:
 def test_generation_encodes_as_sd_scripts_does(family, case):
     texts, style = [case["prompt"], case["negative"]], PromptStyle(max_chunks=case["max_multiples"])
     tokens, _ = tokenize_weighted(load_bpe(), texts, style)
-    positive, negative = encode_prompts(family, texts, ENCODERS, style)
+    positive, negative = family.encode_prompts(texts, ENCODERS, style)
     for te, ids, hidden in (("te1", "ids1", "hidden1"), ("te2", "ids2", "hidden2")):
         expected = case[te]
         assert tokens[ids].tolist() == [expected["chunks"], expected["neg_chunks"]]
@@ -58,7 +58,7 @@ def test_generation_encodes_as_sd_scripts_does(family, case):
 def test_previews_encode_as_sd_scripts_does(family, case):
     style = PromptStyle.of_training(case["max_token_length"] or 75)
     tokens, _ = tokenize_weighted(load_bpe(), [case["prompt"]], style)
-    cond = encode_prompts(family, [case["prompt"]], ENCODERS, style)[0]
+    cond = family.encode_prompts([case["prompt"]], ENCODERS, style)[0]
     assert tokens["ids1"][0].tolist() == case["te1_chunks"]
     assert tokens["ids2"][0].tolist() == case["te2_chunks"]
     assert list(cond["hidden1"].shape) == list(cond["hidden2"].shape) == case["shape"]
@@ -80,7 +80,7 @@ def test_break_starts_a_new_row_and_every_row_keeps_its_end_token(family):
 
 def test_the_pooled_vector_is_that_of_the_first_row(family):
     style = PromptStyle(max_chunks=3)
-    long, short = encode_prompts(family, [LONG, "a"], ENCODERS, style)
+    long, short = family.encode_prompts([LONG, "a"], ENCODERS, style)
     first_row = tokenize_weighted(load_bpe(), [LONG], style)[0]["ids2"][0, 0]
     assert long["pool2"].tolist() == [[first_row.sum().item()]]
     assert long["hidden1"].shape == short["hidden1"].shape == (1, 3 * 77, 8)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from library.models.family import Components, LatentCacheSpec, ModelSource, SizeConditioning, TextCacheSpec, TextCond, Tokens
+from library.models.prompt_weights import PromptStyle
 from library.models.sdxl.build import build_part, file_names, part_tensors
 from library.models.sdxl.checkpoint import Checkpoint
 from library.models.sdxl.embeddings import size_embedding
@@ -21,6 +22,7 @@ from library.models.sdxl.sizes import SdxlSizes
 from library.models.sdxl.text_encoders import merge_rows
 from library.models.sdxl.tokenizer import load_bpe, tokenize
 from library.models.sdxl.unet import UNet
+from library.models.sdxl.weighted_text import encode_prompts
 from library.models.weights import content_hash, fill
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,11 @@ class SdxlFamily:
             cond["pool2"] = _by_rows(pooled, tokens["ids2"])[:, 0]
         return cond
 
+    def encode_prompts(self, texts: Sequence[str], encoders: Sequence[nn.Module | None], style: PromptStyle) -> list[TextCond]:
+        """Encode a picture's weighted prompts to one length; see `Family.encode_prompts`."""
+        bpe = load_bpe(self.source.tokenizer_cache_dir)
+        return encode_prompts(bpe, lambda tokens: self.encode_text(tokens, encoders), texts, style)
+
     def encode_images(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
         """Sample the VAE posterior: mean + exp(logvar / 2) · noise, unscaled.
 
@@ -160,6 +167,14 @@ class SdxlFamily:
         if "v_pred" in self.checkpoint.markers or told.startswith("v"):
             return "v"
         return "epsilon" if told.startswith("eps") else None
+
+    def declares_zero_terminal_snr(self) -> bool:
+        """Return whether the files say that the noise schedule ends in pure noise."""
+        return "ztsnr" in self.checkpoint.markers
+
+    def set_attention(self, denoiser: nn.Module, kind: str) -> None:
+        """Choose how the U-Net computes attention: "sdpa", "xformers", "mem_eff_attn" or "plain"."""
+        cast(UNet, denoiser).set_attention(kind)
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module, encoders: Sequence[nn.Module | None] = ()) -> None:
         """Keep only layer inputs for the backward pass. In text encoders it acts in training mode only."""

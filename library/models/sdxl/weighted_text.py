@@ -6,17 +6,16 @@ Shape legend: B texts, n rows of 77 positions each (begin, 75 tokens, end), L po
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from library.models.family import TextCond, Tokens
 from library.models.prompt_weights import CHUNK_TOKENS, PromptStyle, parse_prompt_weights
-from library.models.sdxl.family import SdxlFamily
 from library.models.sdxl.text_encoders import merge_rows
-from library.models.sdxl.tokenizer import PAD_ID_1, PAD_ID_2, ClipBpe, load_bpe, make_rows
+from library.models.sdxl.tokenizer import PAD_ID_1, PAD_ID_2, ClipBpe, make_rows
 
 logger = logging.getLogger(__name__)
 
@@ -30,29 +29,29 @@ class _Row:
 
 
 def encode_prompts(
-    family: SdxlFamily, texts: Sequence[str], encoders: Sequence[nn.Module | None], style: PromptStyle
+    bpe: ClipBpe, encode_text: Callable[[Tokens], TextCond], texts: Sequence[str], style: PromptStyle
 ) -> list[TextCond]:
     """Encode the texts of one picture, all to the same length.
 
     The pooled vector is that of a text's first row, without weights.
 
     Args:
-        family: whose encoders read the texts.
+        bpe: the tokenizer.
+        encode_text: runs the encoders on rows of ids.
         texts: the prompt, and the negative prompt where there is one.
-        encoders: as the family loads them.
         style: how weights and length are treated.
 
     Returns:
         One conditioning per text, each with a batch axis of 1; L is 77 n or 75 n + 2.
     """
-    tokens, weights = tokenize_weighted(load_bpe(family.source.tokenizer_cache_dir), texts, style)
+    tokens, weights = tokenize_weighted(bpe, texts, style)
     if style.keep_chunk_borders:
         num_rows = tokens["ids1"].shape[1]
-        row_cond = family.encode_text({key: ids.flatten(0, 1)[:, None] for key, ids in tokens.items()}, encoders)
+        row_cond = encode_text({key: ids.flatten(0, 1)[:, None] for key, ids in tokens.items()})
         by_row = {key: state.unflatten(0, (len(texts), num_rows)) for key, state in row_cond.items()}
         cond = {key: state[:, 0] if key == "pool2" else state.flatten(1, 2) for key, state in by_row.items()}
     else:
-        cond = family.encode_text(tokens, encoders)
+        cond = encode_text(tokens)
     cond = apply_weights(cond, weights, keep_mean=style.keep_mean)
     return [{key: state[i : i + 1] for key, state in cond.items()} for i in range(len(texts))]
 
