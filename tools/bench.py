@@ -36,7 +36,7 @@ PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "bitsandbytes", 
 """Packages whose version can change the numbers."""
 
 UNEVEN = 1.5
-"""A slowest step this many times as long as the fastest means that the device was not ours alone."""
+"""A slowest step this many times as long as the fastest means that the device was probably not ours alone."""
 
 SIZE_STEP = 32
 """Image sides are multiples of this many pixels: 8 for the VAE, times 4 for the two downsamplings of the U-Net."""
@@ -96,7 +96,7 @@ def table(options: BenchScriptOptions, speed: "Speed", hardware: dict[str, Any])
     checkpointing = ", gradient checkpointing" if precision.gradient_checkpointing else ""
     memory = ", ".join(f"{size:.2f} GiB {kind}" for kind, size in speed.peak_memory_gib.items())
     steps = speed.step_seconds
-    busy = " (uneven: something else was running; measure again)" if steps["slowest"] > UNEVEN * steps["fastest"] else ""
+    busy = " (uneven: the device was probably not ours alone; measure again)" if steps["slowest"] > UNEVEN * steps["fastest"] else ""
     rows = {
         "step": f"{what}, {bench.size} U-Net, {bench.batch_size} × {bench.resolution}², {precision.mixed_precision}{checkpointing}",
         "device": f"{hardware['name']} ({hardware['device']}, {hardware['threads']} threads)",
