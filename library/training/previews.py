@@ -92,8 +92,6 @@ class Previews:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as unfinished:
                 picture.save(unfinished, format="PNG")
-        except OSError as error:
-            raise UserError(
-                f"The sample image {path} could not be written: {error}. Free some space or choose another --output_dir."
-            ) from error
+        except (OSError, UserError) as error:  # no reason to lose a training run
+            log.error("The sample image %s could not be written (%s); training goes on.", path, error)
         self.show(index, picture, request.raw_prompt or request.prompt)

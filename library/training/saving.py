@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from library.options.errors import UserError
 from library.training.outputs import SaveKind, SavePlan, remove_outputs
 from library.training.position import Position
 from library.training.state import Resumable, save_state
@@ -50,12 +51,12 @@ class Saver:
     def after_update(self, position: Position) -> None:
         """Save where the plan has a save at this step."""
         if self.plan.should_save_step(position.update):
-            self._save("step", position.update, position)
+            self._save_or_go_on("step", position.update, position)
 
     def after_epoch(self, position: Position) -> None:
         """Save where the plan has a save at this epoch; the state continues with the next one."""
         if self.plan.should_save_epoch(position.epoch):
-            self._save("epoch", position.epoch, position)
+            self._save_or_go_on("epoch", position.epoch, position)
 
     def after_training(self, position: Position) -> None:
         """Save the final model."""
@@ -72,6 +73,13 @@ class Saver:
             self._write_state(state, position)
             self._write_model(self.plan.model_path("step", position.update), position)
         return state
+
+    def _save_or_go_on(self, kind: SaveKind, number: int, position: Position) -> None:
+        """Save in mid-run; a disk that is full now may have room at the next save, and nothing that was learned is lost."""
+        try:
+            self._save(kind, number, position)
+        except UserError as error:
+            log.error("%s Training goes on; nothing was removed, and the next save is tried as planned.", error)
 
     def _save(self, kind: SaveKind, number: int, position: Position) -> None:
         if not self.writes:

@@ -1,0 +1,78 @@
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from library.options.errors import UserError
+from library.options.groups.output import OutputOptions
+from library.options.groups.state import StateOptions
+from library.training.outputs import SavePlan
+from library.training.position import Position
+from library.training.saving import Saver
+from library.training.state import read_place
+from tests.training.fake_run import SEED, FakeRun, dataset
+
+
+def make_saver(run: FakeRun, folder: Path, **output: object) -> Saver:
+    options = OutputOptions(output_dir=str(folder), output_name="net", **output)
+    return Saver(
+        plan=SavePlan.of(options, StateOptions(save_state=True), ".pt", num_epochs=3),
+        trainable=run.trainable,
+        live=run.live,
+        dtype=None,
+        metadata=lambda stem, position: {"stem": stem},
+        averaged=nullcontext,
+        writes=True,
+        seed=SEED,
+        batches_per_epoch=5,
+    )
+
+
+def train_and_save(folder: Path, **output: object) -> set[str]:
+    run = FakeRun(dataset(5), updates=15)
+    run.run.observers = [make_saver(run, folder, **output)]
+    run.train()
+    return {path.name for path in folder.iterdir()}
+
+
+def test_old_steps_go_when_new_ones_are_whole(tmp_path: Path) -> None:
+    left = train_and_save(tmp_path, save_every_n_steps=5, save_last_n_steps=5, save_last_n_steps_state=1)
+    assert left == {
+        "net-step00000010.pt",
+        "net-step00000015.pt",
+        "net-step00000015-state",
+        "net.pt",
+        "net-state",
+    }
+
+
+def test_the_state_of_an_epoch_continues_with_the_next_one(tmp_path: Path) -> None:
+    train_and_save(tmp_path, save_every_n_epochs=1)
+    assert read_place(tmp_path / "net-000002-state").position == Position(epoch=3, batch=0, update=10)
+    assert not (tmp_path / "net-000003.pt").exists()
+
+
+def fail(path: Path, dtype: object, metadata: object) -> None:
+    raise UserError(f"{path} could not be written: the disk is full.")
+
+
+def test_a_save_that_fails_in_mid_run_is_told_and_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = FakeRun(dataset(5), updates=3)
+    saver = make_saver(run, tmp_path, save_every_n_steps=1)
+    good = saver.trainable.save
+    saver.trainable.save = fail  # type: ignore[method-assign]
+    saver.after_update(Position(update=1))
+    saver.trainable.save = good  # type: ignore[method-assign]
+    run.run.observers = [saver]
+    run.train()
+    assert "the disk is full" in caplog.text and "Training goes on" in caplog.text
+    assert (tmp_path / "net.pt").exists()
+
+
+def test_a_final_save_that_fails_ends_the_run_with_its_sentence(tmp_path: Path) -> None:
+    run = FakeRun(dataset(5), updates=1)
+    saver = make_saver(run, tmp_path)
+    saver.trainable.save = fail  # type: ignore[method-assign]
+    run.run.observers = [saver]
+    with pytest.raises(UserError, match="the disk is full"):
+        run.train()
