@@ -10,7 +10,7 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from torch import Tensor, nn
 
 from library.models.sdxl.build import build_unet
-from library.models.sdxl.layers import BasicTransformerBlock, Downsample2D, ResnetBlock2D, Transformer2DModel
+from library.models.sdxl.layers import BasicTransformerBlock, Downsample2D, GroupNorm, LayerNorm, ResnetBlock2D, Transformer2DModel
 from library.models.sdxl.sizes import plan_unet, unet_sizes
 from library.models.sdxl.unet import UNet
 from library.options.errors import UserError
@@ -185,6 +185,20 @@ def test_under_autocast_the_unet_runs_in_bfloat16_whatever_its_weights(unet, inp
     assert seen == {torch.bfloat16}, "float32 norms would double what is kept for the backward pass"
     with torch.no_grad():
         assert relative(ours.float(), unet(**inputs)) < 0.05
+
+
+@pytest.mark.parametrize(("name", "module"), [("group_norm", GroupNorm(32, 64)), ("layer_norm", LayerNorm(64))])
+def test_norms_run_outside_autocast_which_on_gpus_returns_float32(name, module, monkeypatch) -> None:
+    real, seen = getattr(torch.nn.functional, name), []
+
+    def spy(*arguments: object) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return real(*arguments)
+
+    monkeypatch.setattr(f"torch.nn.functional.{name}", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert seen == [False]
 
 
 def test_bfloat16_weights_run_without_autocast(unet, inputs) -> None:
