@@ -80,11 +80,10 @@ def save_state(
         }
         (unfinished / TRAIN_STATE).write_text(json.dumps(place), encoding="utf-8")
         replace_folder(unfinished, folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError, UserError) as error:  # torch.save reports a full disk as RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise UserError(
-            f"The training state could not be written to {folder}: {error}. Free some space or choose another --output_dir."
-        ) from error
+        reason = error.__cause__ if isinstance(error, UserError) else error
+        raise UserError(f"The training state {folder} could not be written: {reason}. Free some space there.") from error
 
 
 def replace_folder(new: Path, old: Path) -> None:

@@ -9,7 +9,7 @@ from library.options.groups.state import StateOptions
 from library.training.outputs import SavePlan
 from library.training.position import Position
 from library.training.saving import Saver
-from library.training.state import read_place
+from library.training.state import read_place, save_state
 from tests.training.fake_run import SEED, FakeRun, dataset
 
 
@@ -76,3 +76,16 @@ def test_a_final_save_that_fails_ends_the_run_with_its_sentence(tmp_path: Path) 
     run.run.observers = [saver]
     with pytest.raises(UserError, match="the disk is full"):
         run.train()
+
+
+def test_a_state_that_cannot_be_written_leaves_no_part_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = FakeRun(dataset(5), updates=1)
+    run.train()
+
+    def fill_the_disk(*_: object) -> None:
+        raise UserError("model.safetensors could not be written") from OSError(28, "No space left on device")
+
+    monkeypatch.setattr("library.training.state.save_safetensors", fill_the_disk)
+    with pytest.raises(UserError, match=r"net-state could not be written: \[Errno 28\] No space left"):
+        save_state(tmp_path / "net-state", run.live, Position(), SEED, 5, {})
+    assert list(tmp_path.iterdir()) == []
