@@ -25,6 +25,7 @@ REFUSED = [
     ("--network_weights missing.safetensors", "there is no file missing.safetensors"),
     ("--network_train_unet_only --network_train_text_encoder_only", "leave nothing to train"),
     ("--network_train_text_encoder_only --cache_text_encoder_outputs_to_disk", "excludes --cache_text_encoder_outputs"),
+    ("--unet_lr 0 --text_encoder_lr 0", "so nothing is trained"),
     ("--text_encoder_lr 1 2 3", "one for each of the two text encoders, not 3"),
     ("--network_args conv_dim", "'conv_dim' is not of the form key=value"),
     ("--network_args =4", "'=4' is not of the form key=value"),
@@ -42,6 +43,7 @@ ACCEPTED = [
     "--min_timestep 0 --max_timestep 1",
     "--v_pred_like_loss 0 --v_parameterization",
     "--text_encoder_lr 1e-4 2e-4",
+    "--unet_lr 0 --text_encoder_lr1 1e-5",
     "--vae madebyollin/sdxl-vae-fp16-fix",
     "--network_args conv_dim=4 rank_dropout=0.1",
     "--sample_every_n_steps 0 --sample_every_n_epochs 0",
@@ -117,10 +119,11 @@ def test_caching_tools_need_a_model_and_images_and_assume_sdxl(script):
     assert not parse(script, ["--pretrained_model_name_or_path", "owner/model", "--train_data_dir", "d"]).tool.sdxl
 
 
-def test_wandb_without_its_package_is_refused_with_the_pip_command(monkeypatch):
+@pytest.mark.parametrize(("typed", "package"), [("--log_with wandb", "wandb"), ("--xformers", "xformers")])
+def test_a_missing_package_is_refused_with_the_pip_command(typed, package, monkeypatch):
     monkeypatch.setattr("library.options.checks.find_spec", lambda name: None)
-    (told,) = refusal(SdxlTrainNetworkOptions, f"{TRAIN} --log_with wandb")
-    assert "pip install wandb" in told
+    (told,) = refusal(SdxlTrainNetworkOptions, f"{TRAIN} {typed}")
+    assert f"pip install {package}" in told
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,9 @@ from library.options.parse import parse
 from library.options.scripts import CacheLatentsOptions, SdxlGenImgOptions, SdxlTrainNetworkOptions
 
 ESSENTIALS = [
-    "--pretrained_model_name_or_path",
-    "owner/model",
-    "--output_dir",
-    "o",
-    "--network_module",
-    "networks.lora",
-    "--train_data_dir",
-    "d",
-]
+    "--pretrained_model_name_or_path", "owner/model", "--train_data_dir", "d",
+    "--output_dir", "o", "--network_module", "networks.lora",
+]  # fmt: skip
 
 
 def train(*argv):
