@@ -60,6 +60,12 @@ class LoRAModule(nn.Module):
         self.register_buffer("alpha", torch.tensor(self.alpha_value))
         self.register_load_state_dict_post_hook(_read_alpha)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRAModule":
+        """Move and convert the matrices; α stays float32, since half precision would change the scale of a resumed run."""
+        super()._apply(fn, recurse)
+        self.alpha = torch.full((), self.alpha_value, device=self.alpha.device)
+        return self
+
     @property
     def layer(self) -> Layer:
         """The frozen layer this adapter belongs to."""

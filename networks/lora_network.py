@@ -31,6 +31,11 @@ class LoadReport(NamedTuple):
     unexpected: list[str]
     """Tensors of the file that the network does not have; they are not used."""
 
+    def __str__(self) -> str:
+        if not self.missing and not self.unexpected:
+            return "every tensor was found"
+        return f"{len(self.missing)} tensors are not in the file, {len(self.unexpected)} of the file are not used"
+
 
 class LoRANetwork(nn.Module):
     """The adapters of a U-Net and its text encoders.
@@ -150,8 +155,6 @@ class LoRANetwork(nn.Module):
         tensors = {
             name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in self.state_dict().items()
         }
-        for name, adapter in self._adapters.items():
-            tensors[f"{name}.alpha"] = torch.tensor(adapter.alpha_value, dtype=dtype or torch.float32)
         if Path(file).suffix.lower() != ".safetensors":
             save_pickle_checkpoint(file, tensors)
             return

@@ -155,12 +155,8 @@ class _AdaptedConv2d(torch.autograd.Function):
 
 def _add_up_projection_(out: Tensor, low: Tensor, up: Tensor, scale: float) -> None:
     """Add scale·U·low to `out` in place; out (B, O, H, W), low (B, r, H, W), up (O, r). Either memory format, without copies."""
-    if out.is_contiguous():
-        batch, channels = out.shape[:2]
-        out.view(batch, channels, -1).baddbmm_(up.expand(batch, -1, -1), low.flatten(2), alpha=scale)
-    else:
-        rows = out.permute(0, 2, 3, 1).view(-1, out.shape[1])
-        rows.addmm_(low.permute(0, 2, 3, 1).reshape(-1, low.shape[1]), up.t(), alpha=scale)
+    batch, channels = out.shape[:2]
+    out.view(batch, channels, -1).baddbmm_(up.expand(batch, -1, -1), low.flatten(2), alpha=scale)
 
 
 def _conv_backward(

@@ -28,14 +28,22 @@ def unet_targets(unet: nn.Module, with_convolutions: bool) -> list[Target]:
 def text_encoder_targets(text_encoder: nn.Module, prefix: str) -> list[Target]:
     """Return the targets of a CLIP text encoder.
 
-    Newer versions of transformers have no `text_model` level in CLIPTextModel; names in files always have it.
-
     Args:
         text_encoder: a CLIP text model of transformers.
         prefix: `lora_te1`, `lora_te2`, or `lora_te` for the only encoder of a model.
     """
-    found = _layers_inside(text_encoder, TEXT_ENCODER_CONTAINERS)
-    return [Target(f"{prefix}_text_model_{path.removeprefix('text_model_')}", layer) for path, layer in found]
+    found = _layers_inside(with_text_model_level(text_encoder), TEXT_ENCODER_CONTAINERS)
+    return [Target(f"{prefix}_{path}", layer) for path, layer in found]
+
+
+def with_text_model_level(text_encoder: nn.Module) -> nn.Module:
+    """Return a module under which the encoder's layers have the names of files, which all begin with `text_model`.
+
+    Newer versions of transformers have no such level in CLIPTextModel. Network modules that name adapters by walking the encoder
+    (LyCORIS does) must be given this one.
+    """
+    has_level = any(name == "text_model" for name, _ in text_encoder.named_children())
+    return text_encoder if has_level else nn.ModuleDict({"text_model": text_encoder})
 
 
 def _layers_inside(root: nn.Module, containers: Collection[str]) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from library.files.atomic import atomic_write
@@ -104,7 +104,10 @@ def open_safetensors(path: str | Path, mmap: bool = True) -> TensorFile:
     """
     infos, metadata, begins, data_start = _parse(Path(path))
     if mmap:
-        return TensorFile(path, infos, metadata, safe_open(str(path), framework="pt", device="cpu"))
+        try:
+            return TensorFile(path, infos, metadata, safe_open(str(path), framework="pt", device="cpu"))
+        except SafetensorError as error:
+            raise UserError(f"{path} is damaged ({error}). Download or copy it again.") from error
     return TensorFile(path, infos, metadata, _WholeFile(Path(path), data_start, infos, begins))
 
 

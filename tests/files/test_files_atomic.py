@@ -41,6 +41,14 @@ def test_the_target_does_not_change_before_the_block_ends(tmp_path):
     assert target.read_bytes() == b"new"
 
 
+def test_whoever_has_the_old_file_open_goes_on_reading_the_old_content(tmp_path):
+    target = tmp_path / "a.bin"
+    atomic_write_bytes(target, b"old")
+    with target.open("rb") as reader:
+        atomic_write_bytes(target, b"new")
+        assert reader.read() == b"old"
+
+
 def test_a_symbolic_link_stays_a_link_and_its_file_is_replaced(tmp_path):
     real = tmp_path / "disk" / "real.bin"
     atomic_write_bytes(real, b"old")

@@ -131,6 +131,13 @@ def test_a_file_that_is_something_else_is_named_for_what_it_is(tmp_path, content
         read_header(tmp_path / "a.safetensors")
 
 
+def test_a_header_whose_tensors_overlap_is_damaged(tmp_path):
+    header = json.dumps({name: {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]} for name in "ab"}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"12")
+    with pytest.raises(UserError, match=r"a\.safetensors is damaged"):
+        open_safetensors(tmp_path / "a.safetensors")
+
+
 def test_a_missing_file_and_a_folder_are_told_apart(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         open_safetensors(tmp_path / "no.safetensors")

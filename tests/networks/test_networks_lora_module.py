@@ -120,8 +120,9 @@ def test_the_input_and_the_small_product_are_all_that_a_step_keeps():
     assert x.data_ptr() in {t.data_ptr() for t in activations}
 
 
-def test_a_base_layer_that_is_trained_too_gets_its_own_gradient():
-    layer = layer_of("linear").requires_grad_()
+@pytest.mark.parametrize("kind", ["linear", "linear without bias"])
+def test_a_base_layer_that_is_trained_too_gets_its_own_gradient(kind):
+    layer = layer_of(kind).requires_grad_()
     adapter = adapted(layer)
     x = input_for(layer).requires_grad_()
     expected, leaves = textbook(layer, adapter, x)

@@ -140,7 +140,9 @@ def test_a_saved_network_is_loaded_again(tiny, randomise, tmp_path, extension):
     path = saved(network, tmp_path / f"a.{extension}")
     other = create_network(1.0, 4, 2, None, *tiny)
     other.apply_to(*tiny)
-    assert other.load_weights(path) == ([], [])
+    report = other.load_weights(path)
+    assert report == ([], [])
+    assert str(report) == "every tensor was found"
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in network.state_dict().items())
     assert os.listdir(tmp_path) == [f"a.{extension}"]
 
@@ -159,6 +161,9 @@ def test_alphas_survive_half_precision_training(tiny, tmp_path):
         alpha = file["lora_unet_middle_block_1_proj_in.alpha"]
     assert alpha.dtype == torch.float32
     assert alpha.item() == pytest.approx(4.3)
+    scales = [adapter.scale for adapter in network.adapters.values()]
+    network.load_state_dict(network.state_dict())
+    assert [adapter.scale for adapter in network.adapters.values()] == pytest.approx(scales, rel=1e-7)
 
 
 def test_metadata_and_hashes_are_those_of_the_file(tiny, randomise, tmp_path):
