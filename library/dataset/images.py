@@ -137,9 +137,8 @@ RESAMPLERS: dict[str, Callable[[Pixels, Size], Pixels]] = {
 
 
 def _orientation(image: Image.Image) -> int:
-    value = Image.Image.getexif(image).get(  # the method of PNG images decodes them
-        ExifTags.Base.Orientation, 1
-    )
+    exif = Image.Image.getexif(image)  # the method of PNG images decodes them
+    value = exif.get(ExifTags.Base.Orientation, 1)
     return value if value in _TURNS else 1
 
 

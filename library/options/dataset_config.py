@@ -191,7 +191,7 @@ class _Reader:
         values = {name: self.value(KEYS[name], outer) for name in _SECTION_KEYS}
         built = [self.subset([place, *outer]) for place in subsets]
         is_sound = len(self.problems) == problems_before
-        if values["resolution"] is None and not any(place.table.get("resolution") for place in outer):
+        if values["resolution"] is None and all(place.table.get("resolution") is None for place in outer):
             self.problems.append(
                 f"{self.source}: {where}: resolution is missing. Set it there or with --resolution, for example 1024."
             )

@@ -1,0 +1,114 @@
+"""What is found in folders, and what is complained about before anything expensive is done."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from dataset_samples import config, make_image, section, subset
+from PIL import Image
+
+from library.dataset.index import balance_regularisation, build_index, list_images
+from library.options.errors import UserError
+
+
+def test_images_lie_directly_in_the_folder_in_sorted_order(tmp_path: Path) -> None:
+    for name in ["b.png", "a.JPG", "c.webp", "d.bmp", ".hidden.png"]:
+        make_image(tmp_path / name, (8, 8))
+    (tmp_path / "e.Png").touch()
+    (tmp_path / "f.gif").touch()
+    (tmp_path / "deeper").mkdir()
+    make_image(tmp_path / "deeper" / "g.png")
+    (tmp_path / "folder.png").mkdir()
+    assert [Path(path).name for path in list_images(str(tmp_path))] == ["a.JPG", "b.png", "c.webp", "d.bmp"]
+
+
+def test_all_bad_files_are_named_together(folder: Path) -> None:
+    (folder / "im0.png").write_bytes(b"")
+    (folder / "im1.png").write_bytes((folder / "im1.png").read_bytes()[:-40])
+    (folder / "im2.txt").write_bytes(b"caf\xe9")
+    (folder / "im3.txt").write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        build_index(config(section(subset(folder))))
+    told = str(caught.value)
+    assert told.startswith("4 files cannot be used:")
+    for name in ["im0.png is empty", "im1.png cannot be read", "im2.txt is not UTF-8", "im3.txt is an empty caption file"]:
+        assert name in told
+    assert "im4" not in told
+
+
+def test_an_image_too_small_for_its_bucket_is_named(folder: Path) -> None:
+    make_image(folder / "tiny.png", (20, 20))
+    (folder / "tiny.txt").write_text("t")
+    with pytest.raises(UserError, match=r"tiny\.png: it is 20x20.*switch bucket_no_upscale off"):
+        build_index(config(section(subset(folder), enable_bucket=True, bucket_no_upscale=True)))
+
+
+def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There are no images in"):
+        build_index(config(section(subset(tmp_path))))
+
+
+def test_only_regularisation_images_are_an_error(folder: Path) -> None:
+    with pytest.raises(UserError, match="only regularisation images"):
+        build_index(config(section(subset(folder, is_reg=True))))
+
+
+def test_class_tokens_stand_in_for_missing_captions_only(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "im0.txt").unlink()
+    (found,) = build_index(config(section(subset(folder, class_tokens="sks dog"))))
+    assert [item.caption for item in found.items[:2]] == ["sks dog", "picture 1, tag a, tag b"]
+    assert not caplog.records
+
+
+def test_missing_captions_are_warned_about_once_with_names(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        (found,) = build_index(config(section(subset(folder, caption_extension=".caption"))))
+    assert {item.caption for item in found.items} == {""}
+    (record,) = caplog.records
+    assert "5 of 5 images" in record.getMessage()
+    assert "im0.png" in record.getMessage()
+    assert "Check caption_extension" in record.getMessage()
+
+
+def test_turned_images_get_their_upright_size_and_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    with Image.open(folder / "im1.png") as image:
+        image.save(folder / "im1.png", exif=exif)
+    (found,) = build_index(config(section(subset(folder))))
+    assert found.items[1].size == (64, 96)
+    assert "1 images are stored turned" in caplog.text
+
+
+def test_images_that_differ_in_the_extension_have_caches_of_their_own(tmp_path: Path) -> None:
+    for name in ["a.png", "a.webp", "a_b.png"]:
+        make_image(tmp_path / name)
+    (found,) = build_index(config(section(subset(tmp_path, class_tokens=""))))
+    assert [Path(item.cache_stem).name for item in found.items] == ["a", "a.webp", "a_b"]
+
+
+@pytest.mark.parametrize(
+    ("num_train", "repeats", "uses"),
+    [
+        (3, [1] * 5, [1, 1, 1, 0, 0]),
+        (10, [1] * 3, [4, 3, 3]),
+        (30, [2] * 3, [10, 10, 10]),
+        (10, [5] * 3, [5, 5, 0]),
+        (3, [4] * 10, [4] + [0] * 9),
+        (0, [1] * 3, [0, 0, 0]),
+        (5, [], []),
+    ],
+)
+def test_regularisation_images_are_balanced_as_in_the_table(num_train: int, repeats: list[int], uses: list[int]) -> None:
+    assert balance_regularisation(num_train, repeats) == uses
+
+
+def test_regularisation_images_come_last_and_unused_ones_are_left_out(folder: Path, tmp_path: Path) -> None:
+    reg = tmp_path / "reg"
+    reg.mkdir()
+    for number in range(7):
+        make_image(reg / f"r{number}.png")
+    (found,) = build_index(config(section(subset(reg, is_reg=True, class_tokens="dog"), subset(folder))))
+    assert [item.is_reg for item in found.items] == [False] * 5 + [True] * 5
+    assert found.image_counts == (7, 5)
+    assert [item.number for item in found.items] == list(range(10))
