@@ -96,7 +96,8 @@ def table(options: BenchScriptOptions, speed: "Speed", hardware: dict[str, Any])
     checkpointing = ", gradient checkpointing" if precision.gradient_checkpointing else ""
     memory = ", ".join(f"{size:.2f} GiB {kind}" for kind, size in speed.peak_memory_gib.items())
     steps = speed.step_seconds
-    busy = " (uneven: the device was probably not ours alone; measure again)" if steps["slowest"] > UNEVEN * steps["fastest"] else ""
+    is_uneven = steps["slowest"] > UNEVEN * steps["fastest"]
+    busy = " (uneven: the device was probably not ours alone; measure again)" if is_uneven else ""
     rows = {
         "step": f"{what}, {bench.size} U-Net, {bench.batch_size} × {bench.resolution}², {precision.mixed_precision}{checkpointing}",
         "device": f"{hardware['name']} ({hardware['device']}, {hardware['threads']} threads)",
