@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from library.options.dataset_keys import COMMAND_LINE_ONLY, DATASET, GENERAL, KEYS, NOT_BUILT, RENAMED, SUBSET, NotThatType
+from library.options.dataset_keys import COMMAND_LINE_ONLY, DATASET, GENERAL, KEYS, RENAMED, SUBSET, NotThatType
 from library.options.errors import UsageError
 from library.options.nearest import did_you_mean, nearest
+from library.options.not_built import NOT_BUILT_DATASET_KEYS
 
 Table = Mapping[str, Any]
 
@@ -114,8 +115,8 @@ def _complaints(path: str, place: Place, level: str) -> list[str]:
 
 
 def _key_complaint(name: str, value: Any, level: str) -> str | None:
-    if name in NOT_BUILT:
-        reason, harmless = NOT_BUILT[name]
+    if name in NOT_BUILT_DATASET_KEYS:
+        reason, harmless = NOT_BUILT_DATASET_KEYS[name]
         return None if value is None or value in harmless else f"{name} cannot be used: {reason}. Remove the key."
     key = KEYS.get(name)
     if key is None:
@@ -136,7 +137,7 @@ def _unknown_key(name: str) -> str:
         return f"{name} is called {RENAMED[name]} in a dataset file."
     if name in COMMAND_LINE_ONLY:
         return f"{name} is a setting of the whole run: give --{name} on the command line or in --config_file."
-    near = nearest(name, [*KEYS, *NOT_BUILT])
+    near = nearest(name, [*KEYS, *NOT_BUILT_DATASET_KEYS])
     levels = f" It is allowed in {' or '.join(KEYS[near].levels)}." if near in KEYS else ""
     return f"unknown key {name}." + (f" Did you mean {near}?{levels}" if near else " Remove it.")
 

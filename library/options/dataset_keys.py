@@ -146,20 +146,3 @@ COMMAND_LINE_ONLY = frozenset(
     }
 )
 """Settings of the whole run, which the file does not take."""
-
-NOT_BUILT: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "metadata_file": ("captions from a metadata file are not supported yet; use caption files beside the images", ()),
-    "conditioning_data_dir": ("control and mask images are not supported yet", ()),
-    "color_aug": ("colour augmentation is not supported yet", (False,)),
-    "random_crop": ("random cropping is not supported yet; images are cropped to the centre", (False,)),
-    "face_crop_aug_range": ("cropping around faces is not supported yet", ()),
-    "alpha_mask": ("masks from the alpha channel are not supported yet", (False,)),
-    "token_warmup_min": ("the warm-up of tags is not supported yet", (1,)),
-    "token_warmup_step": ("the warm-up of tags is not supported yet", (0,)),
-    "custom_attributes": ("custom attributes are not supported yet", ({},)),
-    "validation_split": ("a validation split is not supported yet", (0,)),
-    "validation_seed": ("a validation split is not supported yet", ()),
-    "cache_info": ("a metadata_cache.json is not supported yet; image headers are read at every start", (False,)),
-    "network_multiplier": ("a network multiplier for each dataset is not supported yet", (1,)),
-}
-"""Keys of the format whose feature does not exist yet: the reason, and the values that switch it off and are therefore accepted."""

@@ -1,6 +1,10 @@
-"""Options whose feature does not exist yet: giving one is refused by name, so that nobody trains without what was asked for."""
+"""Options and dataset keys whose feature does not exist yet: giving one is refused by name.
+
+So nobody trains without what was asked for. A feature that is built is deleted here; nothing is added.
+"""
 
 from collections.abc import Container, Iterable, Mapping
+from typing import Any
 
 _MASKS = "the loss is not weighted by masks"
 _TAG_WARMUP = "all tags are used from the first step"
@@ -64,6 +68,23 @@ NOT_BUILT: Mapping[str, str] = {
     **_refuse(_CONTROL, "control_net_lllite_models", "control_net_multipliers", "control_net_ratios", "guide_image_path"),
 }
 """What happens instead, as a clause, for every refused option. A feature that is built is deleted here; nothing is added."""
+
+NOT_BUILT_DATASET_KEYS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "metadata_file": ("captions from a metadata file are not supported yet; use caption files beside the images", ()),
+    "conditioning_data_dir": ("control and mask images are not supported yet", ()),
+    "color_aug": ("colour augmentation is not supported yet", (False,)),
+    "random_crop": ("random cropping is not supported yet; images are cropped to the centre", (False,)),
+    "face_crop_aug_range": ("cropping around faces is not supported yet", ()),
+    "alpha_mask": ("masks from the alpha channel are not supported yet", (False,)),
+    "token_warmup_min": ("the warm-up of tags is not supported yet", (1,)),
+    "token_warmup_step": ("the warm-up of tags is not supported yet", (0,)),
+    "custom_attributes": ("custom attributes are not supported yet", ({},)),
+    "validation_split": ("a validation split is not supported yet", (0,)),
+    "validation_seed": ("a validation split is not supported yet", ()),
+    "cache_info": ("a metadata_cache.json is not supported yet; image headers are read at every start", (False,)),
+    "network_multiplier": ("a network multiplier for each dataset is not supported yet", (1,)),
+}
+"""Every refused key of dataset files: the reason, and the values that switch it off and are therefore accepted."""
 
 
 def not_built_problems(given: Iterable[tuple[str, str]], effective: Container[str]) -> list[str]:

@@ -28,6 +28,7 @@ from library.training.preparation import TextSide
 from library.training.setting import MetadataAt, Setting, Trained
 from library.training.trainable import NetworkTrainable
 from networks.loading import import_network_module, parse_network_args
+from networks.targets import with_text_model_level
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class NetworkRecipe:
         trains_text = any(rates)
         trains_denoiser = not options.network.network_train_text_encoder_only
 
-        network = make_network(options.network, vae, encoders if trains_text else [], denoiser)
+        network = make_network(options.network, vae, text.encoders if trains_text else [], denoiser)
         network.apply_to(encoders, denoiser, trains_text, trains_denoiser)
         if options.network.network_weights:
             log.info("Loaded %s: %s", options.network.network_weights, network.load_weights(options.network.network_weights))
@@ -103,13 +104,22 @@ def text_encoder_rates(options: NetworkOptions, default: float, encoders: Sequen
     return [default if rate is None else rate for rate in options.text_encoder_rates()]
 
 
-def make_network(options: NetworkOptions, vae: nn.Module | None, encoders: Sequence[nn.Module], denoiser: nn.Module) -> Any:
+def make_network(options: NetworkOptions, vae: nn.Module | None, encoders: Sequence[nn.Module | None], denoiser: nn.Module) -> Any:
     """Make the network that was asked for, not attached yet.
+
+    Args:
+        options: which network.
+        vae: part of the contract with network modules.
+        encoders: those that get adapters, in the family's order; None keeps the place of one that is not loaded.
+        denoiser: gets adapters.
 
     Raises:
         UserError: the module makes no network of these arguments.
     """
-    module = import_network_module(options.network_module or "networks.lora")
+    name = options.network_module or "networks.lora"
+    module = import_network_module(name)
+    if not name.startswith("networks."):  # others take names from module paths, which must not depend on a package's version
+        encoders = [with_text_model_level(encoder) for encoder in encoders if encoder is not None]
     arguments: dict[str, Any] = dict(parse_network_args(options.network_args))
     if options.dim_from_weights:
         network, _ = module.create_network_from_weights(1.0, options.network_weights, vae, list(encoders), denoiser, **arguments)

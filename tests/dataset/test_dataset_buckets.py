@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 from library.dataset.buckets import BucketChooser, bucket_sizes, crop_top_left
 from library.options.dataset_config import SectionConfig
 
+FIRST = {**_SQUARE, "max_bucket_reso": 2048}
+_SQUARE = {"resolution": (1024, 1024), "min_bucket_reso": 256, "bucket_reso_steps": 64}
 SETTINGS = {
-    "A": {"resolution": (1024, 1024), "min_bucket_reso": 256, "max_bucket_reso": 2048, "bucket_reso_steps": 64},
-    "B": {"resolution": (1024, 1024), "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64},
-    "C": {"resolution": (1024, 1024), "min_bucket_reso": 256, "max_bucket_reso": 1024, "bucket_reso_steps": 64, "bucket_no_upscale": True},
+    "A": FIRST,
+    "B": FIRST | {"max_bucket_reso": 1024},
+    "C": FIRST | {"max_bucket_reso": 1024, "bucket_no_upscale": True},
     "D": {"resolution": (768, 512), "min_bucket_reso": 320, "max_bucket_reso": 960, "bucket_reso_steps": 32},
-}  # fmt: skip
+}
 
 # image | bucket | resized | pixel crop (left,top) | conditioning (top,left) | the same when flipped
 TABLE = """
@@ -124,7 +126,7 @@ def test_the_table_is_complete() -> None:
 @pytest.mark.parametrize(
     ("resolution", "lowest", "highest", "step", "count", "start"),
     [
-        ((1024, 1024), 256, 2048, 64, 41, "256x2048 320x2048 384x2048 448x2048 512x1856 512x1920 512x1984 512x2048 576x1664 576x1728"),
+        ((1024, 1024), 256, 2048, 64, 41, "256x2048 320x2048 384x2048 448x2048 512x1856 512x1920 512x1984 512x2048 576x1664"),
         ((1024, 1024), 256, 1024, 64, 25, "256x1024 320x1024 384x1024"),
         ((1024, 1024), 256, 2048, 32, 81, "256x2048"),
         ((1024, 1024), 512, 2048, 128, 17, "512x1664 512x1792 512x1920 512x2048 640x1408 640x1536 768x1280 896x1152 1024x1024"),
@@ -164,7 +166,7 @@ def test_no_upscale_makes_a_bucket_from_the_image(
 
 
 def test_an_image_below_one_step_is_refused_with_its_size() -> None:
-    with pytest.raises(ValueError, match="60x60.*bucket of 64 pixels"):
+    with pytest.raises(ValueError, match=r"60x60.*bucket of 64 pixels"):
         BucketChooser(setting("C")).choose((60, 60))
 
 

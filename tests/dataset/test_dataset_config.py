@@ -10,12 +10,13 @@ import pytest
 import toml
 
 from library.options.dataset_config import DatasetConfig, load_dataset_config
-from library.options.dataset_keys import DATASET, GENERAL, KEYS, NOT_BUILT, SUBSET
+from library.options.dataset_keys import DATASET, GENERAL, KEYS, SUBSET
 from library.options.errors import UsageError
 from library.options.groups.cache import CacheOptions
 from library.options.groups.caption import CaptionOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.image import ImageOptions
+from library.options.not_built import NOT_BUILT_DATASET_KEYS
 
 Content = dict[str, Any]
 
@@ -181,11 +182,11 @@ def test_settings_of_the_whole_run_are_sent_to_the_command_line(tmp_path: Path, 
     assert f"give --{name} on the command line" in problem
 
 
-@pytest.mark.parametrize("name", NOT_BUILT)
+@pytest.mark.parametrize("name", NOT_BUILT_DATASET_KEYS)
 def test_keys_without_their_feature_are_refused_by_name_unless_switched_off(tmp_path: Path, name: str) -> None:
     (problem,) = problems(write(tmp_path, minimal(tmp_path, subset={name: "on"})))
     assert f"{name} cannot be used: " in problem
-    for harmless in NOT_BUILT[name][1]:
+    for harmless in NOT_BUILT_DATASET_KEYS[name][1]:
         load(write(tmp_path, minimal(tmp_path, subset={name: harmless})))
 
 
