@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from library.dataset.buckets import BucketChooser, bucket_sizes, crop_top_left
 from library.options.dataset_config import SectionConfig
 
-FIRST = {**_SQUARE, "max_bucket_reso": 2048}
-_SQUARE = {"resolution": (1024, 1024), "min_bucket_reso": 256, "bucket_reso_steps": 64}
+FIRST = {"resolution": (1024, 1024), "min_bucket_reso": 256, "max_bucket_reso": 2048, "bucket_reso_steps": 64}
 SETTINGS = {
     "A": FIRST,
     "B": FIRST | {"max_bucket_reso": 1024},
