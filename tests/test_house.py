@@ -1,9 +1,11 @@
 """House rules that no linter here holds: lengths, docstrings, and what may be imported before options are checked."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LONGEST_FUNCTION = 80
 LONGEST_FILE = 500
 DOCUMENTED_SHARE = 0.9
+OPTIONAL = ("xformers", "wandb")
+"""Packages imported where they are used, whose absence is a sentence with the pip command."""
+COMES_WITH = {"pydantic_core": "pydantic", "annotated_types": "pydantic"}
+"""Packages that are parts of a required one."""
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -86,6 +92,36 @@ def test_help_comes_without_torch(script: str) -> None:
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert shown.returncode in (0, None), shown.stderr
     assert "--mixed_precision" in shown.stdout or "--ckpt" in shown.stdout
+
+
+def required_distributions() -> set[str]:
+    """The names in requirements.txt, as pip compares them."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return {re.split(r"[<>=!~;\[ ]", line)[0].lower().replace("_", "-") for line in lines if line and not line.startswith("#")}
+
+
+def imported_packages(path: Path) -> set[str]:
+    """The top-level packages a file imports by an import statement."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_a_fresh_installation_has_every_package_that_is_imported() -> None:
+    required, distributions = required_distributions(), packages_distributions()
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"library", "networks", "tools"}
+    missing = {}
+    for path in product_files():
+        for package in imported_packages(path) - ours - sys.stdlib_module_names - set(OPTIONAL) - set(COMES_WITH):
+            names = {name.lower().replace("_", "-") for name in distributions.get(package, [package])}
+            if not names & required:
+                missing[str(path.relative_to(ROOT))] = package
+    assert missing == {}
+    assert set(COMES_WITH.values()) <= required
 
 
 @pytest.mark.parametrize("picture", sorted(path.name for path in (ROOT / "examples/toy/images").glob("*.[jp]*g")))
