@@ -191,5 +191,5 @@ def test_regularisation_images_carry_their_weight(folder: Path, tmp_path: Path) 
     weights = {
         (key, weight) for batch in batches for key, weight in zip(batch.image_keys, batch.loss_weights.tolist(), strict=True)
     }
-    assert {weight for key, weight in weights if "reg" in key} == {0.25}
-    assert {weight for key, weight in weights if "reg" not in key} == {1.0}
+    assert {weight for key, weight in weights if key.endswith("r.png")} == {0.25}
+    assert {weight for key, weight in weights if not key.endswith("r.png")} == {1.0}

@@ -1,0 +1,163 @@
+"""Cached text outputs: the processed caption is encoded, entries are made again when they must be, memory and disk agree."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from dataset_samples import FakeFamily, config, section, subset
+
+from library.dataset.cache_stamps import CacheReport
+from library.dataset.dataset import Dataset
+from library.dataset.loader import make_loader
+from library.dataset.text_cache import TextEncoder, cache_text_outputs
+from library.options.errors import UserError
+from library.options.groups.cache import CacheOptions
+
+DISK = CacheOptions(cache_text_encoder_outputs_to_disk=True)
+MEMORY = CacheOptions(cache_text_encoder_outputs=True)
+
+
+def dataset_of(folder: Path, **rules: Any) -> Dataset:
+    return Dataset(config(section(subset(folder, **rules), enable_bucket=True)), 1)
+
+
+def cache(
+    dataset: Dataset,
+    family: FakeFamily,
+    options: CacheOptions = DISK,
+    *,
+    trust_foreign: bool = True,
+    dtype: Any = torch.float32,
+    **more: Any,
+) -> CacheReport:
+    encoder = TextEncoder(family, [None, None], torch.device("cpu"), dtype, family.max_token_length, batch_size=2)
+    return cache_text_outputs(dataset, encoder, options, trust_foreign=trust_foreign, **more)
+
+
+def strip_stamp(path: Path) -> None:
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files if not name.startswith("atelier")}
+    np.savez(path, **arrays)
+
+
+def test_files_have_sd_scripts_names_and_keys(folder: Path, family: FakeFamily) -> None:
+    cache(dataset_of(folder), family)
+    with np.load(folder / "im0_te_outputs.npz", allow_pickle=False) as archive:
+        assert set(archive.files) == {"hidden_state1", "hidden_state2", "pool2", "atelier_stamp"}
+        assert archive["hidden_state1"].shape == (77, 3)
+
+
+def test_the_caption_is_encoded_with_every_fixed_step_applied(folder: Path, family: FakeFamily) -> None:
+    (folder / "im0.txt").write_text("edited;;here\n")
+    cache(dataset_of(folder, caption_prefix="P,", caption_suffix=", S", secondary_separator=";;"), family)
+    assert "P, edited,here , S" in family.encoded_texts
+
+
+def test_a_second_run_encodes_nothing(folder: Path, family: FakeFamily) -> None:
+    assert dict(cache(dataset_of(folder), family).made) == {"new": 5}
+    family.encoded_texts.clear()
+    report = cache(dataset_of(folder), family)
+    assert (report.kept, report.made.total(), family.encoded_texts) == (5, 0, [])
+
+
+def test_an_edited_caption_is_encoded_again_alone(folder: Path, family: FakeFamily) -> None:
+    cache(dataset_of(folder), family)
+    (folder / "im2.txt").write_text("edited\n")
+    family.encoded_texts.clear()
+    assert dict(cache(dataset_of(folder), family).made) == {"of a caption that changed": 1}
+    assert family.encoded_texts == ["edited"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"fingerprint": "te-2"}, "of other text encoders"),
+        ({"max_token_length": 150}, "of another --max_token_length"),
+        ({"dtype": torch.float16}, "in another precision"),
+        ({"rules": {"caption_prefix": "P"}}, "of a caption that changed"),
+    ],
+)
+def test_other_settings_make_all_entries_again(folder: Path, family: FakeFamily, change: dict[str, Any], reason: str) -> None:
+    cache(dataset_of(folder), family)
+    family.fingerprints["text_encoders"] = change.get("fingerprint", "te-1")
+    family.max_token_length = change.get("max_token_length", 75)
+    report = cache(dataset_of(folder, **change.get("rules", {})), family, dtype=change.get("dtype", torch.float32))
+    assert dict(report.made) == {reason: 5}
+
+
+@pytest.mark.parametrize("content", [b"", b"PK broken"])
+def test_damaged_files_are_made_again(folder: Path, family: FakeFamily, content: bytes) -> None:
+    cache(dataset_of(folder), family)
+    (folder / "im1_te_outputs.npz").write_bytes(content)
+    assert dict(cache(dataset_of(folder), family).made) == {"damaged": 1}
+
+
+def test_files_of_sd_scripts_are_trusted_for_folders_but_not_for_single_files(folder: Path, family: FakeFamily) -> None:
+    cache(dataset_of(folder), family)
+    for path in folder.glob("*_te_outputs.npz"):
+        strip_stamp(path)
+    assert cache(dataset_of(folder), family).kept == 5
+    report = cache(dataset_of(folder), family, trust_foreign=False)
+    assert report.made.total() == 5
+    assert "pooled output is not right for a single-file checkpoint" in report.sentence()
+
+
+def test_files_of_sd_scripts_must_fit_caption_and_length(folder: Path, family: FakeFamily) -> None:
+    cache(dataset_of(folder), family)
+    for path in folder.glob("*_te_outputs.npz"):
+        strip_stamp(path)
+    os.utime(folder / "im0_te_outputs.npz", (1, 1))
+    assert dict(cache(dataset_of(folder), family).made) == {"of a caption that changed": 1}
+    for path in folder.glob("*_te_outputs.npz"):
+        strip_stamp(path)
+    family.max_token_length = 150
+    assert dict(cache(dataset_of(folder), family).made) == {"of another --max_token_length": 5}
+
+
+def test_existing_files_are_trusted_when_asked_for(folder: Path, family: FakeFamily) -> None:
+    cache(dataset_of(folder), family)
+    family.fingerprints["text_encoders"] = "te-2"
+    assert cache(dataset_of(folder), family, DISK.model_copy(update={"skip_cache_check": True})).kept == 5
+
+
+def test_in_memory_each_caption_is_encoded_once(folder: Path, family: FakeFamily) -> None:
+    for path in folder.glob("*.txt"):
+        path.write_text("the same\n")
+    cache(dataset_of(folder), family, MEMORY)
+    assert family.encoded_texts == ["the same"]
+    assert not list(folder.glob("*.npz"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("options", [DISK, MEMORY])
+def test_batches_carry_the_outputs_of_their_captions(folder: Path, family: FakeFamily, options: CacheOptions, workers: int) -> None:
+    dataset = dataset_of(folder)
+    cache(dataset, family, options)
+    for batch in make_loader(dataset, 1, num_workers=workers):
+        assert batch.text_cond is not None
+        expected = family.encode_text(family.tokenize(batch.captions), [])
+        assert batch.text_cond.keys() == expected.keys()
+        assert all(torch.equal(batch.text_cond[name], expected[name]) for name in expected)
+
+
+def test_one_image_with_two_captions_does_not_fit_in_one_file(folder: Path, family: FakeFamily) -> None:
+    two = Dataset(config(section(subset(folder)), section(subset(folder, caption_prefix="P"))), 1)
+    with pytest.raises(UserError, match=r"im0\.png is used with two captions"):
+        cache(two, family)
+    cache(two, family, MEMORY)
+
+
+def test_outputs_that_are_not_finite_are_refused_with_the_caption(folder: Path, family: FakeFamily) -> None:
+    encode = family.encode_text
+    family.encode_text = lambda tokens, encoders: {name: value / 0 for name, value in encode(tokens, encoders).items()}
+    with pytest.raises(UserError, match=r"not finite for the caption 'picture 0, tag a, tag b'.*bf16"):
+        cache(dataset_of(folder), family, dtype=torch.float16)
+
+
+def test_processes_share_the_captions(folder: Path, family: FakeFamily) -> None:
+    made = [cache(dataset_of(folder), family, process_index=rank, num_processes=2).made.total() for rank in (0, 1)]
+    assert made == [3, 2]
+    assert cache(dataset_of(folder), family).kept == 5
