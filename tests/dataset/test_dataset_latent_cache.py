@@ -172,6 +172,27 @@ def test_one_folder_at_two_sizes_has_both_in_its_files(folder: Path, family: Fak
     assert cache(dataset_of(folder, sections=2), family, vae).made == {"new": 2}
 
 
+def test_making_one_size_again_keeps_the_other(folder: Path, family: FakeFamily, vae: FakeVae) -> None:
+    cache(dataset_of(folder, sections=2), family, vae)
+    path = folder / "im0_0064x0064_sdxl.npz"
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    np.savez(path, **(arrays | {"latents": arrays["latents"] * np.nan}))
+    assert dict(cache(dataset_of(folder, sections=2), family, vae).made) == {"not finite": 1}
+    assert cache(dataset_of(folder, sections=2), family, vae).kept == 10
+
+
+def test_other_content_of_the_same_length_is_noticed(tmp_path: Path, family: FakeFamily, vae: FakeVae) -> None:
+    images = tmp_path / "bmp"
+    images.mkdir()
+    length = make_image(images / "a.bmp").stat().st_size
+    dataset = Dataset(config(section(subset(images, class_tokens=""))), 1)
+    cache(dataset, family, vae)
+    assert make_image(images / "a.bmp", seed=3).stat().st_size == length
+    os.utime(images / "a.bmp", (1, 1))
+    assert dict(cache(dataset, family, vae).made) == {"of an image that changed": 1}
+
+
 def test_going_back_to_a_size_that_has_a_suffix_needs_no_encoding(folder: Path, family: FakeFamily, vae: FakeVae) -> None:
     cache(dataset_of(folder, sections=2), family, vae)
     assert cache(dataset_of(folder, resolution=(96, 96)), family, vae).kept == 5

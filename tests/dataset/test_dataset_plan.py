@@ -67,6 +67,13 @@ def test_epochs_and_seeds_give_other_orders_and_the_same_ones_again() -> None:
     assert len({batches(1, 1), batches(1, 2), batches(2, 1)}) == 3
 
 
+def test_batches_of_all_buckets_are_mixed() -> None:
+    batches = plan_epoch([range(20), range(20, 40)], [2, 2], seed=0, epoch=1).batches
+    of_first = [batch[0] < 20 for batch in batches]
+    assert True in of_first[:10]
+    assert False in of_first[:10]
+
+
 def test_draw_seeds_are_63_bits_and_differ_in_every_argument() -> None:
     seeds = [draw_seed(s, e, u) for s in (0, 1, 2**64 - 1) for e in (1, 2) for u in (0, 1)]
     assert len(set(seeds)) == len(seeds)
