@@ -1,6 +1,6 @@
 """Which layers of a model get an adapter, and what they are called in files."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -44,6 +44,18 @@ def with_text_model_level(text_encoder: nn.Module) -> nn.Module:
     """
     has_level = any(name == "text_model" for name, _ in text_encoder.named_children())
     return text_encoder if has_level else nn.ModuleDict({"text_model": text_encoder})
+
+
+def encoders_for_module(name: str, text_encoders: Sequence[nn.Module | None]) -> list[nn.Module | None]:
+    """Return the text encoders as a network module wants them: ours finds names itself, others walk the module tree.
+
+    Args:
+        name: of the network module, such as `networks.lora` or `lycoris.kohya`.
+        text_encoders: in the family's order; None keeps the place of one that is not loaded, where the module knows such places.
+    """
+    if name.startswith("networks."):
+        return list(text_encoders)
+    return [with_text_model_level(encoder) for encoder in text_encoders if encoder is not None]
 
 
 def _layers_inside(root: nn.Module, containers: Collection[str]) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:

@@ -12,6 +12,7 @@ from library.generation.network_files import NetworkFile
 from library.models.family import Components
 from library.options.errors import UserError
 from networks.loading import import_network_module
+from networks.targets import encoders_for_module
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,13 @@ def attach_networks(
 
 def _create(file: NetworkFile, components: Components) -> tuple[Any, dict[str, Tensor]]:
     network, tensors = import_network_module(file.module).create_network_from_weights(
-        file.multiplier, file.path, components.vae, components.text_encoders, components.denoiser, for_inference=True, **file.args
+        file.multiplier,
+        file.path,
+        components.vae,
+        encoders_for_module(file.module, components.text_encoders),
+        components.denoiser,
+        for_inference=True,
+        **file.args,
     )
     if network is None:
         raise UserError(f"{file.path}: {file.module} makes no network of this file; choose the module it was trained with.")

@@ -28,7 +28,7 @@ from library.training.preparation import TextSide
 from library.training.setting import MetadataAt, Setting, Trained
 from library.training.trainable import NetworkTrainable
 from networks.loading import import_network_module, parse_network_args
-from networks.targets import with_text_model_level
+from networks.targets import encoders_for_module
 
 log = logging.getLogger(__name__)
 
@@ -118,18 +118,17 @@ def make_network(options: NetworkOptions, vae: nn.Module | None, encoders: Seque
     """
     name = options.network_module or "networks.lora"
     module = import_network_module(name)
-    if not name.startswith("networks."):  # others take names from module paths, which must not depend on a package's version
-        encoders = [with_text_model_level(encoder) for encoder in encoders if encoder is not None]
+    encoders = encoders_for_module(name, encoders)
     arguments: dict[str, Any] = dict(parse_network_args(options.network_args))
     if options.dim_from_weights:
-        network, _ = module.create_network_from_weights(1.0, options.network_weights, vae, list(encoders), denoiser, **arguments)
+        network, _ = module.create_network_from_weights(1.0, options.network_weights, vae, encoders, denoiser, **arguments)
     else:
         network = module.create_network(
             1.0,
             options.network_dim,
             options.network_alpha,
             vae,
-            list(encoders),
+            encoders,
             denoiser,
             neuron_dropout=options.network_dropout,
             **{"dropout": options.network_dropout, **arguments},

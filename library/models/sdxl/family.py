@@ -181,7 +181,10 @@ class SdxlFamily:
         cast(UNet, denoiser).enable_gradient_checkpointing()
         for encoder in encoders:
             if encoder is not None:
-                cast(PreTrainedModel, encoder).gradient_checkpointing_enable({"use_reentrant": False})
+                model = cast(PreTrainedModel, encoder)
+                # Its name in newer versions of transformers, then the older one.
+                enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+                enable({"use_reentrant": False})
 
     def save_single_file(
         self,
