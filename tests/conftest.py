@@ -12,6 +12,7 @@ if str(ROOT) not in sys.path:
 # Every xdist worker is a process of its own: without a share each would start one thread per core and they would fight.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait in a busy loop stall where another program shares the cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -179,6 +179,14 @@ def test_a_signal_ends_the_command_in_work_and_leaves_nothing_running(tmp_path: 
         os.kill(int(marker.read_text()), 0)
 
 
+def test_commands_wait_asleep_and_offline_unless_the_person_chose_how_threads_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert start.child_environment()["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert start.child_environment()["HF_HUB_OFFLINE"] == "1"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert start.child_environment()["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_a_step_that_fails_names_itself_its_status_and_what_to_do() -> None:
     with pytest.raises(start.SetupError, match=r"“Do it” stopped with exit status 3\. Try again\."):
         start.run_step("Do it", [sys.executable, "-c", "raise SystemExit(3)"], "Try again.")
