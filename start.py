@@ -67,8 +67,8 @@ def require_python(version: tuple[int, ...]) -> None:
 def child_environment() -> dict[str, str]:
     """The environment of every command started here: no downloads from model hubs, output without delay, threads that wait asleep.
 
-    OpenMP's threads wait for each other in a busy loop unless told otherwise. Where another program shares the cores, each wait then
-    lasts until that program is suspended: steps of 0.2 s were measured to take 2 to 6 s.
+    OpenMP's threads wait for each other in a busy loop unless told otherwise. Where another program shares the cores, each wait
+    then lasts until that program is suspended: steps of 0.2 s were measured to take 2 to 6 s.
     """
     return {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
