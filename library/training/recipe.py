@@ -43,7 +43,7 @@ from library.training.resume import saved_place, start_position
 from library.training.saving import Saver
 from library.training.setting import MetadataAt, Setting, Trained
 from library.training.state import Resumable, load_state
-from library.training.step import FrozenParts, TrainStep
+from library.training.step import FrozenParts, NanWatch, TrainStep
 from library.training.trackers import RunLog
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def run_recipe(
     torch.manual_seed(seed)  # decides the initial weights of what is trained
     trained = recipe.make_trainable(setting, denoiser, text, vae)
 
-    parts = FrozenParts(family, denoiser, text.encoders, vae)
+    parts = FrozenParts(family, denoiser, text.encoders, vae, options.cache.vae_batch_size)
     trackers = open_trackers(recipe, setting)
     run, saver = build_run(recipe, setting, trained, parts)
     progress = Progress(length.total_updates, start.update, visible=accelerator.is_main_process)
@@ -111,7 +111,12 @@ def run_recipe(
         trackers, progress, lambda: run.optimizer.param_groups, trained.descriptions, lambda: trained.trainable.norms
     )
     run.observe_loss, saver.losses = training_log.observe_loss, training_log.state_dict
-    run.observers = [training_log, *previews(setting, trained, saver.averaged, parts, text, requests, trackers), saver]
+    run.observers = [
+        *run.observers,
+        training_log,
+        *previews(setting, trained, saver.averaged, parts, text, requests, trackers),
+        saver,
+    ]
     if options.state.resume is not None:
         load_state(Path(options.state.resume), saver.live)
         if saved is not None and saved.losses:
@@ -166,12 +171,11 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, frozen: Frozen
     noise_schedule = NoiseSchedule.make(zero_terminal_snr=options.noise.zero_terminal_snr, device=accelerator.device)
     objective = DdpmObjective(noise_schedule, options.model.v_parameterization, options.noise, options.loss)
     report(setting, objective)
-    step, prepared = accelerator.prepare(
-        TrainStep(trained.trainable.module, frozen, objective, train_text=trained.trains_text), optimizer
-    )
+    step = TrainStep(trained.trainable.module, frozen, objective, train_text=trained.trains_text)
+    prepared_step, prepared = accelerator.prepare(step, optimizer)
     run = TrainingRun(
         accelerator=accelerator,
-        step=step,
+        step=prepared_step,
         trainable=trained.trainable,
         parameters=[parameter for group in trained.groups for parameter in group["params"]],
         optimizer=prepared,
@@ -182,6 +186,7 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, frozen: Frozen
         max_updates=setting.length.total_updates,
         max_grad_norm=options.optimizer.max_grad_norm,
         seed=setting.seed,
+        observers=[NanWatch(step)],
     )
     saver = Saver(
         plan=SavePlan.of(options.output, options.state, f".{options.output.save_model_as}", setting.length.num_epochs),

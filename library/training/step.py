@@ -3,6 +3,7 @@
 Ho et al. 2020, "Denoising Diffusion Probabilistic Models", algorithm 1, with the conditioning of Podell et al. 2023 (SDXL).
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from library.dataset.batch import Batch
 from library.diffusion.objective import DdpmObjective
 from library.models.family import Family, TextCond
+from library.training.position import Position
+
+log = logging.getLogger(__name__)
 
 _POSTERIOR_STREAM = 0x9E3779B97F4A7C15  # keeps the posterior's draws apart from those of the noise made from the same seed
 
@@ -25,6 +29,8 @@ class FrozenParts:
     text_encoders: list[nn.Module | None]
     vae: nn.Module | None
     """Only when images are encoded in the step; None when all latents are cached."""
+    vae_batch_size: int = 1
+    """Images per call of the VAE: its activations are the largest of all at full resolution."""
 
 
 class TrainStep(nn.Module):
@@ -43,6 +49,8 @@ class TrainStep(nn.Module):
         self._frozen = [frozen]  # in a list: a dataclass of modules must not be registered as children
         self.objective = objective
         self.train_text = train_text
+        self.num_nan_images: Tensor | None = None
+        """Images so far whose latents had a NaN, as a scalar on the device; None before the first encoded batch."""
 
     @property
     def frozen(self) -> FrozenParts:
@@ -67,11 +75,12 @@ class TrainStep(nn.Module):
         assert self.frozen.vae is not None
         family, vae, images = self.frozen.family, self.frozen.vae, batch.images
         height, width = images.shape[-2] // family.latent_stride, images.shape[-1] // family.latent_stride
-        noise = posterior_noise(batch.draw_seeds, (family.latent_channels, height, width))
-        dtype = next(vae.parameters()).dtype
-        with torch.autocast(images.device.type, enabled=False):
-            latents = family.encode_images(vae, images.to(dtype), to_device(noise, images.device).to(dtype))
-        return torch.nan_to_num(latents.float(), nan=0.0)
+        noise = to_device(posterior_noise(batch.draw_seeds, (family.latent_channels, height, width)), images.device)
+        pieces = zip(images.split(self.frozen.vae_batch_size), noise.split(self.frozen.vae_batch_size), strict=True)
+        latents = torch.cat([family.encode_images(vae, *piece) for piece in pieces])
+        found = latents.isnan().flatten(1).any(dim=1).sum()
+        self.num_nan_images = found if self.num_nan_images is None else self.num_nan_images + found
+        return torch.nan_to_num(latents, nan=0.0)
 
     def conditioning(self, batch: Batch) -> TextCond:
         """Return the cached text outputs, or encode the captions with the loaded encoders."""
@@ -81,6 +90,34 @@ class TrainStep(nn.Module):
         tokens = {name: to_device(ids, batch.loss_weights.device) for name, ids in family.tokenize(batch.captions).items()}
         with torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
             return family.encode_text(tokens, self.frozen.text_encoders)
+
+
+class NanWatch:
+    """The observer that tells of latents that were no numbers, at the end of epochs, where waiting for the device costs nothing."""
+
+    def __init__(self, step: TrainStep) -> None:
+        self._step = step
+        self._told = 0
+
+    def before_training(self, position: Position) -> None:
+        """Nothing has been encoded yet."""
+
+    def after_update(self, position: Position) -> None:
+        """The step itself never waits for the count."""
+
+    def after_epoch(self, position: Position) -> None:
+        """Warn of images encoded since the last warning."""
+        total = 0 if self._step.num_nan_images is None else int(self._step.num_nan_images)
+        if total > self._told:
+            log.warning(
+                "The VAE made values that are not numbers of %d images; they were trained as 0. Add --no_half_vae.",
+                total - self._told,
+            )
+            self._told = total
+
+    def after_training(self, position: Position) -> None:
+        """Warn of what the last, incomplete epoch had."""
+        self.after_epoch(position)
 
 
 def posterior_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
