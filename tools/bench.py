@@ -30,7 +30,7 @@ from library.options.parse import parse
 from library.options.scripts import ScriptOptions
 
 if TYPE_CHECKING:
-    from library.training.benchmark import Speed
+    from tools.bench_step import Speed
 
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "bitsandbytes", "xformers")
 """Packages whose version can change the numbers."""
@@ -118,11 +118,11 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
-    from library.training import benchmark
+    from tools import bench_step
 
     logging.captureWarnings(True)
-    speed = benchmark.measure(options.bench, options.precision, options.optimizer)
-    hardware = benchmark.hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    speed = bench_step.measure(options.bench, options.precision, options.optimizer)
+    hardware = bench_step.hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(table(options, speed, hardware))
     if options.bench.json_file:
         atomic_write_text(options.bench.json_file, json.dumps(report(options, argv, speed, hardware), indent=2) + "\n")

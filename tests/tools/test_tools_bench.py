@@ -16,8 +16,8 @@ from safetensors import safe_open
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import WorkingPrecisionOptions
-from library.training import benchmark
 from tools import bench
+from tools import bench_step as benchmark
 
 SMALL = {"size": "tiny", "resolution": 64, "batch_size": 1, "network_dim": 4}
 
