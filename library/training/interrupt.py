@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import time
 from types import FrameType, TracebackType
 
 import torch.distributed
@@ -11,6 +12,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ECHO_SECONDS = 2.0
+"""Launchers of several processes pass on a Ctrl+C that the terminal has sent to every process already: that is no second one."""
 
 
 class StopRequest:
@@ -20,6 +23,7 @@ class StopRequest:
         self.signal: int | None = None
         self.agreed = False
         """Whether all processes have agreed to stop; changes only inside `poll`, so that every process sees the same value."""
+        self._asked_at = 0.0
         self._owner = os.getpid()
         self._previous: dict[int, object] = {}
         self._group: torch.distributed.ProcessGroup | None = None
@@ -42,9 +46,11 @@ class StopRequest:
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        self.signal = number
-        for restored in _SIGNALS:
-            signal.signal(restored, signal.default_int_handler if restored == signal.SIGINT else signal.SIG_DFL)
+        if self.signal is not None:
+            if time.monotonic() - self._asked_at > _ECHO_SECONDS:
+                raise KeyboardInterrupt
+            return
+        self.signal, self._asked_at = number, time.monotonic()
         log.warning(
             "Stopping after this step and saving; press Ctrl+C again to stop at once and lose the steps since the last save."
         )

@@ -4,6 +4,7 @@ A script hands over a `Recipe`: what is trained, and what a saved file says abou
 """
 
 import logging
+import os
 import shlex
 import sys
 import time
@@ -125,7 +126,7 @@ def run_recipe(
         with StopRequest() as stop:
             end = train(run, start, stop)
             if stop.agreed:
-                stop_saved(saver, end, stop)
+                stop_saved(saver, end, stop, accelerator.num_processes)
     finally:
         training_log.close()
 
@@ -281,17 +282,24 @@ def previews(
     ]
 
 
-def stop_saved(saver: Saver, end: Position, stop: StopRequest) -> None:
+def stop_saved(saver: Saver, end: Position, stop: StopRequest, num_processes: int) -> None:
     """Save where a run was stopped, say how it continues, and end the process as the signal would have.
 
     Raises:
         SystemExit: always; 128 plus the signal's number.
     """
     state = saver.save_interrupted(end)
-    words = without_option(sys.argv, "--resume")
+    words = [*launcher(num_processes), *without_option(sys.argv, "--resume")]
     log.warning("Stopped at step %d. The same command with --resume continues exactly there:", end.update)
     log.warning("  %s --resume %s", shlex.join(words), shlex.quote(str(state)))
     raise SystemExit(128 + (stop.signal or 0))
+
+
+def launcher(num_processes: int) -> list[str]:
+    """Return the words that start a script the way this process was started."""
+    if "ACCELERATE_DYNAMO_BACKEND" in os.environ:  # accelerate launch sets it, nothing else does
+        return ["accelerate", "launch", *(["--num_processes", str(num_processes)] if num_processes > 1 else [])]
+    return ["python"] if num_processes == 1 else ["torchrun", "--nproc_per_node", str(num_processes)]
 
 
 def without_option(words: Sequence[str], option: str) -> list[str]:

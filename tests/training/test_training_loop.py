@@ -10,6 +10,7 @@ from library.options.errors import UserError
 from library.training.interrupt import StopRequest
 from library.training.loop import batch_seed
 from library.training.position import Position, window_size
+from library.training.recipe import launcher, without_option
 from library.training.state import load_state, read_place, save_state
 from tests.training.fake_run import SEED, FakeRun, Recorder, dataset, state_folder
 
@@ -68,9 +69,15 @@ def test_a_signal_lets_the_step_finish_and_ends_the_run(number: signal.Signals) 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_ctrl_c_stops_at_once() -> None:
-    with StopRequest():
+def test_a_second_ctrl_c_stops_at_once_but_the_echo_of_a_launcher_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("library.training.interrupt.time.monotonic", lambda: clock[0])
+    with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
+        clock[0] += 0.5
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGINT
+        clock[0] += 3
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -126,3 +133,12 @@ def test_the_state_of_another_network_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another network: text"):
         load_state(state_folder(tmp_path), other.live)
     assert json.loads((state_folder(tmp_path) / "train_state.json").read_text())["current_step"] == 1
+
+
+def test_the_command_that_continues_starts_as_this_one_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    assert launcher(1) == ["python"] and launcher(2) == ["torchrun", "--nproc_per_node", "2"]
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    assert launcher(1) == ["accelerate", "launch"] and launcher(2) == ["accelerate", "launch", "--num_processes", "2"]
+    words = ["train.py", "--resume", "old", "--seed", "1", "--resume=older"]
+    assert without_option(words, "--resume") == ["train.py", "--seed", "1"]
