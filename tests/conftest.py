@@ -1,6 +1,7 @@
-"""Set before torch is imported anywhere: threads, no network; and the fixtures that every room of tests shares."""
+"""Set before torch is imported anywhere: threads, no network, Ctrl+C; and the fixtures that every room of tests shares."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WO
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait in a busy loop stall where another program shares the cores
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts background jobs, and so some continuous integration, with Ctrl+C ignored; commands would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402  (the environment above must be set before a plugin imports torch)
 from filelock import FileLock  # noqa: E402
