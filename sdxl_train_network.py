@@ -16,6 +16,7 @@ docs/training.md explains each step, docs/options.md every option.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from library.generation.request import ImageRequest
 from library.generation.sample_prompts import SampleDefaults, read_sample_prompts
@@ -23,7 +24,7 @@ from library.options.checks_optimizer import check_optimizer_options
 from library.options.console import set_up_logging
 from library.options.dataset_config import DatasetConfig, load_dataset_config
 from library.options.entry import run_script
-from library.options.errors import UserError
+from library.options.errors import problems_of
 from library.options.parse import parse
 from library.options.scripts import SdxlTrainNetworkOptions
 from library.training.outputs import output_problems
@@ -44,10 +45,7 @@ def further_problems(options: SdxlTrainNetworkOptions) -> list[str]:
     """Say what is wrong in the files and arguments that the options name; it is told together with their own mistakes."""
     problems = output_problems(options.output) + check_optimizer_options(options.optimizer, options.scheduler)
     for read in (dataset_definition, sample_requests, network_arguments):
-        try:
-            read(options)
-        except UserError as error:
-            problems += getattr(error, "problems", [str(error)])
+        problems += problems_of(partial(read, options))
     return problems
 
 

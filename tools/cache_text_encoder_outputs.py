@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from library.options.console import set_up_logging
 from library.options.dataset_config import DatasetConfig, load_dataset_config
 from library.options.entry import run_script
-from library.options.errors import UsageError
+from library.options.errors import problems_of
 from library.options.groups.cache import CacheFileOptions
 from library.options.parse import parse
 from library.options.scripts import CacheTextEncoderOutputsOptions
@@ -24,18 +24,9 @@ from library.options.scripts import CacheTextEncoderOutputsOptions
 
 def main(argv: Sequence[str]) -> None:
     """Check the options and the dataset definition, then cache."""
-    options = parse(CacheTextEncoderOutputsOptions, argv, further_problems)
+    options = parse(CacheTextEncoderOutputsOptions, argv, lambda options: problems_of(lambda: dataset_definition(options)))
     set_up_logging(options.console)
     cache(options, dataset_definition(options))
-
-
-def further_problems(options: CacheTextEncoderOutputsOptions) -> list[str]:
-    """Say what is wrong with the dataset definition; it is told together with mistakes in the options."""
-    try:
-        dataset_definition(options)
-    except UsageError as error:
-        return list(error.problems)
-    return []
 
 
 def dataset_definition(options: CacheTextEncoderOutputsOptions) -> DatasetConfig:

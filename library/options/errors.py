@@ -4,7 +4,7 @@ Every message names what is wrong, the value received, what is allowed and what 
 `exit_status`; a traceback is only ever shown for a defect of ours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class UserError(ValueError):
@@ -28,3 +28,14 @@ class UsageError(UserError):
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+def problems_of(check: Callable[[], object]) -> list[str]:
+    """Run a check and return what it complains about, to be told together with other complaints."""
+    try:
+        check()
+    except UsageError as error:
+        return list(error.problems)
+    except UserError as error:
+        return [str(error)]
+    return []

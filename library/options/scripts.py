@@ -88,18 +88,12 @@ class SdxlTrainNetworkOptions(ScriptOptions):
 
 
 @dataclass(frozen=True)
-class CacheLatentsOptions(ScriptOptions):
-    """Options of `tools/cache_latents.py`: those of training, most of them without effect here."""
-
-    script: ClassVar[str] = "tools/cache_latents.py"
-    purpose: ClassVar[str] = "Encode the images of a dataset and keep the latents on disk beside them."
+class _CachingOptions(ScriptOptions):
+    """What both caching tools take: the options of training, most of them without effect there."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
-    caption: CaptionTextOptions = field(default_factory=CaptionTextOptions)
     image: ImageOptions = field(default_factory=ImageOptions)
-    cache: CacheOptions = field(default_factory=CacheOptions)
-    tool: CacheToolOptions = field(default_factory=CacheToolOptions)
     length: LengthOptions = field(default_factory=LengthOptions)
     precision: WorkingPrecisionOptions = field(default_factory=WorkingPrecisionOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)
@@ -117,32 +111,27 @@ class CacheLatentsOptions(ScriptOptions):
 
 
 @dataclass(frozen=True)
-class CacheTextEncoderOutputsOptions(ScriptOptions):
-    """Options of `tools/cache_text_encoder_outputs.py`: those of training, most of them without effect here."""
+class CacheLatentsOptions(_CachingOptions):
+    """Options of `tools/cache_latents.py`."""
+
+    script: ClassVar[str] = "tools/cache_latents.py"
+    purpose: ClassVar[str] = "Encode the images of a dataset and keep the latents on disk beside them."
+
+    caption: CaptionTextOptions = field(default_factory=CaptionTextOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    tool: CacheToolOptions = field(default_factory=CacheToolOptions)
+
+
+@dataclass(frozen=True)
+class CacheTextEncoderOutputsOptions(_CachingOptions):
+    """Options of `tools/cache_text_encoder_outputs.py`."""
 
     script: ClassVar[str] = "tools/cache_text_encoder_outputs.py"
     purpose: ClassVar[str] = "Encode the captions of a dataset and keep the results on disk beside the images."
 
-    model: ModelOptions = field(default_factory=ModelOptions)
-    dataset: DatasetOptions = field(default_factory=DatasetOptions)
     caption: CaptionOptions = field(default_factory=CaptionOptions)
-    image: ImageOptions = field(default_factory=ImageOptions)
     cache: CacheFileOptions = field(default_factory=CacheFileOptions)
     tool: CacheTextToolOptions = field(default_factory=CacheTextToolOptions)
-    length: LengthOptions = field(default_factory=LengthOptions)
-    precision: WorkingPrecisionOptions = field(default_factory=WorkingPrecisionOptions)
-    noise: NoiseOptions = field(default_factory=NoiseOptions)
-    loss: ElementLossOptions = field(default_factory=ElementLossOptions)
-    output: SavingOptions = field(default_factory=SavingOptions)
-    state: StateFileOptions = field(default_factory=StateFileOptions)
-    sample: SampleOptions = field(default_factory=SampleOptions)
-    logging: LoggingOptions = field(default_factory=LoggingOptions)
-    modelspec: ModelSpecOptions = field(default_factory=ModelSpecOptions)
-    hub: HubOptions = field(default_factory=HubOptions)
-    distributed: ProcessGroupOptions = field(default_factory=ProcessGroupOptions)
-    compile: CompileOptions = field(default_factory=CompileOptions)
-    console: ConsoleOptions = field(default_factory=ConsoleOptions)
-    config: ConfigOptions = field(default_factory=ConfigOptions)
 
 
 @dataclass(frozen=True)
