@@ -102,6 +102,12 @@ def test_a_persons_environment_that_has_everything_is_left_alone(project: Path) 
     assert installs(log) == []
 
 
+def test_our_own_environment_gets_the_tested_versions_even_where_others_would_do(project: Path) -> None:
+    environment, log = fake_environment(project, missing=False)
+    start.install(environment, "requirements.txt", own=True)
+    assert len(installs(log)) == 1
+
+
 def test_a_persons_environment_that_lacks_something_gets_it(project: Path) -> None:
     environment, log = fake_environment(project, missing=True)
     start.install(environment, "requirements.txt", own=False)
