@@ -24,6 +24,7 @@ class StopRequest:
         self.agreed = False
         """Whether all processes have agreed to stop; changes only inside `poll`, so that every process sees the same value."""
         self._asked_at = 0.0
+        self._is_launched = "LOCAL_RANK" in os.environ
         self._owner = os.getpid()
         self._previous: dict[int, object] = {}
         self._group: torch.distributed.ProcessGroup | None = None
@@ -47,9 +48,9 @@ class StopRequest:
                 os._exit(128 + number)
             return
         if self.signal is not None:
-            if time.monotonic() - self._asked_at > _ECHO_SECONDS:
-                raise KeyboardInterrupt
-            return
+            if self._is_launched and time.monotonic() - self._asked_at < _ECHO_SECONDS:
+                return
+            raise KeyboardInterrupt
         self.signal, self._asked_at = number, time.monotonic()
         log.warning(
             "Stopping after this step and saving; press Ctrl+C again to stop at once and lose the steps since the last save."

@@ -119,7 +119,7 @@ def make_network(options: NetworkOptions, vae: nn.Module | None, encoders: Seque
     name = options.network_module or "networks.lora"
     module = import_network_module(name)
     encoders = encoders_for_module(name, encoders)
-    arguments: dict[str, Any] = dict(parse_network_args(options.network_args))
+    arguments: dict[str, Any] = {"dropout": options.network_dropout, **parse_network_args(options.network_args)}
     if options.dim_from_weights:
         network, _ = module.create_network_from_weights(1.0, options.network_weights, vae, encoders, denoiser, **arguments)
     else:
@@ -131,7 +131,7 @@ def make_network(options: NetworkOptions, vae: nn.Module | None, encoders: Seque
             encoders,
             denoiser,
             neuron_dropout=options.network_dropout,
-            **{"dropout": options.network_dropout, **arguments},
+            **arguments,
         )
     if network is None:
         raise UserError(f"--network_module {options.network_module} made no network of these --network_args.")

@@ -45,6 +45,8 @@ def start_position(
             log.warning("--initial_step and --initial_epoch win over step %d of the resumed state", saved.update)
         if not options.skip_until_initial_step:
             initial = initial // length.updates_per_epoch * length.updates_per_epoch
+        if saved is None:
+            log.info("The learning-rate schedule starts at its beginning: nothing is resumed that says where it stood.")
         position = Position.at_update(initial, batches_per_epoch, accumulation)
     elif saved is not None:
         position = _continued(saved, batches_per_epoch, accumulation)

@@ -87,7 +87,7 @@ def save_state(
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Put `new` in the place of `old`, which may exist; a kill in between leaves one of the two whole."""
+    """Put `new` in the place of `old`, which may exist; a kill in between leaves both whole, under hidden names."""
     for file in new.iterdir():
         with file.open("rb") as opened:
             os.fsync(opened.fileno())

@@ -28,7 +28,7 @@ class FrozenParts:
     denoiser: nn.Module
     text_encoders: list[nn.Module | None]
     vae: nn.Module | None
-    """Only when images are encoded in the step; None when all latents are cached."""
+    """On the device where images are encoded in the step; else None, or on the CPU for sample images."""
     vae_batch_size: int = 1
     """Images per call of the VAE: its activations are the largest of all at full resolution."""
 
@@ -46,16 +46,11 @@ class TrainStep(nn.Module):
     def __init__(self, trained: nn.Module, frozen: FrozenParts, objective: DdpmObjective, *, train_text: bool) -> None:
         super().__init__()
         self.trained = trained
-        self._frozen = [frozen]  # in a list: a dataclass of modules must not be registered as children
+        self.frozen = frozen  # a dataclass, so that its modules are no children of this one
         self.objective = objective
         self.train_text = train_text
         self.num_nan_images: Tensor | None = None
         """Images so far whose latents had a NaN, as a scalar on the device; None before the first encoded batch."""
-
-    @property
-    def frozen(self) -> FrozenParts:
-        """The parts that are run and not trained as a whole."""
-        return self._frozen[0]
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the weighted loss of each image, float32 (B,), for a batch on the denoiser's device."""

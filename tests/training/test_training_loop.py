@@ -72,12 +72,21 @@ def test_a_signal_lets_the_step_finish_and_ends_the_run(number: signal.Signals) 
 def test_a_second_ctrl_c_stops_at_once_but_the_echo_of_a_launcher_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("library.training.interrupt.time.monotonic", lambda: clock[0])
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         clock[0] += 0.5
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGINT
         clock[0] += 3
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_without_a_launcher_the_second_ctrl_c_counts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 

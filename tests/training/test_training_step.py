@@ -28,7 +28,7 @@ class EncodingFamily(FakeFamily):
 def step() -> TrainStep:
     step = FakeRun(dataset(2, batch_size=2), updates=1).run.step
     parts = step.frozen
-    step._frozen = [FrozenParts(EncodingFamily(), parts.denoiser, parts.text_encoders, FakeVae(), vae_batch_size=2)]
+    step.frozen = FrozenParts(EncodingFamily(), parts.denoiser, parts.text_encoders, FakeVae(), vae_batch_size=2)
     return step
 
 

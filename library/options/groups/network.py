@@ -14,7 +14,7 @@ class NetworkOptions(OptionGroup):
     network_dim: Annotated[int | None, SameAsUnset(0)] = option(None, "Rank of the network; 4 when left out.", ge=1)
     network_alpha: float = option(1, "The network's effect is scaled by alpha / dim.", ge=0)
     network_dropout: float | None = option(
-        None, "Probability of dropping each value of the down-projection in training.", ge=0, le=1
+        None, "Probability of dropping each value of the down-projection in training.", ge=0, lt=1
     )
     network_args: tuple[str, ...] | None = option(None, "Further arguments of the network module, each key=value.")
     network_weights: str | None = option(None, "Network file to start from.")
