@@ -25,6 +25,7 @@ from library.models.sdxl.family import SdxlFamily
 from library.models.sdxl.sizes import SdxlSizes, TextEncoderSizes, VaeSizes, plan_unet
 from library.models.sdxl.unet import UNet
 from library.optim.optimizers import make_optimizer
+from library.optim.updates import make_updater
 from library.options.groups.bench import BenchOptions
 from library.options.groups.distributed import ProcessGroupOptions
 from library.options.groups.loss import LossOptions
@@ -32,9 +33,9 @@ from library.options.groups.noise import NoiseOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import WorkingPrecisionOptions
 from library.training.accelerator import DTypes, make_accelerator
-from library.training.loop import Trainable, TrainingRun, accumulate_gradient, update_parameters
-from library.training.step import FrozenParts, TrainStep
-from library.training.trainable import NetworkTrainable
+from library.training.loop import TrainingRun, accumulate_gradient, update_parameters
+from library.training.step import ModelParts, TrainStep
+from library.training.trainable import ModelTrainable, NetworkTrainable, Trainable
 
 SIZES = {
     "tiny": SdxlSizes(
@@ -99,7 +100,7 @@ def measure(bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: 
         matmul_peak_tera_flop_per_second=peak,
         share_of_matmul_peak=counted / seconds / peak,
         peak_memory_gib=memory,
-        trained_parameters=sum(parameter.numel() for parameter in run.parameters),
+        trained_parameters=sum(parameter.numel() for parameter in run.trainable.module.parameters() if parameter.requires_grad),
     )
 
 
@@ -112,24 +113,23 @@ def make_run(bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer:
     device, dtypes = accelerator.device, DTypes.of(precision, no_half_vae=False, save_precision=None)
     sizes = SIZES[bench.size]
     unet = make_unet(sizes, device, dtypes.compute if bench.mode == "lora" else dtypes.trained, precision)
-    trainable = TRAINABLES[bench.mode](unet, bench, device, dtypes.trained)
-    parameters = [parameter for parameter in trainable.module.parameters() if parameter.requires_grad]
     family = SdxlFamily(ModelSource("random weights"), Checkpoint("random weights", {}), sizes)
+    trainable = TRAINABLES[bench.mode](family, unet, bench, device, dtypes.trained)
+    parameters = [parameter for parameter in trainable.module.parameters() if parameter.requires_grad]
     objective = DdpmObjective(NoiseSchedule.make(device=device), False, NoiseOptions(), LossOptions())
-    step = TrainStep(trainable.module, FrozenParts(family, unet, [None, None], None), objective, train_text=False)
-    prepared_step, prepared_optimizer = accelerator.prepare(step, make_optimizer(optimizer, [{"params": parameters}]))
+    step = TrainStep(trainable.module, ModelParts(family, unet, [None, None], None), objective, train_text=False)
+    made = make_optimizer(optimizer, [{"params": parameters}])
+    prepared_step, prepared_optimizer = accelerator.prepare(step, made)
     run = TrainingRun(
         accelerator=accelerator,
         step=prepared_step,
         trainable=trainable,
-        parameters=parameters,
-        optimizer=prepared_optimizer,
-        schedule=torch.optim.lr_scheduler.ConstantLR(prepared_optimizer.optimizer, factor=1.0),
+        updater=make_updater(made, prepared_optimizer, parameters, optimizer, accelerator),
+        schedule=torch.optim.lr_scheduler.ConstantLR(made, factor=1.0),
         batches=lambda epoch, first: [],
         batches_per_epoch=1,
         accumulation=1,
         max_updates=bench.warmup + bench.steps,
-        max_grad_norm=optimizer.max_grad_norm,
         seed=0,
         observe_loss=lambda loss: None,
     )
@@ -149,33 +149,21 @@ def make_unet(sizes: SdxlSizes, device: torch.device, dtype: torch.dtype, precis
     return unet
 
 
-class WholeModel:
-    """The U-Net itself is trained."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        self.module = unet.requires_grad_(True)
-
-    def on_epoch_start(self) -> None:
-        """Training mode."""
-        self.module.train()
-
-    def on_batch_start(self) -> None:
-        """Nothing to prepare."""
-
-    def after_update(self) -> None:
-        """Nothing to limit."""
+def _finetune(family: SdxlFamily, unet: nn.Module, bench: BenchOptions, device: torch.device, dtype: torch.dtype) -> Trainable:
+    unet.requires_grad_(True)
+    return ModelTrainable(family, {"unet": unet}, "safetensors", v_prediction=False, zero_terminal_snr=False)
 
 
-def _lora(unet: nn.Module, bench: BenchOptions, device: torch.device, dtype: torch.dtype) -> Trainable:
+def _lora(family: SdxlFamily, unet: nn.Module, bench: BenchOptions, device: torch.device, dtype: torch.dtype) -> Trainable:
     network = networks.lora.create_network(1.0, bench.network_dim, 1.0, None, [], unet)
     network.apply_to([], unet, apply_text_encoder=False, apply_unet=True)
     network.to(device, dtype).requires_grad_(True)
     return NetworkTrainable(network, unet, [], max_norm=None)
 
 
-TRAINABLES: dict[str, Callable[[nn.Module, BenchOptions, torch.device, torch.dtype], Trainable]] = {
+TRAINABLES: dict[str, Callable[[SdxlFamily, nn.Module, BenchOptions, torch.device, torch.dtype], Trainable]] = {
     "lora": _lora,
-    "finetune": lambda unet, bench, device, dtype: WholeModel(unet),
+    "finetune": _finetune,
 }
 """What each mode trains."""
 

@@ -136,8 +136,9 @@ def _tiny_sizes(numbers: dict[str, list[int]]) -> SdxlSizes:
 def _write(path: Path, sizes: SdxlSizes, seed: int, dtype_name: str) -> None:
     import torch
 
+    from library.files.safetensors_io import save_safetensors
     from library.models.sdxl.build import build_parts, part_tensors
-    from library.models.sdxl.single_file import save_single_file
+    from library.models.sdxl.single_file import single_file_tensors
 
     generator = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, dtype_name)
@@ -145,7 +146,7 @@ def _write(path: Path, sizes: SdxlSizes, seed: int, dtype_name: str) -> None:
         part: {name: _random(name, tuple(tensor.shape), generator).to(dtype) for name, tensor in part_tensors(module).items()}
         for part, module in build_parts(sizes).items()
     }
-    save_single_file(path, parts, {"format": "pt"})
+    save_safetensors(path, single_file_tensors(parts), {"format": "pt"})
     elements = sum(tensor.numel() for part in parts.values() for tensor in part.values())
     sys.stdout.write(f"{path}: {elements:,} random weights, {path.stat().st_size:,} bytes\n")
 

@@ -7,6 +7,7 @@ one rename.
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,40 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise UserError(f"{path} could not be written: {reason}. Nothing that was there before has changed.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; when the block ends without an error, it takes the place of `path`.
+
+    A kill in the moment between the two renames leaves the old and the new folder whole, under hidden names beside `path`.
+
+    Raises:
+        UserError: the disk is full, the folder is not writable or the like; whatever stood at `path` before is untouched.
+    """
+    target = Path(path).absolute()
+    temporary = target.with_name(f".{target.name}.unfinished")
+    retired = target.with_name(f".{target.name}.retired")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush_to_disk(file)
+        shutil.rmtree(retired, ignore_errors=True)
+        if target.exists():
+            target.rename(retired)
+        temporary.rename(target)
+        _flush_folder(target.parent)
+        shutil.rmtree(retired, ignore_errors=True)
+    except OSError as error:
+        reason = _WRITE_REFUSALS.get(error.errno or 0)
+        if reason is None:
+            raise
+        raise UserError(f"{path} could not be written: {reason}. Nothing that was there before has changed.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def atomic_write_bytes(path: str | Path, content: bytes) -> None:

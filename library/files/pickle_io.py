@@ -64,6 +64,14 @@ def state_dict_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return {str(name): value.detach() for name, value in inner.items() if isinstance(value, Tensor)}
 
 
+def metadata_of(checkpoint: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a loaded checkpoint says beside its tensors: the texts under `metadata`, and `epoch` and `global_step`."""
+    told = checkpoint.get("metadata")
+    texts = {str(key): str(value) for key, value in told.items()} if isinstance(told, Mapping) else {}
+    counts = {key: str(checkpoint[key]) for key in ("epoch", "global_step") if isinstance(checkpoint.get(key), int)}
+    return texts | counts
+
+
 def save_pickle_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a dict atomically; its tensors, at any depth of dicts and lists, are saved from the CPU and without their base.
 

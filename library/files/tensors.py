@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from library.files.pickle_io import load_pickle_checkpoint, state_dict_of
+from library.files.pickle_io import load_pickle_checkpoint, metadata_of, state_dict_of
 from library.files.safetensors_io import TensorFile, open_safetensors
 from library.files.safetensors_layout import TensorInfo
 
@@ -18,7 +18,7 @@ class _Loaded:
 
 
 def open_tensors(path: str | Path, mmap: bool = True) -> TensorFile:
-    """Open a `.safetensors` file, or else a PyTorch pickle file (its `state_dict` where it has one, without metadata).
+    """Open a `.safetensors` file, or else a PyTorch pickle file (its `state_dict` where it has one, with what `metadata_of` finds).
 
     Args:
         path: the file; its extension, in any case, decides the format.
@@ -29,6 +29,7 @@ def open_tensors(path: str | Path, mmap: bool = True) -> TensorFile:
     """
     if Path(path).suffix.lower() == ".safetensors":
         return open_safetensors(path, mmap)
-    tensors = state_dict_of(load_pickle_checkpoint(path))
+    content = load_pickle_checkpoint(path)
+    tensors = state_dict_of(content)
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return TensorFile(path, infos, {}, _Loaded(tensors))
+    return TensorFile(path, infos, metadata_of(content), _Loaded(tensors))

@@ -7,6 +7,7 @@ Shape legend: B batch, C latent channels, h and w latent height and width, H and
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -100,6 +101,10 @@ class Family(Protocol):
         """Image sides must be multiples of this many pixels (SDXL: 32)."""
 
     @property
+    def denoiser_name(self) -> str:
+        """What the denoiser is called in logs and files (SDXL: `unet`)."""
+
+    @property
     def encoder_names(self) -> tuple[str, ...]:
         """Text encoders in their fixed order, as they are named in network files (SDXL: `te1`, `te2`)."""
 
@@ -176,6 +181,45 @@ class Family(Protocol):
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module, encoders: Sequence[nn.Module | None] = ()) -> None:
         """Let the denoiser and these encoders compute activations again in the backward pass instead of keeping them."""
+
+    def file_names(self, part: str, module: nn.Module) -> dict[str, str]:
+        """Return, for each tensor name of the module of `part` (its short name, such as "unet" or "te1"), its name in files."""
+
+    def denoiser_blocks(self, denoiser: nn.Module) -> list[list[nn.Parameter]]:
+        """Return the denoiser's parameters in the blocks that can have learning rates of their own, in their fixed order."""
+
+    def unused_text_parameters(self, encoder: nn.Module) -> list[nn.Parameter]:
+        """Return the parameters of a text encoder that have no influence on what the denoiser sees."""
+
+    def save_model(
+        self,
+        path: Path,
+        layout: str,
+        trained: Mapping[str, Mapping[str, Tensor]],
+        *,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        v_prediction: bool,
+        zero_terminal_snr: bool,
+        progress: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Write a whole model, atomically.
+
+        Everything that was not trained is read from the files again and written as it stands there, its number type included.
+
+        Args:
+            path: of the file or folder, which is made or replaced.
+            layout: "safetensors", "ckpt", "diffusers" (a folder with .bin files) or "diffusers_safetensors".
+            trained: by part ("unet", "te1", "te2") and name in files, the tensors that take the place of those in the files.
+            dtype: floating-point tensors are saved as this; None keeps each as it is.
+            metadata: written where the layout has room for it.
+            v_prediction: whether the denoiser predicts v.
+            zero_terminal_snr: whether it was trained down to pure noise.
+            progress: epochs and steps trained, for "ckpt".
+
+        Raises:
+            UserError: the disk is full or the folder not writable; what stood at `path` before is still whole.
+        """
 
     def declared_prediction(self) -> str | None:
         """Return what the files say the denoiser predicts, "v" or "epsilon"; None where they say nothing."""

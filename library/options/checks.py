@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from library.options.checks_optimizer import fused_problems
 from library.options.groups.cache import CacheFileOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.generation import GenModelOptions, GenNetworkOptions, PictureOptions, PromptOptions
@@ -13,6 +14,7 @@ from library.options.groups.loss import LossOptions
 from library.options.groups.model import ModelOptions
 from library.options.groups.network import NetworkOptions
 from library.options.groups.noise import NoiseOptions
+from library.options.groups.precision import WorkingPrecisionOptions
 from library.options.groups.sample import SampleOptions
 from library.options.scripts import (
     CacheLatentsOptions,
@@ -20,6 +22,8 @@ from library.options.scripts import (
     ScriptOptions,
     SdxlGenImgOptions,
     SdxlTrainNetworkOptions,
+    SdxlTrainOptions,
+    TrainingOptions,
 )
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.safetensors)(?<!\.ckpt)(?<!\.pt)(?<!\.bin)")
@@ -30,7 +34,9 @@ def find_problems(options: ScriptOptions) -> list[str]:
     """Return one sentence for everything that keeps these options from being used together."""
     match options:
         case SdxlTrainNetworkOptions():
-            return list(_training_problems(options))
+            return [*_training_problems(options), *_network_problems(options.network, options.cache)]
+        case SdxlTrainOptions():
+            return [*_training_problems(options), *_finetune_problems(options)]
         case CacheLatentsOptions() | CacheTextEncoderOutputsOptions():
             return [*_model_problems(options.model), *_source_problems(options.dataset)]
         case SdxlGenImgOptions():
@@ -41,28 +47,38 @@ def find_problems(options: ScriptOptions) -> list[str]:
 def find_notes(options: ScriptOptions) -> list[str]:
     """Return one sentence for everything that is odd but can be done."""
     match options:
-        case SdxlTrainNetworkOptions():
+        case SdxlTrainOptions():
+            return [*_training_notes(options), *_finetune_notes(options)]
+        case TrainingOptions():
             return list(_training_notes(options))
         case SdxlGenImgOptions():
             return list(_generation_notes(options.model, options.prompt))
     return []
 
 
-def _training_problems(options: SdxlTrainNetworkOptions) -> Iterator[str]:
+def _training_problems(options: TrainingOptions) -> Iterator[str]:
     yield from _model_problems(options.model)
     yield from _source_problems(options.dataset)
     if options.output.output_dir is None:
-        yield "--output_dir is missing. Name the folder for the trained network."
-    yield from _network_problems(options.network, options.cache)
+        yield "--output_dir is missing. Name the folder for what is trained."
+    yield from _precision_problems(options.precision)
+    yield from fused_problems(options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision)
     yield from _noise_problems(options.noise)
     yield from _loss_problems(options.loss, options.model.v_parameterization)
     yield from _sample_problems(options.sample)
     yield from _logging_problems(options.logging)
     yield from _start_problems(options)
-    if options.precision.xformers and find_spec("xformers") is None:
-        yield "--xformers needs the package xformers: pip install xformers, or leave it out, since PyTorch's attention is as fast."
     if options.dataset.persistent_data_loader_workers and options.dataset.max_data_loader_n_workers == 0:
         yield "--persistent_data_loader_workers needs workers, but --max_data_loader_n_workers is 0. Leave one of them out."
+
+
+def _precision_problems(precision: WorkingPrecisionOptions) -> Iterator[str]:
+    for name, half in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
+        if getattr(precision, name) and precision.mixed_precision != half:
+            yield f"--{name} keeps weights in the type of the computation, so it needs --mixed_precision {half}."
+    wanted = [name for name in ("xformers", "diffusers_xformers") if getattr(precision, name, False)]
+    if wanted and find_spec("xformers") is None:
+        yield (f"--{wanted[0]} needs the package xformers: pip install xformers, or leave it out: PyTorch's attention is as fast.")
 
 
 def _model_problems(model: ModelOptions) -> Iterator[str]:
@@ -101,6 +117,28 @@ def _network_problems(network: NetworkOptions, cache: CacheFileOptions) -> Itera
             yield f"--network_args: {item!r} is not of the form key=value."
 
 
+def _finetune_problems(options: SdxlTrainOptions) -> Iterator[str]:
+    finetune, rate = options.finetune, options.optimizer.learning_rate
+    if finetune.train_text_encoder and options.cache.cache_text_encoder_outputs:
+        yield "--train_text_encoder excludes --cache_text_encoder_outputs, which freezes their outputs. Choose one."
+    rates = [rate, *finetune.text_encoder_rates(rate)]
+    if rate and finetune.block_rates is not None:
+        rates[0] = max(map(abs, finetune.block_rates))
+    if not any(rates):
+        yield "All learning rates are 0, so nothing is trained. Raise --learning_rate, --block_lr or a rate of the text encoders."
+
+
+def _finetune_notes(options: SdxlTrainOptions) -> Iterator[str]:
+    finetune = options.finetune
+    for name in ("learning_rate_te1", "learning_rate_te2"):
+        if getattr(finetune, name) and not finetune.train_text_encoder:
+            yield f"--{name} has no effect without --train_text_encoder."
+    if finetune.block_lr is not None and options.optimizer.learning_rate == 0:
+        yield "--learning_rate 0 freezes the whole U-Net, so --block_lr has no effect."
+    if options.output.use_safetensors and options.output.save_model_as == "ckpt":
+        yield "--use_safetensors has no effect with --save_model_as ckpt."
+
+
 def _noise_problems(noise: NoiseOptions) -> Iterator[str]:
     if noise.adaptive_noise_scale is not None and noise.noise_offset is None:
         yield "--adaptive_noise_scale changes the noise offset, so it needs --noise_offset above 0."
@@ -131,7 +169,7 @@ def _logging_problems(log: LoggingOptions) -> Iterator[str]:
         yield f"--log_with {log.log_with} needs the wandb package. Install it with: pip install wandb"
 
 
-def _start_problems(options: SdxlTrainNetworkOptions) -> Iterator[str]:
+def _start_problems(options: TrainingOptions) -> Iterator[str]:
     state, length = options.state, options.length
     if state.resume is not None and not Path(state.resume).is_dir():
         yield f"--resume: there is no folder {state.resume}."
@@ -141,7 +179,7 @@ def _start_problems(options: SdxlTrainNetworkOptions) -> Iterator[str]:
         yield f"--initial_epoch ({state.initial_epoch}) must not be above --max_train_epochs ({length.max_train_epochs})."
 
 
-def _training_notes(options: SdxlTrainNetworkOptions) -> Iterator[str]:
+def _training_notes(options: TrainingOptions) -> Iterator[str]:
     if options.model.clip_skip is not None:
         yield "--clip_skip has no influence on SDXL, which always uses the second to last layer; it is only noted in the metadata."
     if options.noise.zero_terminal_snr and not options.model.v_parameterization:

@@ -15,6 +15,7 @@ from library.options.optimizer_choices import (
     POLYNOMIAL_LR_END,
     RAMP_SHAPES,
     SCHEDULES,
+    STEPPED_TOGETHER,
     TORCH_OPTIMIZERS,
     OptimizerChoice,
 )
@@ -91,6 +92,45 @@ def sets_its_own_rate(options: OptimizerOptions) -> bool:
 def is_schedule_free(options: OptimizerOptions) -> bool:
     """Whether the optimizer is one of the schedule-free family, which ignores schedules."""
     return optimizer_name(options).lower().endswith("schedulefree")
+
+
+def steps_alone(name: str) -> bool:
+    """Whether an optimizer computes the step of each parameter from that parameter alone, so that parameters can be stepped apart.
+
+    Args:
+        name: `--optimizer_type`; classes of other packages are taken to do so unless they are known not to.
+    """
+    choice = OPTIMIZERS.get(name.lower())
+    path = choice.class_path if choice else name
+    return not (path.startswith(STEPPED_TOGETHER) or path.lower().endswith("schedulefree"))
+
+
+def fused_problems(options: OptimizerOptions, accumulation: int, mixed_precision: str) -> Iterator[str]:
+    """Yield what keeps parameters from being stepped inside the backward pass, where that was asked for.
+
+    Args:
+        options: `--fused_backward_pass`, `--fused_optimizer_groups` and the optimizer.
+        accumulation: `--gradient_accumulation_steps`.
+        mixed_precision: "no", "fp16" or "bf16".
+    """
+    wanted = {"fused_backward_pass": options.fused_backward_pass, "fused_optimizer_groups": options.fused_optimizer_groups}
+    flags = [f"--{name}" for name, value in wanted.items() if value]
+    if not flags:
+        return
+    if len(flags) > 1:
+        yield f"{flags[0]} and {flags[1]} exclude each other. Choose one; the first needs less memory."
+    if accumulation > 1:
+        yield (
+            f"{flags[0]} drops gradients in the backward pass, so --gradient_accumulation_steps {accumulation} has nothing to "
+            "add up. Leave one of them out; a larger --train_batch_size has the same effect as accumulation."
+        )
+    if mixed_precision == "fp16":
+        yield f"{flags[0]} cannot undo the gradient scaling of --mixed_precision fp16 in time. Use --mixed_precision bf16 or no."
+    if not steps_alone(optimizer_name(options)):
+        yield (
+            f"{flags[0]} steps every parameter by itself, but {optimizer_name(options)} computes its rate or average over all of "
+            "them. Choose another --optimizer_type, such as Adafactor or AdamW8bit."
+        )
 
 
 def optimizer_problems(options: OptimizerOptions) -> list[str]:

@@ -15,7 +15,6 @@ _COMPILE = "models run without torch.compile"
 _FLUX = "only SDXL models are supported"
 _BASE_WEIGHTS = "no networks are merged into the base model before training"
 _EIGHT_BIT = "frozen weights are held in the type of --mixed_precision"
-_FULL_HALF = "trained weights and gradients are kept in float32"
 _METADATA_FILE = "captions come from text files beside the images"
 _INPUT_IMAGE = "images are drawn from prompts only"
 _HIGHRES = "images are drawn in one stage"
@@ -43,9 +42,7 @@ NOT_BUILT: Mapping[str, str] = {
     **_refuse(_UPLOAD, "huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token"),
     **_refuse(_UPLOAD, "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload"),
     **_refuse("a run is resumed from a folder on this machine", "resume_from_huggingface"),
-    **_refuse("all parameters are stepped after the backward pass", "fused_backward_pass"),
     **_refuse(_BASE_WEIGHTS, "base_weights", "base_weights_multiplier"),
-    **_refuse(_FULL_HALF, "full_fp16", "full_bf16"),
     **_refuse(_EIGHT_BIT, "fp8_base", "fp8_base_unet"),
     **_refuse("checkpointed activations stay on the accelerator", "cpu_offload_checkpointing"),
     **_refuse(_DEEPSPEED, "deepspeed", "zero_stage", "offload_optimizer_device", "offload_optimizer_nvme_path"),

@@ -85,6 +85,10 @@ PIP_NAMES: Mapping[str, str] = {
 """What `pip install` calls packages whose import name differs."""
 
 
+STEPPED_TOGETHER = ("dadaptation.", "prodigyopt.", "prodigyplus.", "schedulefree.", "torch.optim.LBFGS")
+"""Packages and classes whose steps depend on all parameters at once, or count steps for a whole group."""
+
+
 SCHEDULES: Mapping[str, tuple[str, ...]] = {
     "constant": (),
     "constant_with_warmup": (),

@@ -12,6 +12,7 @@ from library.options.groups.config import ConfigOptions
 from library.options.groups.console import ConsoleOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.distributed import DistributedOptions, ProcessGroupOptions
+from library.options.groups.finetune import FinetuneOptions
 from library.options.groups.generation import (
     GenModelOptions,
     GenNetworkOptions,
@@ -31,8 +32,8 @@ from library.options.groups.modelspec import ModelSpecOptions
 from library.options.groups.network import NetworkOptions
 from library.options.groups.noise import NoiseOptions
 from library.options.groups.optimizer import OptimizerOptions
-from library.options.groups.output import OutputOptions, SavingOptions
-from library.options.groups.precision import PrecisionOptions, WorkingPrecisionOptions
+from library.options.groups.output import ModelOutputOptions, OutputOptions, SavingOptions
+from library.options.groups.precision import FinetunePrecisionOptions, PrecisionOptions, WorkingPrecisionOptions
 from library.options.groups.sample import SampleOptions
 from library.options.groups.scheduler import SchedulerOptions
 from library.options.groups.state import StateFileOptions, StateOptions
@@ -56,26 +57,21 @@ class ScriptOptions:
 
 
 @dataclass(frozen=True)
-class SdxlTrainNetworkOptions(ScriptOptions):
-    """Options of `sdxl_train_network.py`."""
-
-    script: ClassVar[str] = "sdxl_train_network.py"
-    purpose: ClassVar[str] = "Train a LoRA or another network on an SDXL model."
+class TrainingOptions(ScriptOptions):
+    """What every training script takes; this is all that the training loop and its verbs know of the options."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     caption: CaptionOptions = field(default_factory=CaptionOptions)
     image: ImageOptions = field(default_factory=ImageOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
-    network: NetworkOptions = field(default_factory=NetworkOptions)
     length: LengthOptions = field(default_factory=LengthOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
-    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
+    precision: WorkingPrecisionOptions = field(default_factory=WorkingPrecisionOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     loss: LossOptions = field(default_factory=LossOptions)
-    validation: ValidationOptions = field(default_factory=ValidationOptions)
-    output: OutputOptions = field(default_factory=OutputOptions)
+    output: SavingOptions = field(default_factory=SavingOptions)
     state: StateOptions = field(default_factory=StateOptions)
     sample: SampleOptions = field(default_factory=SampleOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
@@ -85,6 +81,31 @@ class SdxlTrainNetworkOptions(ScriptOptions):
     compile: CompileOptions = field(default_factory=CompileOptions)
     console: ConsoleOptions = field(default_factory=ConsoleOptions)
     config: ConfigOptions = field(default_factory=ConfigOptions)
+
+
+@dataclass(frozen=True)
+class SdxlTrainOptions(TrainingOptions):
+    """Options of `sdxl_train.py`."""
+
+    script: ClassVar[str] = "sdxl_train.py"
+    purpose: ClassVar[str] = "Fine-tune a whole SDXL model: the U-Net, and the text encoders if wanted."
+
+    precision: FinetunePrecisionOptions = field(default_factory=FinetunePrecisionOptions)
+    output: ModelOutputOptions = field(default_factory=ModelOutputOptions)
+    finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
+
+
+@dataclass(frozen=True)
+class SdxlTrainNetworkOptions(TrainingOptions):
+    """Options of `sdxl_train_network.py`."""
+
+    script: ClassVar[str] = "sdxl_train_network.py"
+    purpose: ClassVar[str] = "Train a LoRA or another network on an SDXL model."
+
+    precision: PrecisionOptions = field(default_factory=PrecisionOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    network: NetworkOptions = field(default_factory=NetworkOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
 
 
 @dataclass(frozen=True)
@@ -152,6 +173,7 @@ class SdxlGenImgOptions(ScriptOptions):
 
 
 SCRIPTS: tuple[type[ScriptOptions], ...] = (
+    SdxlTrainOptions,
     SdxlTrainNetworkOptions,
     SdxlGenImgOptions,
     CacheLatentsOptions,

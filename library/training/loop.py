@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from library.dataset.batch import Batch
+from library.optim.updates import Updater
 from library.training.interrupt import StopRequest
 from library.training.position import Position, window_size
+from library.training.trainable import Trainable
 
 
 class Observer(Protocol):
@@ -29,21 +31,6 @@ class Observer(Protocol):
         """Called once, after the last update; not called when the run was interrupted."""
 
 
-class Trainable(Protocol):
-    """What is being trained, as the loop sees it: a network of adapters, or a whole model."""
-
-    module: nn.Module
-
-    def on_epoch_start(self) -> None:
-        """Prepare for an epoch: training mode."""
-
-    def on_batch_start(self) -> None:
-        """Called before each batch."""
-
-    def after_update(self) -> None:
-        """Called after each optimizer update, before the observers."""
-
-
 @dataclass
 class TrainingRun:
     """All the loop needs, already built."""
@@ -53,17 +40,14 @@ class TrainingRun:
     step: nn.Module
     """The prepared `TrainStep`."""
     trainable: Trainable
-    parameters: Sequence[nn.Parameter]
-    optimizer: Any
-    """The prepared optimizer."""
+    updater: Updater
+    """Turns gradients into updates of the parameters."""
     schedule: torch.optim.lr_scheduler.LRScheduler
     batches: Callable[[int, int], Iterable[Batch]]
     """(epoch, first batch) to this process's batches of the epoch, from the first one wanted."""
     batches_per_epoch: int
     accumulation: int
     max_updates: int
-    max_grad_norm: float
-    """0 leaves gradients as they are."""
     seed: int
     observe_loss: Callable[[Tensor], None] = lambda loss: None
     """Receives each batch's mean loss, still on the device."""
@@ -94,6 +78,8 @@ def train_epoch(run: TrainingRun, position: Position, stop: StopRequest) -> Posi
     for index, batch in enumerate(run.batches(position.epoch, position.batch), start=position.batch):
         size = window_size(index, run.batches_per_epoch, run.accumulation)
         is_last_of_window = (index + 1) % run.accumulation == 0 or index + 1 == run.batches_per_epoch
+        if is_last_of_window:
+            run.updater.begin(update_seed(run.seed, position.update))
         accumulate_gradient(run, batch, position.epoch, index, size, is_last_of_window)
         if not is_last_of_window:
             continue
@@ -116,22 +102,33 @@ def accumulate_gradient(run: TrainingRun, batch: Batch, epoch: int, index: int, 
 
 
 def update_parameters(run: TrainingRun) -> None:
-    """Clip the gradient, step the optimizer and the schedule, and drop the gradient."""
-    if run.max_grad_norm > 0:
-        run.accelerator.clip_grad_norm_(run.parameters, run.max_grad_norm)
-    run.optimizer.step()
-    if not run.accelerator.optimizer_step_was_skipped:
+    """Bring the update to its end, and step the schedule unless a float16 overflow made the update void."""
+    if run.updater.finish():
         run.schedule.step()
-    run.optimizer.zero_grad(set_to_none=True)
     run.trainable.after_update()
 
 
 def batch_seed(seed: int, epoch: int, index: int, process_index: int) -> int:
-    """Return a 63-bit seed that depends on its arguments alone: splitmix64 (Steele et al. 2014) over a sum of odd multiples."""
-    mask = (1 << 64) - 1
-    value = (
+    """Return the 63-bit seed of what is drawn while a batch is trained on; it depends on the arguments alone."""
+    return _mixed(
         seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB + process_index * 0xD6E8FEB86659FD93
-    ) & mask
+    )
+
+
+def update_seed(seed: int, update: int) -> int:
+    """Return the 63-bit seed of what is drawn in an update of the parameters, the same in every process.
+
+    Args:
+        seed: of the run.
+        update: updates made before it.
+    """
+    return _mixed(seed * 0x9E3779B97F4A7C15 + update * 0xA24BAED4963EE407 + 0x9FB21C651E98DF25)
+
+
+def _mixed(value: int) -> int:
+    """The last steps of splitmix64 (Steele et al. 2014), which spread every bit over the result."""
+    mask = (1 << 64) - 1
+    value &= mask
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
     return (value ^ (value >> 31)) >> 1

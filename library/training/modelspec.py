@@ -10,6 +10,7 @@ from pathlib import Path
 from library.options.errors import UserError
 from library.options.groups.modelspec import ModelSpecOptions
 from library.training.metadata import Metadata, source_revision
+from library.training.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,26 @@ class ModelSpec:
         if self.clip_skip is not None:
             spec["encoder_layer"] = str(self.clip_skip)
         return {f"modelspec.{key}": value for key, value in (spec | dict(self.fields)).items()}
+
+
+def model_spec(setting: Setting, kind: str, suffix: str = "") -> ModelSpec:
+    """Collect what `modelspec.*` says of a file of this run.
+
+    Args:
+        setting: of the run.
+        kind: what is trained, for the title of files without a name.
+        suffix: of the family's architecture, such as `/lora`.
+    """
+    options = setting.options
+    return ModelSpec(
+        architecture=setting.family.architecture() + suffix,
+        title=model_title(options.modelspec, options.output.output_name, kind, setting.started_at),
+        resolution=setting.dataset.sections[0].config.resolution,
+        v_prediction=options.model.v_parameterization,
+        timestep_range=(options.noise.min_timestep, options.noise.max_timestep),
+        clip_skip=options.model.clip_skip,
+        fields=described_fields(options.modelspec),
+    )
 
 
 _DESCRIBED = ("author", "description", "license", "tags", "usage_hint", "merged_from", "trigger_phrase", "preprocessor",

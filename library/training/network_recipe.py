@@ -4,6 +4,7 @@ import logging
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from library.optim.optimizers import describe_optimizer
 from library.options.errors import UserError
 from library.options.groups.network import NetworkOptions
 from library.options.record import option_values
+from library.options.scripts import SdxlTrainNetworkOptions
 from library.training.metadata import (
     RunRecord,
     at_save,
@@ -22,10 +24,10 @@ from library.training.metadata import (
     network_record,
     source_names,
 )
-from library.training.modelspec import ModelSpec, described_fields, model_title
+from library.training.modelspec import model_spec
 from library.training.position import Position
 from library.training.preparation import TextSide
-from library.training.setting import MetadataAt, Setting, Trained
+from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
 from library.training.trainable import NetworkTrainable
 from networks.loading import import_network_module, parse_network_args
 from networks.targets import encoders_for_module
@@ -33,14 +35,21 @@ from networks.targets import encoders_for_module
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class NetworkRecipe:
     """Trains what `--network_module` makes and leaves the model as it is."""
 
+    options: SdxlTrainNetworkOptions
+
     tracker_name = "network_train"
+
+    def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
+        """Load everything in the type of the computation, as nothing of the model itself is trained."""
+        return PartDTypes(setting.dtypes.compute, setting.dtypes.compute)
 
     def make_trainable(self, setting: Setting, denoiser: nn.Module, text: TextSide, vae: nn.Module | None) -> Trained:
         """Make the network, attach it to the denoiser and to the text encoders that are trained, and load its weights."""
-        options, device = setting.options, setting.accelerator.device
+        options, device = self.options, setting.accelerator.device
         rates = text_encoder_rates(options.network, options.optimizer.learning_rate, text.encoders)
         encoders = [encoder for encoder in text.encoders if encoder is not None]
         trains_text = any(rates)
@@ -59,11 +68,11 @@ class NetworkRecipe:
         groups, descriptions = parameter_groups(network, rates, options.network.unet_lr, options.optimizer.learning_rate)
         network.prepare_grad_etc(encoders, denoiser)
         trainable = NetworkTrainable(network, denoiser, encoders, options.network.scale_weight_norms)
-        return Trained(trainable, groups, descriptions, trains_text)
+        return Trained(trainable, groups, descriptions, trains_text, f".{options.output.save_model_as}")
 
     def metadata(self, setting: Setting, trained: Trained) -> MetadataAt:
         """Build what stays the same now; hashes of the base model are computed in the background until the first save."""
-        options = setting.options
+        options = self.options
         values = option_values(options)
         sources = (options.model.pretrained_model_name_or_path or "", options.model.vae)
         hashes = hash_sources(*sources) if setting.accelerator.is_main_process else None
@@ -75,7 +84,7 @@ class NetworkRecipe:
             metadata_facts(setting.dataset, setting.accelerator.num_processes),
             source_names(*sources),
         )
-        spec = model_spec(setting)
+        spec = model_spec(setting, "LoRA", "/lora")
 
         def at(stem: str, position: Position) -> dict[str, str]:
             now = time.time()
@@ -175,18 +184,4 @@ def run_record(setting: Setting) -> RunRecord:
         total_updates=setting.length.total_updates,
         optimizer=describe_optimizer(setting.options.optimizer),
         base_model_version=setting.family.base_model_version(),
-    )
-
-
-def model_spec(setting: Setting) -> ModelSpec:
-    """Collect what `modelspec.*` says of a network of this run."""
-    options = setting.options
-    return ModelSpec(
-        architecture=f"{setting.family.architecture()}/lora",
-        title=model_title(options.modelspec, options.output.output_name, "LoRA", setting.started_at),
-        resolution=setting.dataset.sections[0].config.resolution,
-        v_prediction=options.model.v_parameterization,
-        timestep_range=(options.noise.min_timestep, options.noise.max_timestep),
-        clip_skip=options.model.clip_skip,
-        fields=described_fields(options.modelspec),
     )

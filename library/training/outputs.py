@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from library.options.errors import UserError
-from library.options.groups.output import OutputOptions
+from library.options.groups.output import SavingOptions
 from library.options.groups.state import StateOptions
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class SavePlan:
     last_epoch: int
 
     @classmethod
-    def of(cls, output: OutputOptions, state: StateOptions, extension: str, num_epochs: int) -> "SavePlan":
+    def of(cls, output: SavingOptions, state: StateOptions, extension: str, num_epochs: int) -> "SavePlan":
         """Decide everything about saving from the options.
 
         Args:
@@ -230,7 +230,7 @@ def _remove(path: Path) -> None:
     logger.info("Removed the old %s", path)
 
 
-def output_problems(output: OutputOptions) -> list[str]:
+def output_problems(output: SavingOptions) -> list[str]:
     """Say what would keep a run from saving, one sentence each; asked before anything is loaded.
 
     The folder itself is made at the first save; here only the nearest existing folder above it is looked at.

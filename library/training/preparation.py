@@ -31,22 +31,23 @@ class TextSide:
     """The sample prompts' text, where the encoders are gone."""
 
 
-def prepare_text(setting: Setting, requests: Sequence[ImageRequest]) -> TextSide:
+def prepare_text(setting: Setting, requests: Sequence[ImageRequest], dtype: torch.dtype) -> TextSide:
     """Load the text encoders; where captions are cached, encode captions and sample prompts now and free the encoders.
 
     Args:
         setting: of the run; its dataset gets the cached text.
         requests: the sample prompts.
+        dtype: of the text encoders.
     """
     options, accelerator, family = setting.options, setting.accelerator, setting.family
-    encoders: list[nn.Module | None] = list(family.load_text_encoders(setting.dtypes.compute, accelerator.device))
+    encoders: list[nn.Module | None] = list(family.load_text_encoders(dtype, accelerator.device))
     if not (options.cache.cache_text_encoder_outputs or options.cache.cache_text_encoder_outputs_to_disk):
         return TextSide(encoders, None)
     encoder = TextEncoder(
         family,
         encoders,
         accelerator.device,
-        setting.dtypes.compute,
+        dtype,
         max_token_length=options.model.max_token_length or 75,
         batch_size=options.dataset.train_batch_size,
     )

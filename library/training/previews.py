@@ -17,7 +17,7 @@ from library.generation.request import ImageRequest
 from library.options.errors import UserError
 from library.training.position import Position
 from library.training.preview_plan import PreviewPlan, sample_name
-from library.training.trainable import NetworkTrainable
+from library.training.trainable import Trainable
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Previews:
     pipeline: Pipeline
     encoded: Sequence[EncodedPrompt] | None
     vae: nn.Module
-    trainable: NetworkTrainable
+    trainable: Trainable
     averaged: Callable[[], AbstractContextManager[None]]
     folder: Path
     output_name: str | None

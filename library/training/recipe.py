@@ -27,9 +27,10 @@ from library.models.family import Components, Family, ModelSource
 from library.optim.eval_mode import averaged_weights
 from library.optim.optimizers import make_optimizer
 from library.optim.schedules import make_schedule
+from library.optim.updates import make_updater
 from library.options.dataset_config import DatasetConfig
 from library.options.record import option_values
-from library.options.scripts import SdxlTrainNetworkOptions
+from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes, make_accelerator, shared_seed
 from library.training.interrupt import StopRequest
 from library.training.logs import RunSummary, TrainingLog
@@ -42,9 +43,9 @@ from library.training.previews import Previews
 from library.training.progress import Progress
 from library.training.resume import saved_place, start_position
 from library.training.saving import Saver
-from library.training.setting import MetadataAt, Setting, Trained
+from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
 from library.training.state import Resumable, load_state
-from library.training.step import FrozenParts, NanWatch, TrainStep
+from library.training.step import ModelParts, NanWatch, TrainStep
 from library.training.trackers import RunLog
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,9 @@ class Recipe(Protocol):
     tracker_name: str
     """Project name in logs, unless another is given."""
 
+    def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
+        """Say in which types the denoiser and the text encoders are loaded."""
+
     def make_trainable(self, setting: Setting, denoiser: nn.Module, text: TextSide, vae: nn.Module | None) -> Trained:
         """Attach or unfreeze what is trained, on the device and in the type it is trained in."""
 
@@ -66,7 +70,7 @@ class Recipe(Protocol):
 def run_recipe(
     recipe: Recipe,
     open_family: Callable[[ModelSource], Family],
-    options: SdxlTrainNetworkOptions,
+    options: TrainingOptions,
     data: DatasetConfig,
     requests: Sequence[ImageRequest],
 ) -> None:
@@ -98,18 +102,19 @@ def run_recipe(
     start = start_position(options.state, saved, length, batches_per_epoch, accumulation)
     setting = Setting(options, accelerator, dtypes, seed, family, dataset, batches_per_epoch, length, started_at)
 
-    text = prepare_text(setting, requests)
+    part_dtypes = recipe.dtypes_of_parts(setting)
+    text = prepare_text(setting, requests, part_dtypes.text_encoders)
     vae = prepare_latents(setting, keep=bool(requests))
-    denoiser = load_denoiser(setting)
+    denoiser = load_denoiser(setting, part_dtypes.denoiser)
     torch.manual_seed(seed)  # decides the initial weights of what is trained
     trained = recipe.make_trainable(setting, denoiser, text, vae)
 
-    parts = FrozenParts(family, denoiser, text.encoders, vae, options.cache.vae_batch_size)
+    parts = ModelParts(family, denoiser, text.encoders, vae, options.cache.vae_batch_size)
     trackers = open_trackers(recipe, setting)
     run, saver = build_run(recipe, setting, trained, parts)
     progress = Progress(length.total_updates, start.update, visible=accelerator.is_main_process)
     training_log = TrainingLog(
-        trackers, progress, lambda: run.optimizer.param_groups, trained.descriptions, lambda: trained.trainable.norms
+        trackers, progress, lambda: saver.live.optimizer.param_groups, trained.descriptions, lambda: trained.trainable.norms
     )
     run.observe_loss, saver.losses = training_log.observe_loss, training_log.state_dict
     run.observers = [
@@ -131,7 +136,7 @@ def run_recipe(
         training_log.close()
 
 
-def model_source(options: SdxlTrainNetworkOptions) -> ModelSource:
+def model_source(options: TrainingOptions) -> ModelSource:
     """Say where the base model is and how its files are read."""
     model = options.model
     return ModelSource(
@@ -153,10 +158,10 @@ def warn_of_other_prediction(family: Family, v_parameterization: bool) -> None:
         log.warning("The base model says that it predicts noise: leave out --v_parameterization, or it unlearns what it knows.")
 
 
-def load_denoiser(setting: Setting) -> nn.Module:
-    """Load the denoiser frozen, in the type of the computation, with the attention that was asked for."""
+def load_denoiser(setting: Setting, dtype: torch.dtype) -> nn.Module:
+    """Load the denoiser, frozen, with the attention that was asked for."""
     precision = setting.options.precision
-    denoiser = setting.family.load_denoiser(setting.dtypes.compute, setting.accelerator.device)
+    denoiser = setting.family.load_denoiser(dtype, setting.accelerator.device)
     kind = "mem_eff_attn" if precision.mem_eff_attn else "xformers" if precision.xformers else "sdpa"
     setting.family.set_attention(denoiser, kind)
     if setting.accelerator.device.type == "cuda":
@@ -164,7 +169,7 @@ def load_denoiser(setting: Setting) -> nn.Module:
     return denoiser
 
 
-def build_run(recipe: Recipe, setting: Setting, trained: Trained, frozen: FrozenParts) -> tuple[TrainingRun, Saver]:
+def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelParts) -> tuple[TrainingRun, Saver]:
     """Build optimizer, schedule, step, loader and saver: everything the loop needs but those who look on."""
     options, accelerator = setting.options, setting.accelerator
     optimizer = make_optimizer(options.optimizer, trained.groups)
@@ -172,25 +177,24 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, frozen: Frozen
     noise_schedule = NoiseSchedule.make(zero_terminal_snr=options.noise.zero_terminal_snr, device=accelerator.device)
     objective = DdpmObjective(noise_schedule, options.model.v_parameterization, options.noise, options.loss)
     report(setting, objective)
-    step = TrainStep(trained.trainable.module, frozen, objective, train_text=trained.trains_text)
+    step = TrainStep(trained.trainable.module, parts, objective, train_text=trained.trains_text)
     prepared_step, prepared = accelerator.prepare(step, optimizer)
+    parameters = [parameter for group in trained.groups for parameter in group["params"]]
     run = TrainingRun(
         accelerator=accelerator,
         step=prepared_step,
         trainable=trained.trainable,
-        parameters=[parameter for group in trained.groups for parameter in group["params"]],
-        optimizer=prepared,
+        updater=make_updater(optimizer, prepared, parameters, options.optimizer, accelerator),
         schedule=schedule,
         batches=make_loader(setting).epoch,
         batches_per_epoch=setting.batches_per_epoch,
         accumulation=options.length.gradient_accumulation_steps,
         max_updates=setting.length.total_updates,
-        max_grad_norm=options.optimizer.max_grad_norm,
         seed=setting.seed,
         observers=[NanWatch(step)],
     )
     saver = Saver(
-        plan=SavePlan.of(options.output, options.state, f".{options.output.save_model_as}", setting.length.num_epochs),
+        plan=SavePlan.of(options.output, options.state, trained.extension, setting.length.num_epochs),
         trainable=trained.trainable,
         live=Resumable(trained.trainable.module, prepared, schedule, accelerator.scaler),
         dtype=setting.dtypes.saved,
@@ -246,18 +250,18 @@ def previews(
     setting: Setting,
     trained: Trained,
     averaged: Callable[[], Any],
-    frozen: FrozenParts,
+    parts: ModelParts,
     text: TextSide,
     requests: Sequence[ImageRequest],
     trackers: RunLog,
 ) -> list[Previews]:
     """Return the observer that draws sample images, or nothing where none are wanted."""
-    if not requests or frozen.vae is None:
+    if not requests or parts.vae is None:
         return []
     options, accelerator = setting.options, setting.accelerator
     pipeline = Pipeline(
         setting.family,
-        Components(frozen.denoiser, frozen.vae, frozen.text_encoders),
+        Components(parts.denoiser, parts.vae, parts.text_encoders),
         device=accelerator.device,
         prediction_type="v_prediction" if options.model.v_parameterization else "epsilon",
         zero_terminal_snr=options.noise.zero_terminal_snr,
@@ -270,7 +274,7 @@ def previews(
             requests=requests,
             pipeline=pipeline,
             encoded=text.prompts,
-            vae=frozen.vae,
+            vae=parts.vae,
             trainable=trained.trainable,
             averaged=averaged,
             folder=Path(options.output.output_dir or "."),

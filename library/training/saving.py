@@ -13,7 +13,7 @@ from library.options.errors import UserError
 from library.training.outputs import SaveKind, SavePlan, remove_outputs
 from library.training.position import Position
 from library.training.state import Resumable, save_state
-from library.training.trainable import NetworkTrainable
+from library.training.trainable import Trainable
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Saver:
     """
 
     plan: SavePlan
-    trainable: NetworkTrainable
+    trainable: Trainable
     live: Resumable
     dtype: torch.dtype | None
     metadata: Callable[[str, Position], dict[str, str]]
@@ -93,7 +93,7 @@ class Saver:
     def _write_model(self, path: Path, position: Position) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with self.averaged(), self.trainable.evaluation():
-            self.trainable.save(path, self.dtype, self.metadata(path.stem, position))
+            self.trainable.save(path, self.dtype, self.metadata(path.stem, position), position)
         log.info("Saved %s", path)
 
     def _write_state(self, folder: Path, position: Position) -> None:

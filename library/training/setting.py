@@ -10,11 +10,11 @@ from accelerate import Accelerator
 from library.dataset.dataset import Dataset
 from library.models.family import Family
 from library.models.prompt_weights import PromptStyle
-from library.options.scripts import SdxlTrainNetworkOptions
+from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes
 from library.training.outputs import RunLength
 from library.training.position import Position
-from library.training.trainable import NetworkTrainable
+from library.training.trainable import Trainable
 
 MetadataAt = Callable[[str, Position], dict[str, str]]
 """(file stem, place) to the metadata of a model saved there."""
@@ -24,7 +24,7 @@ MetadataAt = Callable[[str, Position], dict[str, str]]
 class Setting:
     """What is known before anything is trained: options, data and model, and how long the run is."""
 
-    options: SdxlTrainNetworkOptions
+    options: TrainingOptions
     accelerator: Accelerator
     dtypes: DTypes
     seed: int
@@ -47,13 +47,23 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class PartDTypes:
+    """The types in which parts of the model are loaded: trained ones in that of trained weights, others in the computation's."""
+
+    denoiser: torch.dtype
+    text_encoders: torch.dtype
+
+
+@dataclass(frozen=True)
 class Trained:
     """What a recipe trains."""
 
-    trainable: NetworkTrainable
+    trainable: Trainable
     groups: Sequence[dict[str, Any]]
     """Parameter groups for the optimizer, each with its rate."""
     descriptions: Sequence[str | None]
     """What each group trains, for the log."""
     trains_text: bool
     """Whether gradients flow through the text encoders."""
+    extension: str
+    """Of the files that `trainable` saves, with its dot; "" for folders."""

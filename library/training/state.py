@@ -10,8 +10,6 @@ No random state is stored: every draw of training is a function of the seed and 
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.files.atomic import atomic_folder
 from library.files.safetensors_io import open_safetensors, save_safetensors
+from library.optim.parameter_steps import load_optimizer_state
 from library.options.errors import UserError
 from library.training.position import Position
 
@@ -59,44 +59,26 @@ def save_state(
     Raises:
         UserError: if it cannot be written; a folder of that name that was there before is still whole then.
     """
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    place = {
+        "current_epoch": position.epoch,
+        "current_step": position.update,
+        "current_batch": position.batch,
+        "seed": seed,
+        "batches_per_epoch": batches_per_epoch,
+        "losses": dict(losses),
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in live.module.state_dict().items()}
     try:
-        unfinished.mkdir(parents=True)
-        save_safetensors(
-            unfinished / "model.safetensors", {k: v.contiguous() for k, v in live.module.state_dict().items()}, {"format": "pt"}
-        )
-        torch.save(live.optimizer.state_dict(), unfinished / "optimizer.bin")
-        torch.save(live.schedule.state_dict(), unfinished / "scheduler.bin")
-        if live.scaler is not None:
-            torch.save(live.scaler.state_dict(), unfinished / "scaler.pt")
-        place = {
-            "current_epoch": position.epoch,
-            "current_step": position.update,
-            "current_batch": position.batch,
-            "seed": seed,
-            "batches_per_epoch": batches_per_epoch,
-            "losses": dict(losses),
-        }
-        (unfinished / TRAIN_STATE).write_text(json.dumps(place), encoding="utf-8")
-        replace_folder(unfinished, folder)
+        with atomic_folder(folder) as unfinished:
+            save_safetensors(unfinished / "model.safetensors", tensors, {"format": "pt"})
+            torch.save(live.optimizer.state_dict(), unfinished / "optimizer.bin")
+            torch.save(live.schedule.state_dict(), unfinished / "scheduler.bin")
+            if live.scaler is not None:
+                torch.save(live.scaler.state_dict(), unfinished / "scaler.pt")
+            (unfinished / TRAIN_STATE).write_text(json.dumps(place), encoding="utf-8")
     except (OSError, RuntimeError, UserError) as error:  # torch.save reports a full disk as RuntimeError
-        shutil.rmtree(unfinished, ignore_errors=True)
         reason = error.__cause__ if isinstance(error, UserError) else error
         raise UserError(f"The training state {folder} could not be written: {reason}. Free some space there.") from error
-
-
-def replace_folder(new: Path, old: Path) -> None:
-    """Put `new` in the place of `old`, which may exist; a kill in between leaves both whole, under hidden names."""
-    for file in new.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    retired = old.with_name(f".{old.name}.retired")
-    shutil.rmtree(retired, ignore_errors=True)
-    if old.exists():
-        old.rename(retired)
-    new.rename(old)
-    shutil.rmtree(retired, ignore_errors=True)
 
 
 def read_place(folder: Path) -> SavedPlace:
@@ -137,8 +119,8 @@ def load_state(folder: Path, live: Resumable) -> None:
     own = live.module.state_dict()
     if differing := sorted(set(own) ^ set(weights.keys()))[:3] or [k for k in own if own[k].shape != weights[k].shape][:3]:
         raise UserError(
-            f"--resume: {folder} was saved from another network: {', '.join(differing)} do not fit. Use the same --network_module, "
-            "--network_dim and --network_args as the run that saved it."
+            f"--resume: {folder} was saved while something else was trained: {', '.join(differing)} do not fit. Use the options of "
+            "the run that saved it: the same model and trained parts, for networks the same --network_dim and --network_args."
         )
     live.module.load_state_dict({name: weights[name] for name in own})
     parts = [("optimizer.bin", live.optimizer), ("scheduler.bin", live.schedule)]
@@ -146,7 +128,11 @@ def load_state(folder: Path, live: Resumable) -> None:
         parts.append(("scaler.pt", live.scaler))
     for name, part in parts:
         try:
-            part.load_state_dict(torch.load(folder / name, map_location="cpu", weights_only=True))
+            saved = torch.load(folder / name, map_location="cpu", weights_only=True)
+            if part is live.optimizer:
+                load_optimizer_state(part, saved)
+            else:
+                part.load_state_dict(saved)
         except (ValueError, KeyError, RuntimeError, AttributeError, EOFError) as error:
             raise UserError(
                 f"--resume: {folder / name} does not fit this run ({error}). Use the same --optimizer_type and --lr_scheduler "

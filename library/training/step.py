@@ -21,8 +21,8 @@ _POSTERIOR_STREAM = 0x9E3779B97F4A7C15  # keeps the posterior's draws apart from
 
 
 @dataclass
-class FrozenParts:
-    """What a step runs but never trains as a whole; kept out of the module tree so that nothing wraps, moves or broadcasts it."""
+class ModelParts:
+    """The model a step runs; kept out of the module tree so that nothing wraps, moves or broadcasts what is not trained."""
 
     family: Family
     denoiser: nn.Module
@@ -38,15 +38,15 @@ class TrainStep(nn.Module):
 
     Args:
         trained: the module that holds every trained parameter (a network of adapters, or the denoiser itself).
-        frozen: the other parts.
+        parts: the model, trained or not.
         objective: noise process, target and loss terms.
         train_text: whether gradients flow through the text encoders.
     """
 
-    def __init__(self, trained: nn.Module, frozen: FrozenParts, objective: DdpmObjective, *, train_text: bool) -> None:
+    def __init__(self, trained: nn.Module, parts: ModelParts, objective: DdpmObjective, *, train_text: bool) -> None:
         super().__init__()
         self.trained = trained
-        self.frozen = frozen  # a dataclass, so that its modules are no children of this one
+        self.parts = parts  # a dataclass, so that its modules are no children of this one
         self.objective = objective
         self.train_text = train_text
         self.num_nan_images: Tensor | None = None
@@ -54,7 +54,7 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the weighted loss of each image, float32 (B,), for a batch on the denoiser's device."""
-        parts = self.frozen
+        parts = self.parts
         latents = parts.family.to_model_units(self.cached_or_encoded_latents(batch))
         cond = self.conditioning(batch)
         sample = self.objective.sample(latents, batch.draw_seeds)
@@ -67,11 +67,11 @@ class TrainStep(nn.Module):
         if batch.latents is not None:
             return batch.latents
         assert batch.images is not None  # Batch has one of the two
-        assert self.frozen.vae is not None
-        family, vae, images = self.frozen.family, self.frozen.vae, batch.images
+        assert self.parts.vae is not None
+        family, vae, images = self.parts.family, self.parts.vae, batch.images
         height, width = images.shape[-2] // family.latent_stride, images.shape[-1] // family.latent_stride
         noise = to_device(posterior_noise(batch.draw_seeds, (family.latent_channels, height, width)), images.device)
-        pieces = zip(images.split(self.frozen.vae_batch_size), noise.split(self.frozen.vae_batch_size), strict=True)
+        pieces = zip(images.split(self.parts.vae_batch_size), noise.split(self.parts.vae_batch_size), strict=True)
         latents = torch.cat([family.encode_images(vae, *piece) for piece in pieces])
         found = latents.isnan().flatten(1).any(dim=1).sum()
         self.num_nan_images = found if self.num_nan_images is None else self.num_nan_images + found
@@ -81,10 +81,10 @@ class TrainStep(nn.Module):
         """Return the cached text outputs, or encode the captions with the loaded encoders."""
         if batch.text_cond is not None:
             return batch.text_cond
-        family = self.frozen.family
+        family = self.parts.family
         tokens = {name: to_device(ids, batch.loss_weights.device) for name, ids in family.tokenize(batch.captions).items()}
         with torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
-            return family.encode_text(tokens, self.frozen.text_encoders)
+            return family.encode_text(tokens, self.parts.text_encoders)
 
 
 class NanWatch:

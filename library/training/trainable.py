@@ -2,11 +2,49 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from library.models.family import Family
+from library.training.position import Position
+
+
+class Trainable(Protocol):
+    """What is being trained: a network of adapters, or a whole model."""
+
+    module: nn.Module
+    """Holds every trained parameter; its state is what a resumed run takes up."""
+    norms: Sequence[Tensor | float] | None
+    """What limiting norms did in the last update, or None; see `NetworkTrainable`."""
+
+    def on_epoch_start(self) -> None:
+        """Prepare for an epoch: training mode."""
+
+    def on_batch_start(self) -> None:
+        """Called before each batch."""
+
+    def after_update(self) -> None:
+        """Called after each optimizer update, before the observers."""
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Switch off, for previews and saving, what only training has, and back on."""
+
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position) -> None:
+        """Write the trained model, atomically.
+
+        Args:
+            path: of the file or folder.
+            dtype: of the saved weights; None keeps the one they have.
+            metadata: written where the file format has room for it.
+            position: the place in the run.
+
+        Raises:
+            UserError: it cannot be written.
+        """
 
 
 class NetworkTrainable:
@@ -45,16 +83,79 @@ class NetworkTrainable:
         if self.max_norm is not None:
             self.norms = self.network.apply_max_norm_regularization(self.max_norm, next(self.network.parameters()).device)
 
-    @contextlib.contextmanager
-    def evaluation(self) -> Iterator[None]:
+    def evaluation(self) -> AbstractContextManager[None]:
         """Switch dropout off for previews and saving, and back to what it was."""
-        was_training = self.network.training
-        self.network.eval()
-        try:
-            yield
-        finally:
-            self.network.train(was_training)
+        return evaluation_mode(self.network)
 
-    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
-        """Write the network's weights, atomically; `dtype` None keeps the dtype they are trained in."""
-        self.network.save_weights(str(path), dtype, None if metadata is None else dict(metadata))
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position) -> None:
+        """Write the network's weights; see `Trainable.save`."""
+        self.network.save_weights(str(path), dtype, dict(metadata))
+
+
+class ModelTrainable:
+    """Parts of a model that are trained themselves.
+
+    Args:
+        family: writes the model, with the parts that were not trained as they are in the files it was read from.
+        parts: the modules with trained parameters by the family's short names, such as "unet" and "te1".
+        layout: of saved models, see `Family.save_model`.
+        v_prediction: whether the denoiser predicts v.
+        zero_terminal_snr: whether it is trained down to pure noise.
+    """
+
+    norms: Sequence[Tensor | float] | None = None
+
+    def __init__(
+        self, family: Family, parts: Mapping[str, nn.Module], layout: str, *, v_prediction: bool, zero_terminal_snr: bool
+    ) -> None:
+        self.module: nn.Module = nn.ModuleDict(parts)
+        self.family = family
+        self.parts = dict(parts)
+        self.layout = layout
+        self.v_prediction = v_prediction
+        self.zero_terminal_snr = zero_terminal_snr
+
+    def on_epoch_start(self) -> None:
+        """Put the parts in training mode, without which transformers does not checkpoint; none of them has dropout."""
+        self.module.train()
+
+    def on_batch_start(self) -> None:
+        """Nothing changes from batch to batch."""
+
+    def after_update(self) -> None:
+        """Nothing is limited after an update."""
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Put the parts in evaluation mode for previews and saving, and back."""
+        return evaluation_mode(self.module)
+
+    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position) -> None:
+        """Write the whole model; see `Trainable.save`."""
+        self.family.save_model(
+            path,
+            self.layout,
+            {name: trained_tensors(self.family, name, part) for name, part in self.parts.items()},
+            dtype=dtype,
+            metadata=metadata,
+            v_prediction=self.v_prediction,
+            zero_terminal_snr=self.zero_terminal_snr,
+            progress=(position.epoch, position.update),
+        )
+
+
+def trained_tensors(family: Family, name: str, part: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a part that are trained, under the names they have in files."""
+    trained = {key for key, parameter in part.named_parameters() if parameter.requires_grad}
+    file_names = family.file_names(name, part)
+    return {file_names[key]: tensor for key, tensor in part.state_dict().items() if key in trained}
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module in evaluation mode, and back in the mode it was in."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)

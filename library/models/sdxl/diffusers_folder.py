@@ -6,14 +6,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from library.files.tensors import open_tensors
 from library.models.sdxl.checkpoint import Checkpoint
 from library.models.sdxl.single_file import with_text_model
 from library.models.sdxl.vae import vae_part
-from library.models.weights import Part, entries
+from library.models.weights import Entry, Part, entries
 from library.options.errors import UserError
 
-_SUBFOLDERS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2", "vae": "vae"}
+SUBFOLDERS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2", "vae": "vae"}
+"""Where the parts of a model lie."""
+SINGLE_FILE_FACTS = "single_file.json"
+"""Keeps what single files say and diffusers has no place for: their metadata, and OpenCLIP's logit scale."""
 _PIPELINES = frozenset({"StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"})
 _STEMS = (
     ("diffusion_pytorch_model", ".safetensors"),
@@ -21,7 +26,7 @@ _STEMS = (
     ("diffusion_pytorch_model", ".bin"),
     ("pytorch_model", ".bin"),
 )
-_HUB_PLACES = (*(f"{sub}/" for sub in _SUBFOLDERS.values()), "diffusion_pytorch_model")
+_HUB_PLACES = (*(f"{sub}/" for sub in SUBFOLDERS.values()), "diffusion_pytorch_model")
 """Where weights lie in a model of the hub; the last is for one that is only a VAE. Single files beside them are not fetched."""
 
 
@@ -37,12 +42,22 @@ def open_folder(folder: Path, prefer_fp16: bool = False, mmap: bool = True) -> C
         UserError: the folder is no SDXL model, or a file of it is missing or damaged.
     """
     _refuse_foreign(folder)
-    unet, te1, te2, vae = (_open_part(folder / sub, prefer_fp16, mmap) for sub in _SUBFOLDERS.values())
+    unet, te1, te2, vae = (_open_part(folder / sub, prefer_fp16, mmap) for sub in SUBFOLDERS.values())
     for sub, part in (("unet", unet), ("text_encoder", te1), ("text_encoder_2", te2)):
         if not part:
             raise UserError(f"{folder} is not a complete SDXL model: there are no weights in its folder {sub}.")
     parts = {"unet": _ldm_part(unet), "te1": with_text_model(te1), "te2": with_text_model(te2), "vae": vae_part(vae)}
-    return Checkpoint(path=str(folder), parts=parts, metadata=_sizes_told(folder), markers=_markers(folder))
+    facts = _read_json(folder / SINGLE_FILE_FACTS)
+    metadata = {str(key): str(value) for key, value in facts.get("metadata", {}).items()} | _sizes_told(folder)
+    return Checkpoint(str(folder), parts, metadata, _markers(folder), _logit_scale(facts))
+
+
+def _logit_scale(facts: Mapping[str, Any]) -> Entry | None:
+    told = facts.get("logit_scale")
+    if told is None:
+        return None
+    value = torch.tensor(told["value"], dtype=getattr(torch, told["dtype"]))
+    return Entry((), lambda: value)
 
 
 def open_vae_folder(folder: Path, prefer_fp16: bool = False, mmap: bool = True) -> Part:

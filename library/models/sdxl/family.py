@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from library.models.family import Components, LatentCacheSpec, ModelSource, SizeConditioning, TextCacheSpec, TextCond, Tokens
+from library.models.family import LatentCacheSpec, ModelSource, SizeConditioning, TextCacheSpec, TextCond, Tokens
 from library.models.prompt_weights import PromptStyle
-from library.models.sdxl.build import build_part, file_names, part_tensors
+from library.models.sdxl.build import build_part, file_names
 from library.models.sdxl.checkpoint import Checkpoint
 from library.models.sdxl.embeddings import size_embedding
 from library.models.sdxl.open_model import check_parts, open_checkpoint
-from library.models.sdxl.single_file import save_single_file
+from library.models.sdxl.save_model import save_model, stored_model
 from library.models.sdxl.sizes import SdxlSizes
-from library.models.sdxl.text_encoders import merge_rows
+from library.models.sdxl.text_encoders import OpenClipTextEncoder, merge_rows, text_body
 from library.models.sdxl.tokenizer import load_bpe, tokenize
 from library.models.sdxl.unet import UNet
 from library.models.sdxl.weighted_text import encode_prompts
@@ -56,6 +56,7 @@ class SdxlFamily:
     latent_channels = 4
     latent_stride = 8
     size_multiple = 32
+    denoiser_name = "unet"
     encoder_names = ("te1", "te2")
     latent_cache = LatentCacheSpec("_sdxl.npz")
     text_cache = TextCacheSpec("_te_outputs.npz", frozenset(_NPZ_NAMES.values()), _pack, _unpack)
@@ -186,42 +187,46 @@ class SdxlFamily:
                 enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
                 enable({"use_reentrant": False})
 
-    def save_single_file(
-        self,
-        path: str | Path,
-        components: Components,
-        metadata: Mapping[str, str] | None = None,
-        dtype: torch.dtype | None = None,
-        markers: frozenset[str] | None = None,
-    ) -> None:
-        """Write the model as one safetensors file, atomically.
+    def file_names(self, part: str, module: nn.Module) -> dict[str, str]:
+        """Return, for each tensor name of a part's module, its name in files."""
+        return file_names(module)
 
-        Args:
-            path: the file to make or replace.
-            components: the parts; a text encoder that is None is copied from the files this model was opened from.
-            metadata: written beside the tensors; what shapes do not tell (`arch.*`) is added from the files.
-            dtype: floating-point tensors are saved as this; None keeps each as it is in memory.
-            markers: "v_pred" and "ztsnr" as wanted; None keeps those of the files.
+    def denoiser_blocks(self, denoiser: nn.Module) -> list[list[nn.Parameter]]:
+        """Return the U-Net's parameters in the 23 blocks of `--block_lr`.
 
-        Raises:
-            UserError: the disk is full or the folder not writable.
+        0 is the embedding of time and size, 1 to 9 the input blocks, 10 to 12 the middle blocks, 13 to 21 the output blocks, 22 the
+        head. Blocks that a reduced U-Net lacks are empty.
         """
-        modules = {
-            "unet": components.denoiser,
-            "vae": components.vae,
-            **dict(zip(self.encoder_names, components.text_encoders, strict=True)),
-        }
-        parts = {name: self._stored(name) if module is None else part_tensors(module) for name, module in modules.items()}
-        source = self.checkpoint
-        told = {key: value for key, value in source.metadata.items() if key.startswith("arch.")}
-        save_single_file(
-            path,
-            parts,
-            told | dict(metadata or {}),
-            dtype,
-            logit_scale=source.logit_scale.read() if source.logit_scale else None,
-            markers=source.markers if markers is None else markers,
-        )
+        unet = cast(UNet, denoiser)
+        blocks = [[*unet.time_embed.parameters(), *unet.label_emb.parameters()]]
+        for group, number in ((unet.input_blocks, 9), (unet.middle_block, 3), (unet.output_blocks, 9)):
+            members = [list(block.parameters()) for block in group]
+            blocks += [*members, *([] for _ in range(number - len(members)))]
+        return [*blocks, list(unet.out.parameters())]
+
+    def unused_text_parameters(self, encoder: nn.Module) -> list[nn.Parameter]:
+        """Return the parameters of a text encoder that the U-Net sees nothing of: TE1's last layer and final norm."""
+        if isinstance(encoder, OpenClipTextEncoder):
+            return []  # its pooled output goes through everything
+        body: Any = text_body(encoder)
+        return [*body.encoder.layers[-1].parameters(), *body.final_layer_norm.parameters()]
+
+    def save_model(
+        self,
+        path: Path,
+        layout: str,
+        trained: Mapping[str, Mapping[str, Tensor]],
+        *,
+        dtype: torch.dtype | None,
+        metadata: Mapping[str, str],
+        v_prediction: bool,
+        zero_terminal_snr: bool,
+        progress: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Write a whole model; see `Family.save_model`."""
+        wanted = {"v_pred": v_prediction, "ztsnr": v_prediction and zero_terminal_snr}
+        model = stored_model(self.checkpoint, trained, frozenset(marker for marker, is_wanted in wanted.items() if is_wanted))
+        save_model(path, layout, model, self.sizes, dtype=dtype, metadata=metadata, progress=progress)
 
     def base_model_version(self) -> str:
         """`sdxl_base_v1-0`, as network files call it."""
@@ -230,10 +235,6 @@ class SdxlFamily:
     def architecture(self) -> str:
         """`stable-diffusion-xl-v1-base`, as modelspec calls it."""
         return "stable-diffusion-xl-v1-base"
-
-    def _stored(self, part: str) -> dict[str, Tensor]:
-        """A part's tensors as they are in the files."""
-        return {name: entry.read() for name, entry in self.checkpoint.parts[part].items()}
 
     def _load(self, part: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
         module = build_part(part, self.sizes)

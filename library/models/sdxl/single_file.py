@@ -2,12 +2,10 @@
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from library.files.safetensors_io import save_safetensors
 from library.files.tensors import open_tensors
 from library.models.sdxl.checkpoint import Checkpoint
 from library.models.sdxl.identify import refuse_foreign
@@ -64,35 +62,16 @@ def with_text_model(part: Mapping[str, Entry]) -> Part:
     }
 
 
-def save_single_file(
-    path: str | Path,
-    parts: Mapping[str, Mapping[str, Tensor]],
-    metadata: Mapping[str, str] | None = None,
-    dtype: torch.dtype | None = None,
-    *,
-    logit_scale: Tensor | None = None,
-    markers: frozenset[str] = frozenset(),
-) -> None:
-    """Write an SDXL checkpoint atomically.
-
-    Args:
-        path: of the safetensors file.
-        parts: tensors of `unet`, `te1`, `te2` and `vae`, named as in `Checkpoint.parts`.
-        metadata: written beside the tensors.
-        dtype: floating-point tensors are saved as this; None keeps each as it is.
-        logit_scale: OpenCLIP's; its usual value is written where there is none.
-        markers: "v_pred" and "ztsnr" as wanted.
-
-    Raises:
-        UserError: the disk is full or the folder not writable.
-    """
-    save_safetensors(path, single_file_tensors(parts, logit_scale, markers), metadata, dtype)
-
-
 def single_file_tensors(
     parts: Mapping[str, Mapping[str, Tensor]], logit_scale: Tensor | None = None, markers: frozenset[str] = frozenset()
 ) -> dict[str, Tensor]:
-    """Return the parts' tensors under the names, and in the shapes, of a single file; see `save_single_file`."""
+    """Return the parts' tensors under the names, and in the shapes, of a single file.
+
+    Args:
+        parts: tensors of `unet`, `te1`, `te2` and `vae`, named as in `Checkpoint.parts`.
+        logit_scale: OpenCLIP's; its usual value where there is none.
+        markers: "v_pred" and "ztsnr" as wanted.
+    """
     te2 = to_open_clip(parts["te2"])
     if logit_scale is None:
         logit_scale = torch.tensor(_DEFAULT_LOGIT_SCALE, dtype=te2["text_projection"].dtype)

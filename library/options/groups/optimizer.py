@@ -1,8 +1,8 @@
 """Options about the optimizer."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from library.options.declare import OptionGroup, flag, option
+from library.options.declare import OptionGroup, SameAsUnset, flag, option
 
 
 class OptimizerOptions(OptionGroup):
@@ -19,3 +19,8 @@ class OptimizerOptions(OptionGroup):
         1.0, "Largest norm of all gradients together; larger ones are scaled down. 0 switches it off.", ge=0
     )
     fused_backward_pass: bool = flag("Step each parameter inside the backward pass and free its gradient at once.")
+    fused_optimizer_groups: Annotated[int | None, SameAsUnset(0)] = option(
+        None,
+        "Cut the trained tensors into about N groups and step each as soon as its gradients are there; 4 to 10 are good.",
+        ge=1,
+    )

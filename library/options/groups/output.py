@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from library.options.declare import OptionGroup, SameAsUnset, option
+from library.options.declare import OptionGroup, SameAsUnset, flag, option
 
 
 class SavingOptions(OptionGroup):
@@ -34,3 +34,19 @@ class OutputOptions(SavingOptions):
     """Saving of network files."""
 
     save_model_as: Literal["ckpt", "pt", "safetensors"] = option("safetensors", "File format; only safetensors carries metadata.")
+
+
+class ModelOutputOptions(SavingOptions):
+    """Saving of whole models."""
+
+    save_model_as: Literal["ckpt", "safetensors", "diffusers", "diffusers_safetensors"] | None = option(
+        None, "Layout of saved models: one file, or a diffusers folder with .bin or .safetensors files; safetensors when left out."
+    )
+    use_safetensors: bool = flag("Write .safetensors files into the folder of --save_model_as diffusers.")
+
+    @property
+    def layout(self) -> str:
+        """The layout in effect: "safetensors", "ckpt", "diffusers" or "diffusers_safetensors"."""
+        if self.save_model_as == "diffusers" and self.use_safetensors:
+            return "diffusers_safetensors"
+        return self.save_model_as or "safetensors"

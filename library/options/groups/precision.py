@@ -25,3 +25,9 @@ class PrecisionOptions(WorkingPrecisionOptions):
 
     fp8_base_unet: bool = flag("Hold the frozen weights of the U-Net in 8 bits.")
     cpu_offload_checkpointing: bool = flag("Keep checkpointed activations in main memory.")
+
+
+class FinetunePrecisionOptions(WorkingPrecisionOptions):
+    """Number types, memory and attention of fine-tuning."""
+
+    diffusers_xformers: bool = flag("Use the attention of xformers in the VAE.")

@@ -1,0 +1,105 @@
+"""Step a part of an optimizer's parameters, and bfloat16 ones without losing small steps."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from library.optim.stochastic_rounding import round_stochastically
+
+
+class ParameterSteps:
+    """Steps the parameters it is given and no others; the optimizer, its groups and its state stay one object.
+
+    A bfloat16 parameter, and those of its optimizer state that are as large as it is, take their step in float32 and are rounded
+    back stochastically. State of another shape, such as Adafactor's factors, stays in float32, and 8-bit state in 8 bits.
+
+    Args:
+        optimizer: as `make_optimizer` gives it. Stepping parameters one after the other equals one step of all only where nothing
+            is computed over several of them, see `library.options.checks_optimizer.steps_alone`.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._numbers = {parameter: number for number, parameter in enumerate(everything)}
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def step(self, parameters: Sequence[nn.Parameter], seed: int) -> None:
+        """Step these parameters with the gradients they have; those without one are left alone.
+
+        Args:
+            parameters: of the optimizer.
+            seed: of the rounding; a parameter's draws depend on it and on the parameter's place in the optimizer alone.
+        """
+        chosen = set(parameters)
+        groups = self._optimizer.param_groups
+        self._optimizer.param_groups = [
+            {**group, "params": kept} for group in groups if (kept := [p for p in group["params"] if p in chosen])
+        ]
+        halves = [p for p in parameters if p.dtype == torch.bfloat16 and p.grad is not None]
+        try:
+            with self._in_float32(halves, seed):
+                self._optimizer.step()
+        finally:
+            self._optimizer.param_groups = groups
+
+    @contextmanager
+    def _in_float32(self, parameters: Sequence[nn.Parameter], seed: int) -> Iterator[None]:
+        for parameter in parameters:
+            _set_data(parameter, parameter.data.float())
+            for key, value in self._large_state(parameter, torch.bfloat16):
+                self._optimizer.state[parameter][key] = value.float()
+        yield
+        for parameter in parameters:
+            generator = self._generator(parameter, seed)
+            _set_data(parameter, round_stochastically(parameter.data, generator))
+            for key, value in self._large_state(parameter, torch.float32):
+                self._optimizer.state[parameter][key] = round_stochastically(value, generator)
+
+    def _large_state(self, parameter: nn.Parameter, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
+        state: Mapping[str, Any] = self._optimizer.state.get(parameter, {})
+        return [
+            (key, value)
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.dtype == dtype and value.shape == parameter.shape and value.dim() > 0
+        ]
+
+    def _generator(self, parameter: nn.Parameter, seed: int) -> torch.Generator:
+        generator = self._generators.setdefault(parameter.device, torch.Generator(parameter.device))
+        return generator.manual_seed((seed ^ (self._numbers[parameter] * 0x9E3779B97F4A7C15)) & (2**63 - 1))
+
+
+def _set_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Replace a parameter's values, and bring its gradient to their type."""
+    gradient = parameter.grad
+    parameter.grad = None
+    parameter.data = data
+    if gradient is not None:
+        parameter.grad = gradient.to(data.dtype)
+
+
+def load_optimizer_state(optimizer: Any, saved: Mapping[str, Any]) -> None:
+    """Restore an optimizer's state with every tensor in the type it was saved in.
+
+    `torch.optim.Optimizer.load_state_dict` casts state to the type of the parameter, which would round what is kept in float32
+    beside bfloat16 weights.
+
+    Args:
+        optimizer: as `make_optimizer` gives it, or wrapped by accelerate.
+        saved: what its `state_dict` returned.
+
+    Raises:
+        ValueError, KeyError: the state belongs to another optimizer.
+    """
+    optimizer.load_state_dict(saved)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        state = inner.state.get(parameter, {})
+        for key, value in saved["state"].get(number, {}).items():
+            if isinstance(value, Tensor) and isinstance(state.get(key), Tensor) and state[key].dtype != value.dtype:
+                state[key] = value.to(state[key].device)

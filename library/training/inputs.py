@@ -1,0 +1,43 @@
+"""The files that training options name, read and checked before anything heavy is imported."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+from library.generation.request import ImageRequest
+from library.generation.sample_prompts import SampleDefaults, read_sample_prompts
+from library.options.checks_optimizer import check_optimizer_options
+from library.options.dataset_config import DatasetConfig, load_dataset_config
+from library.options.errors import problems_of
+from library.options.scripts import TrainingOptions
+from library.training.outputs import output_problems
+from library.training.preview_plan import PreviewPlan
+
+Options = TypeVar("Options", bound=TrainingOptions)
+
+
+def input_problems(options: Options, *further: Callable[[Options], Any]) -> list[str]:
+    """Say what is wrong with the optimizer, the output folder and the files that the options name, one sentence each.
+
+    Args:
+        options: of the script.
+        further: functions of the script that read more and raise `UsageError` or `UserError`.
+    """
+    problems = output_problems(options.output) + check_optimizer_options(options.optimizer, options.scheduler)
+    readers: tuple[Callable[[Options], Any], ...] = (dataset_definition, sample_requests, *further)
+    for read in readers:
+        problems += problems_of(partial(read, options))
+    return problems
+
+
+def dataset_definition(options: TrainingOptions) -> DatasetConfig:
+    """Read and check `--dataset_config`, or the folders given in its place."""
+    return load_dataset_config(options.dataset, options.caption, options.image, options.cache)
+
+
+def sample_requests(options: TrainingOptions, size: tuple[int, int] = (1024, 1024)) -> list[ImageRequest]:
+    """Read the sample prompts where sample images are wanted; pictures have `size` (width, height) unless they say otherwise."""
+    if PreviewPlan.of(options.sample).is_empty or options.sample.sample_prompts is None:
+        return []
+    defaults = SampleDefaults(width=size[0], height=size[1], sampler=options.sample.sample_sampler)
+    return read_sample_prompts(options.sample.sample_prompts, defaults)
