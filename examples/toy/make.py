@@ -1,0 +1,118 @@
+"""Make the toy's checkpoint from nothing: pictures, VAE, text encoders and U-Net, all with fixed seeds.
+
+    python examples/toy/make.py                               # about an hour and a half on two cores, minutes on a GPU
+    python examples/toy/make.py --work toy_work --steps 20 --vae_steps 20 --pictures 40     # only to see that it runs
+
+Everything is kept in the work folder; what is there already is not made again, and an interrupted training goes on from its last
+state. The finished checkpoint is evaluated on captions it has never seen.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from drawing import draw, training_scenes  # noqa: E402
+
+DATASET = """\
+[general]
+resolution = 128
+caption_extension = ".txt"
+
+[[datasets]]
+batch_size = {batch_size}
+
+[[datasets.subsets]]
+image_dir = "{images}"
+num_repeats = 1
+"""
+TRAINING = """\
+train_text_encoder = true
+learning_rate = 1e-3
+learning_rate_te1 = 5e-4
+learning_rate_te2 = 5e-4
+optimizer_type = "AdamW"
+optimizer_args = ["weight_decay=0.0", "betas=0.9,0.99"]
+lr_scheduler = "cosine"
+lr_warmup_steps = 100
+caption_dropout_rate = 0.1
+cache_latents = true
+vae_batch_size = 32
+no_half_vae = true
+max_data_loader_n_workers = 0
+save_precision = "fp16"
+save_every_n_steps = {save_every}
+save_last_n_steps_state = {save_every}
+save_state = true
+seed = 3
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Make what is not there yet, step by step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("toy_work"), help="folder for everything made on the way (toy_work)")
+    parser.add_argument("--out", type=Path, default=HERE / "toy_sdxl.safetensors", help="the finished checkpoint (the shipped one)")
+    parser.add_argument("--pictures", type=int, default=6400, help="pictures to train on (6400)")
+    parser.add_argument("--vae_steps", type=int, default=3000, help="steps of the VAE (3000)")
+    parser.add_argument("--steps", type=int, default=7000, help="steps of text encoders and U-Net (7000)")
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures per step (32)")
+    parser.add_argument("--mixed_precision", default="bf16", choices=("no", "bf16"), help="of the training (bf16)")
+    arguments = parser.parse_args(argv)
+    work = arguments.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    draw_pictures(work / "images", arguments.pictures)
+    if not (work / "vae.safetensors").exists():
+        run("examples/toy/train_vae.py", work / "vae.safetensors", "--steps", arguments.vae_steps)
+    if not (work / "initial.safetensors").exists():
+        run("examples/toy/make_initial.py", work / "vae.safetensors", work / "initial.safetensors")
+    train(work, arguments.steps, arguments.batch_size, arguments.mixed_precision)
+    shutil.copyfile(work / "toy_sdxl.safetensors", arguments.out)
+    run("examples/toy/evaluate.py", "--ckpt", arguments.out, "--grid", work / "samples.png", "--json", work / "figures.json")
+
+
+def draw_pictures(folder: Path, number: int) -> None:
+    """Draw the training pictures with their captions beside them, unless they are there."""
+    folder.mkdir(exist_ok=True)
+    for index, scene in enumerate(training_scenes(number, seed=0)):
+        path = folder / f"{index:05d}.png"
+        if not path.exists():
+            path.with_suffix(".txt").write_text(scene.caption + "\n", encoding="utf-8")
+            draw(scene, seed=index).save(path)
+
+
+def train(work: Path, steps: int, batch_size: int, mixed_precision: str) -> None:
+    """Train text encoders and U-Net with the suite's own script, from the newest saved state if there is one."""
+    if (work / "toy_sdxl.safetensors").exists():
+        return
+    (work / "dataset.toml").write_text(DATASET.format(images=(work / "images").as_posix(), batch_size=batch_size), encoding="utf-8")
+    (work / "training.toml").write_text(TRAINING.format(save_every=max(1, steps // 10)), encoding="utf-8")
+    states = sorted(work.glob("toy_sdxl-step*-state"))
+    run(
+        "sdxl_train.py",
+        *("--config_file", work / "training.toml", "--dataset_config", work / "dataset.toml"),
+        *("--pretrained_model_name_or_path", work / "initial.safetensors"),
+        *("--output_dir", work, "--output_name", "toy_sdxl"),
+        *("--max_train_steps", steps, "--mixed_precision", mixed_precision),
+        *(("--resume", states[-1]) if states else ()),
+    )
+
+
+def run(script: str, *arguments: object) -> None:
+    """Run a script of the suite, and end with its status where it fails."""
+    command = [sys.executable, script, *map(str, arguments)]
+    sys.stdout.write(f"\n$ {' '.join(['python', *command[1:]])}\n")
+    sys.stdout.flush()
+    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    if status:
+        raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
