@@ -13,7 +13,7 @@ from library.options.dataset_config import load_dataset_config
 from library.options.errors import UsageError
 from library.options.groups.generation import PromptOptions
 from library.options.parse import parse
-from library.options.scripts import SdxlGenImgOptions, SdxlTrainNetworkOptions
+from library.options.scripts import SdxlGenImgOptions, SdxlTrainNetworkOptions, SdxlTrainOptions
 from tools.bench import BenchScriptOptions, check
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +45,7 @@ def accept_bench(arguments: Sequence[str]) -> None:
 
 ACCEPT: dict[str, Callable[[list[str]], object]] = {
     "start.py": start.read_command_line,
+    "sdxl_train.py": lambda arguments: parse(SdxlTrainOptions, arguments),
     "sdxl_train_network.py": lambda arguments: parse(SdxlTrainNetworkOptions, arguments),
     "sdxl_gen_img.py": lambda arguments: parse(SdxlGenImgOptions, arguments),
     "tools/bench.py": accept_bench,

@@ -10,10 +10,6 @@ from library.options.record import Kind, Option
 _NEGATIVE_NUMBER = re.compile(r"^-(\d+|\d*\.\d+|\d+\.)(e[-+]?\d+)?%?$", re.IGNORECASE)
 
 
-_ADDITIONS = frozenset({"text_encoder_lr1", "text_encoder_lr2", "strict_config"})
-"""Options sd-scripts does not have; they must not make a beginning ambiguous that is not so there."""
-
-
 @dataclass
 class CommandLine:
     """What was typed."""
@@ -33,13 +29,16 @@ class _Word:
     attached: str | None = None
 
 
-def scan(argv: Sequence[str], options: Mapping[str, Option], elsewhere: Container[str] = ()) -> CommandLine:
+def scan(
+    argv: Sequence[str], options: Mapping[str, Option], elsewhere: Container[str] = (), additions: Container[str] = ()
+) -> CommandLine:
     """Sort arguments to options.
 
     Args:
         argv: the arguments without the script's name.
         options: the script's options by name. Unambiguous beginnings of names are accepted.
         elsewhere: names of options that only other scripts have, for a better message.
+        additions: names of options that make no beginning of another name ambiguous, see `ScriptOptions.additions`.
     """
     words = _words(argv, options)
     line = CommandLine()
@@ -51,7 +50,7 @@ def scan(argv: Sequence[str], options: Mapping[str, Option], elsewhere: Containe
         if not word.is_option:
             line.problems.append(f"{word.text!r} stands alone {owner}. Put a value that contains blanks in quotes.")
             continue
-        name = _resolve(word.text, options, elsewhere, line)
+        name = _resolve(word.text, options, elsewhere, additions, line)
         following = _plain_texts(words, position)
         if name is None:
             position += len(following)
@@ -98,12 +97,14 @@ def _candidates(typed: str, options: Mapping[str, Option]) -> list[str]:
     beginning = typed[2:]
     if beginning in options or beginning == "help":
         return [beginning]
-    fitting = [name for name in ("help", *options) if name.startswith(beginning)]
-    return [name for name in fitting if name not in _ADDITIONS] or fitting
+    return [name for name in ("help", *options) if name.startswith(beginning)]
 
 
-def _resolve(typed: str, options: Mapping[str, Option], elsewhere: Container[str], line: CommandLine) -> str | None:
-    candidates = _candidates(typed, options)
+def _resolve(
+    typed: str, options: Mapping[str, Option], elsewhere: Container[str], additions: Container[str], line: CommandLine
+) -> str | None:
+    fitting = _candidates(typed, options)
+    candidates = [name for name in fitting if name not in additions] or fitting
     if len(candidates) == 1:
         return candidates[0]
     if candidates:

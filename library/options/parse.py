@@ -52,7 +52,7 @@ def parse(script: type[Script], argv: Sequence[str], further_problems: Callable[
             exclude each other, features that are not built yet.
     """
     options = options_of(script)
-    line = scan(argv, options, names_elsewhere(script))
+    line = scan(argv, options, names_elsewhere(script), script.additions)
     if line.wants_help:
         _show_help(script)
     given, problems = _read_typed(options, line.typed)

@@ -48,6 +48,8 @@ class ScriptOptions:
     """The script's path from the root of the repository."""
     purpose: ClassVar[str]
     """One sentence for the head of `--help`."""
+    additions: ClassVar[frozenset[str]] = frozenset()
+    """Options that sd-scripts does not have there; they make no abbreviation ambiguous that is clear without them."""
 
     @classmethod
     def groups(cls) -> dict[str, type[OptionGroup]]:
@@ -89,6 +91,9 @@ class SdxlTrainOptions(TrainingOptions):
 
     script: ClassVar[str] = "sdxl_train.py"
     purpose: ClassVar[str] = "Fine-tune a whole SDXL model: the U-Net, and the text encoders if wanted."
+    additions: ClassVar[frozenset[str]] = frozenset(
+        {"initial_epoch", "initial_step", "prior_loss_weight", "skip_until_initial_step", "strict_config"}
+    )
 
     precision: FinetunePrecisionOptions = field(default_factory=FinetunePrecisionOptions)
     output: ModelOutputOptions = field(default_factory=ModelOutputOptions)
@@ -101,6 +106,9 @@ class SdxlTrainNetworkOptions(TrainingOptions):
 
     script: ClassVar[str] = "sdxl_train_network.py"
     purpose: ClassVar[str] = "Train a LoRA or another network on an SDXL model."
+    additions: ClassVar[frozenset[str]] = frozenset(
+        {"fused_optimizer_groups", "text_encoder_lr1", "text_encoder_lr2", "strict_config"}
+    )
 
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
@@ -111,6 +119,8 @@ class SdxlTrainNetworkOptions(TrainingOptions):
 @dataclass(frozen=True)
 class _CachingOptions(ScriptOptions):
     """What both caching tools take: the options of training, most of them without effect there."""
+
+    additions: ClassVar[frozenset[str]] = frozenset({"strict_config"})
 
     model: ModelOptions = field(default_factory=ModelOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)

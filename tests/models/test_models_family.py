@@ -10,6 +10,7 @@ import torch
 from library.models.family import Family, SizeConditioning
 from library.models.sdxl.embeddings import size_embedding
 from library.models.sdxl.family import SdxlFamily
+from tests.models.saving import save_parts
 
 CPU = torch.device("cpu")
 REFERENCE = json.loads((Path(__file__).parents[1] / "compat" / "training_reference_values.json").read_text(encoding="utf-8"))
@@ -122,17 +123,13 @@ def test_text_outputs_survive_the_cache_file(family, dtype, stored) -> None:
 
 def test_a_fingerprint_is_that_of_the_weights_not_of_the_file(family, tmp_path) -> None:
     path = tmp_path / "copy.safetensors"
-    family.save_single_file(
-        path,
-        load_components(family),
-        {"note": "another header"},
-    )
+    save_parts(family, path, load_components(family), metadata={"note": "another header"})
     copy = SdxlFamily.open(type(family.source)(str(path)))
     for part in ("vae", "text_encoders"):
         assert copy.fingerprint(part) == family.fingerprint(part)
     changed = load_components(family)
     changed.text_encoders[1].text_projection.weight.data[0, 0] += 0.5
-    family.save_single_file(path, changed)
+    save_parts(family, path, changed)
     other = SdxlFamily.open(type(family.source)(str(path)))
     assert other.fingerprint("vae") == family.fingerprint("vae")
     assert other.fingerprint("text_encoders") != family.fingerprint("text_encoders")

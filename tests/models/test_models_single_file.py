@@ -16,6 +16,7 @@ from library.models.sdxl.family import SdxlFamily
 from library.models.sdxl.single_file import single_file_tensors
 from library.models.sdxl.sizes import SdxlSizes
 from library.options.errors import UserError
+from tests.models.saving import save_parts
 
 KEYS = json.loads((Path(__file__).parents[1] / "compat" / "sdxl_checkpoint_keys.json").read_text(encoding="utf-8"))["keys"]
 CPU = torch.device("cpu")
@@ -42,13 +43,13 @@ def test_a_full_size_file_would_have_every_name_and_shape_of_the_release() -> No
 
 
 def test_loading_and_saving_keeps_every_key_and_value(tiny_file, tensors, family, tmp_path) -> None:
-    family.save_single_file(tmp_path / "saved.safetensors", load(family))
+    save_parts(family, tmp_path / "saved.safetensors", load(family))
     saved = load_file(tmp_path / "saved.safetensors")
     assert saved.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert torch.equal(saved[name], tensor), name
     again = open_file(tmp_path / "saved.safetensors")
-    again.save_single_file(tmp_path / "again.safetensors", load(again))
+    save_parts(again, tmp_path / "again.safetensors", load(again))
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "saved.safetensors").read_bytes()
 
 
@@ -92,7 +93,7 @@ def test_diffusers_opens_what_is_saved(family, diffusers_configs, pipeline, tmp_
     from diffusers import StableDiffusionXLPipeline
 
     path = tmp_path / "saved.safetensors"
-    family.save_single_file(path, load(family), {"format": "pt"})
+    save_parts(family, path, load(family))
     opened = StableDiffusionXLPipeline.from_single_file(str(path), config=str(diffusers_configs), local_files_only=True)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         expected = getattr(pipeline, part).state_dict()
@@ -102,7 +103,7 @@ def test_diffusers_opens_what_is_saved(family, diffusers_configs, pipeline, tmp_
 
 def test_saving_in_another_dtype_casts_all_weights_and_leaves_the_model_alone(family, tmp_path) -> None:
     components = load(family)
-    family.save_single_file(tmp_path / "half.safetensors", components, dtype=torch.float16)
+    save_parts(family, tmp_path / "half.safetensors", components, dtype=torch.float16)
     assert {tensor.dtype for tensor in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
     assert components.denoiser.dtype == torch.float32
 
@@ -110,7 +111,7 @@ def test_saving_in_another_dtype_casts_all_weights_and_leaves_the_model_alone(fa
 def test_a_text_encoder_that_was_freed_is_saved_from_the_source(tensors, family, tmp_path) -> None:
     components = load(family)
     components.text_encoders = [None, None]
-    family.save_single_file(tmp_path / "saved.safetensors", components)
+    save_parts(family, tmp_path / "saved.safetensors", components)
     saved = load_file(tmp_path / "saved.safetensors")
     assert saved.keys() == tensors.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in tensors.items())
@@ -128,15 +129,15 @@ def test_optional_keys_are_kept_dropped_or_added_as_they_should_be(tensors, tmp_
     save_file(source, tmp_path / "source.safetensors")
     family = open_file(tmp_path / "source.safetensors")
     assert family.declared_prediction() == "v"
-    family.save_single_file(tmp_path / "kept.safetensors", load(family))
+    save_parts(family, tmp_path / "kept.safetensors", load(family), v_prediction=True, zero_terminal_snr=True)
     kept = load_file(tmp_path / "kept.safetensors")
     assert kept.keys() == tensors.keys() | {"v_pred", "ztsnr"}
     assert kept[LOGIT_SCALE] == 1.25
-    family.save_single_file(tmp_path / "epsilon.safetensors", load(family), markers=frozenset())
+    save_parts(family, tmp_path / "epsilon.safetensors", load(family))
     assert load_file(tmp_path / "epsilon.safetensors").keys() == tensors.keys()
     save_file({name: t for name, t in tensors.items() if name != LOGIT_SCALE}, tmp_path / "without.safetensors")
     family = open_file(tmp_path / "without.safetensors")
-    family.save_single_file(tmp_path / "added.safetensors", load(family))
+    save_parts(family, tmp_path / "added.safetensors", load(family))
     assert abs(float(load_file(tmp_path / "added.safetensors")[LOGIT_SCALE]) - 4.6052) < 1e-6
 
 
@@ -148,9 +149,9 @@ def test_what_shapes_do_not_tell_is_read_from_metadata_and_kept(tensors, tmp_pat
     assert (family.sizes.te1.heads, family.sizes.te2.activation) == (2, "quick_gelu")
     torch.testing.assert_close(family.to_model_units(torch.ones(1)), torch.tensor([0.2]))
     assert family.declared_prediction() == "v"
-    family.save_single_file(tmp_path / "saved.safetensors", load(family), {"modelspec.title": "t"})
+    save_parts(family, tmp_path / "saved.safetensors", load(family), metadata={"modelspec.title": "t"})
     with safe_open(tmp_path / "saved.safetensors", "pt") as saved:
-        assert saved.metadata() == told | {"modelspec.title": "t"}
+        assert saved.metadata() == told | {"format": "pt", "modelspec.title": "t"}
 
 
 def test_the_alternative_spelling_of_the_projection_gives_the_same_model(tensors, family, tmp_path) -> None:

@@ -4,10 +4,17 @@ import logging
 
 import pytest
 
+from library.options.checks_optimizer import check_optimizer_options
 from library.options.errors import UsageError
 from library.options.groups.image import ImageOptions
 from library.options.parse import parse
-from library.options.scripts import CacheLatentsOptions, CacheTextEncoderOutputsOptions, SdxlGenImgOptions, SdxlTrainNetworkOptions
+from library.options.scripts import (
+    CacheLatentsOptions,
+    CacheTextEncoderOutputsOptions,
+    SdxlGenImgOptions,
+    SdxlTrainNetworkOptions,
+    SdxlTrainOptions,
+)
 
 TRAIN = "--pretrained_model_name_or_path owner/model --output_dir o --network_module networks.lora --train_data_dir d"
 DRAW = "--ckpt m --prompt cat"
@@ -60,6 +67,38 @@ ODD = [
     ("--skip_until_initial_step", "--skip_until_initial_step has no effect"),
 ]
 
+FUSED = "--fused_backward_pass --optimizer_type Adafactor --optimizer_args relative_step=False"
+FINETUNE = "--pretrained_model_name_or_path owner/model --train_data_dir d --output_dir o"
+FINETUNE_REFUSED = [
+    ("--train_text_encoder --cache_text_encoder_outputs", "--train_text_encoder excludes --cache_text_encoder_outputs"),
+    ("--learning_rate 0", "All learning rates are 0"),
+    ("--learning_rate 0 --train_text_encoder --learning_rate_te1 0", "All learning rates are 0"),
+    (f"--block_lr {','.join(['0'] * 23)}", "All learning rates are 0"),
+    ("--block_lr 1e-5,1e-5", "these are 2"),
+    (f"--block_lr {','.join(['x'] * 23)}", "'x' is not a number"),
+    ("--full_bf16", "--full_bf16 keeps weights in the type of the computation, so it needs --mixed_precision bf16"),
+    ("--full_fp16 --mixed_precision bf16", "needs --mixed_precision fp16"),
+    (f"{FUSED} --gradient_accumulation_steps 2", "--gradient_accumulation_steps 2 has nothing to add up"),
+    (f"{FUSED} --fused_optimizer_groups 4", "exclude each other"),
+    (f"{FUSED} --mixed_precision fp16", "cannot undo the gradient scaling"),
+    ("--fused_backward_pass --optimizer_type Prodigy --learning_rate 1", "Prodigy computes its rate or average over all"),
+    ("--fused_optimizer_groups 4 --optimizer_type AdamWScheduleFree", "AdamWScheduleFree computes its rate or average over all"),
+    ("--learning_rate=-1e-5", "is negative, which AdamW cannot use"),
+]
+FINETUNE_ACCEPTED = [
+    FUSED,
+    "--fused_optimizer_groups 10",
+    "--fused_optimizer_groups 0 --gradient_accumulation_steps 2",
+    "--learning_rate 0 --train_text_encoder --learning_rate_te2 1e-6",
+    f"--block_lr {','.join(['0'] * 22)},1e-5",
+    "--full_bf16 --mixed_precision bf16",
+    "--save_model_as diffusers --use_safetensors",
+]
+FINETUNE_ODD = [
+    ("--learning_rate_te1 1e-6", "--learning_rate_te1 has no effect without --train_text_encoder"),
+    ("--use_safetensors --save_model_as ckpt", "--use_safetensors has no effect"),
+]
+
 GENERATION_REFUSED = [
     ("", "--ckpt is missing"),
     ("--ckpt m", "There is nothing to draw"),
@@ -70,9 +109,9 @@ GENERATION_REFUSED = [
 ]
 
 
-def refusal(script, command):
+def refusal(script, command, further=None):
     with pytest.raises(UsageError) as error:
-        parse(script, command.split())
+        parse(script, command.split(), further)
     return error.value.problems
 
 
@@ -92,6 +131,29 @@ def test_what_can_be_used_together_is_taken_without_a_word(typed, caplog):
 @pytest.mark.parametrize(("typed", "words"), ODD)
 def test_what_is_only_odd_is_said(typed, words, caplog):
     parse(SdxlTrainNetworkOptions, f"{TRAIN} {typed}".split())
+    (told,) = caplog.messages
+    assert words in told
+
+
+@pytest.mark.parametrize(("typed", "words"), FINETUNE_REFUSED)
+def test_what_cannot_be_used_together_in_fine_tuning_is_refused_in_one_sentence(typed, words, monkeypatch):
+    monkeypatch.setattr("library.options.checks.find_spec", lambda name: None)
+    (told,) = refusal(
+        SdxlTrainOptions, f"{FINETUNE} {typed}", lambda options: check_optimizer_options(options.optimizer, options.scheduler)
+    )
+    assert words in told
+
+
+@pytest.mark.parametrize("typed", FINETUNE_ACCEPTED)
+def test_what_can_be_used_together_in_fine_tuning_is_taken_without_a_word(typed, caplog):
+    with caplog.at_level(logging.INFO):
+        parse(SdxlTrainOptions, f"{FINETUNE} {typed}".split())
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("typed", "words"), FINETUNE_ODD)
+def test_what_is_only_odd_in_fine_tuning_is_said(typed, words, caplog):
+    parse(SdxlTrainOptions, f"{FINETUNE} {typed}".split())
     (told,) = caplog.messages
     assert words in told
 

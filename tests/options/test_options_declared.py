@@ -11,12 +11,6 @@ from library.options.scripts import SCRIPTS, ScriptOptions, SdxlTrainNetworkOpti
 
 COMPAT = Path(__file__).parents[1] / "compat" / "cli_options.json"
 
-OURS = {
-    "sdxl_train_network.py": {"text_encoder_lr1", "text_encoder_lr2", "strict_config"},
-    "sdxl_gen_img.py": set(),
-    "tools/cache_latents.py": {"strict_config"},
-    "tools/cache_text_encoder_outputs.py": {"strict_config"},
-}
 TYPES = {Kind.TEXT: "str", Kind.PATH: "Path", Kind.INT: "int", Kind.FLOAT: "float", Kind.STEPS: "int_or_float", Kind.FLAG: None}
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.script)
@@ -52,7 +46,7 @@ def test_every_option_has_the_spelling_type_nargs_choices_and_default_of_sd_scri
 
 @each_script
 def test_there_are_no_options_beyond_sd_scripts_and_our_list(script):
-    assert options_of(script).keys() - frozen(script).keys() == OURS[script.script]
+    assert options_of(script).keys() - frozen(script).keys() == script.additions
 
 
 @each_script
@@ -80,7 +74,7 @@ def test_our_additions_make_no_beginning_of_a_name_ambiguous(script):
     for name in theirs:
         for length in range(1, len(name)):
             if [other for other in theirs if other.startswith(name[:length])] == [name]:
-                assert scan([f"--{name[:length]}=1"], options_of(script)).typed.keys() == {name}
+                assert scan([f"--{name[:length]}=1"], options_of(script), additions=script.additions).typed.keys() == {name}
 
 
 def test_a_rate_for_one_text_encoder_wins_over_the_rate_for_both():

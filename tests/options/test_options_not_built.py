@@ -11,6 +11,7 @@ from library.options.scripts import SCRIPTS, CacheTextEncoderOutputsOptions, Sdx
 
 _DATA = "--pretrained_model_name_or_path owner/model --train_data_dir d"
 ESSENTIALS = {
+    "sdxl_train.py": f"{_DATA} --output_dir o",
     "sdxl_train_network.py": f"{_DATA} --output_dir o --network_module networks.lora",
     "sdxl_gen_img.py": "--ckpt m --prompt cat",
     "tools/cache_latents.py": _DATA,

@@ -50,11 +50,11 @@ def test_training_the_whole_model_takes_more_arithmetic_than_a_lora_and_checkpoi
 
 def test_a_step_changes_what_is_trained_and_nothing_else() -> None:
     run, batch = benchmark.make_run(BenchOptions(**SMALL), WorkingPrecisionOptions(), OptimizerOptions(learning_rate=1e-3))
-    unet = run.step.frozen.denoiser
+    unet = run.step.parts.denoiser
     frozen_before = {name: value.clone() for name, value in unet.state_dict().items()}
-    trained_before = [parameter.detach().clone() for parameter in run.parameters]
+    trained_before = [parameter.detach().clone() for parameter in run.trainable.module.parameters()]
     benchmark.one_step(run, batch)
-    assert any(not torch.equal(before, now) for before, now in zip(trained_before, run.parameters, strict=True))
+    assert any(not torch.equal(before, now) for before, now in zip(trained_before, run.trainable.module.parameters(), strict=True))
     assert all(torch.equal(frozen_before[name], value) for name, value in unet.state_dict().items())
 
 
@@ -62,11 +62,11 @@ def test_the_number_of_trained_parameters_is_that_of_the_model_or_of_its_adapter
     with safe_open(tiny_checkpoint, framework="pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys() if name.startswith("model.diffusion_model.")]  # noqa: SIM118
     whole, _ = benchmark.make_run(BenchOptions(**SMALL | {"mode": "finetune"}), WorkingPrecisionOptions(), OptimizerOptions())
-    assert sum(parameter.numel() for parameter in whole.parameters) == sum(math.prod(shape) for shape in shapes)
+    assert sum(parameter.numel() for parameter in whole.trainable.module.parameters()) == sum(math.prod(shape) for shape in shapes)
     of_rank = {}
     for rank in (4, 8):
         run, _ = benchmark.make_run(BenchOptions(**SMALL | {"network_dim": rank}), WorkingPrecisionOptions(), OptimizerOptions())
-        of_rank[rank] = sum(parameter.numel() for parameter in run.parameters)
+        of_rank[rank] = sum(parameter.numel() for parameter in run.trainable.module.parameters())
     assert of_rank[8] == 2 * of_rank[4]
 
 

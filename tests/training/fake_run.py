@@ -12,13 +12,15 @@ from library.dataset.batch import Batch
 from library.diffusion.objective import DdpmObjective
 from library.diffusion.schedule import NoiseSchedule
 from library.models.family import SizeConditioning, TextCond, Tokens
+from library.optim.updates import make_updater
 from library.options.groups.loss import LossOptions
 from library.options.groups.noise import NoiseOptions
+from library.options.groups.optimizer import OptimizerOptions
 from library.training.interrupt import StopRequest
 from library.training.loop import TrainingRun, train
 from library.training.position import Position
 from library.training.state import Resumable
-from library.training.step import FrozenParts, TrainStep
+from library.training.step import ModelParts, TrainStep
 from library.training.trainable import NetworkTrainable
 
 SEED = 7
@@ -99,16 +101,18 @@ class FakeRun:
         encoders = [nn.Embedding(16, 4).requires_grad_(False) for _ in range(2)]
         self.network = FakeNetwork(denoiser, encoders[0])
         objective = DdpmObjective(NoiseSchedule.make(), False, NoiseOptions(), LossOptions())
-        step = TrainStep(self.network, FrozenParts(FakeFamily(), denoiser, list(encoders), None), objective, train_text=True)
+        step = TrainStep(self.network, ModelParts(FakeFamily(), denoiser, list(encoders), None), objective, train_text=True)
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=lr)
         self.accelerator = Accelerator(cpu=True)
         self.trainable = NetworkTrainable(self.network, denoiser, encoders, None)
         self.losses: list[float] = []
         step, optimizer = self.accelerator.prepare(step, optimizer)
+        parameters = list(self.network.parameters())
+        updater = make_updater(optimizer.optimizer, optimizer, parameters, OptimizerOptions(), self.accelerator)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer.optimizer, 1.0, 0.1, total_iters=20)
         self.run = TrainingRun(
-            self.accelerator, step, self.trainable, list(self.network.parameters()), optimizer, schedule,
-            lambda epoch, start: self._batches(batches, epoch, start), len(batches), accumulation, updates, 1.0, SEED,
+            self.accelerator, step, self.trainable, updater, schedule,
+            lambda epoch, start: self._batches(batches, epoch, start), len(batches), accumulation, updates, SEED,
             lambda loss: self.losses.append(loss.item()), list(observers),
         )  # fmt: skip
         self.live = Resumable(self.network, optimizer, schedule, None)

@@ -139,7 +139,7 @@ def test_the_state_of_another_network_is_refused(tmp_path: Path) -> None:
     save_state(state_folder(tmp_path), run.live, run.train(), SEED, 5, {})
     other = FakeRun(dataset(5), updates=1)
     other.network.text = torch.nn.Parameter(torch.zeros(5))
-    with pytest.raises(UserError, match="another network: text"):
+    with pytest.raises(UserError, match="something else was trained: text do not fit"):
         load_state(state_folder(tmp_path), other.live)
     assert json.loads((state_folder(tmp_path) / "train_state.json").read_text())["current_step"] == 1
 

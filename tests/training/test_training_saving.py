@@ -52,7 +52,7 @@ def test_the_state_of_an_epoch_continues_with_the_next_one(tmp_path: Path) -> No
     assert not (tmp_path / "net-000003.pt").exists()
 
 
-def fail(path: Path, dtype: object, metadata: object) -> None:
+def fail(path: Path, *_: object) -> None:
     raise UserError(f"{path} could not be written: the disk is full.")
 
 

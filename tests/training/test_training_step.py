@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from library.training.position import Position
-from library.training.step import FrozenParts, NanWatch, TrainStep, posterior_noise
+from library.training.step import ModelParts, NanWatch, TrainStep, posterior_noise
 from tests.training.fake_run import FakeFamily, FakeRun, dataset
 
 
@@ -27,8 +27,8 @@ class EncodingFamily(FakeFamily):
 @pytest.fixture
 def step() -> TrainStep:
     step = FakeRun(dataset(2, batch_size=2), updates=1).run.step
-    parts = step.frozen
-    step.frozen = FrozenParts(EncodingFamily(), parts.denoiser, parts.text_encoders, FakeVae(), vae_batch_size=2)
+    parts = step.parts
+    step.parts = ModelParts(EncodingFamily(), parts.denoiser, parts.text_encoders, FakeVae(), vae_batch_size=2)
     return step
 
 
@@ -40,7 +40,7 @@ def image_batch(count: int) -> object:
 def test_images_are_encoded_a_few_at_a_time_with_noise_of_their_own_seed(step: TrainStep) -> None:
     batch = image_batch(3)
     latents = step.cached_or_encoded_latents(batch)
-    assert step.frozen.vae.batch_sizes == [2, 1]
+    assert step.parts.vae.batch_sizes == [2, 1]
     plain = nn.functional.avg_pool2d(batch.images, 8).mean(1, keepdim=True)
     torch.testing.assert_close(latents - plain, posterior_noise(batch.draw_seeds, (4, 8, 8)))
     alone = step.cached_or_encoded_latents(replace(batch, images=batch.images[1:2], draw_seeds=batch.draw_seeds[1:2]))
