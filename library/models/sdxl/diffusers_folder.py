@@ -48,7 +48,8 @@ def open_folder(folder: Path, prefer_fp16: bool = False, mmap: bool = True) -> C
             raise UserError(f"{folder} is not a complete SDXL model: there are no weights in its folder {sub}.")
     parts = {"unet": _ldm_part(unet), "te1": with_text_model(te1), "te2": with_text_model(te2), "vae": vae_part(vae)}
     facts = _read_json(folder / SINGLE_FILE_FACTS)
-    metadata = {str(key): str(value) for key, value in facts.get("metadata", {}).items()} | _sizes_told(folder)
+    told = facts.get("metadata", _sizes_told(folder))
+    metadata = {str(key): str(value) for key, value in told.items()}
     return Checkpoint(str(folder), parts, metadata, _markers(folder), _logit_scale(facts))
 
 
@@ -167,7 +168,9 @@ def _sizes_told(folder: Path) -> dict[str, str]:
         unet = _read_json(folder / "unet" / "config.json")
         yield "arch.norm_groups", unet.get("norm_num_groups")
         yield "arch.unet.head_dim", _head_dim(unet)
-        yield "arch.vae.norm_groups", _read_json(folder / "vae" / "config.json").get("norm_num_groups")
+        vae = _read_json(folder / "vae" / "config.json")
+        yield "arch.vae.norm_groups", vae.get("norm_num_groups")
+        yield "arch.vae.scaling_factor", vae.get("scaling_factor")
 
     return {key: str(value) for key, value in facts() if value is not None}
 
