@@ -31,7 +31,7 @@ def section_facts(section: Section) -> Facts:
     """Describe one dataset of the file."""
     config = section.config
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": all(subset.metadata_file is None for subset in config.subsets),
         "batch_size_per_device": config.batch_size,
         "num_train_images": num_train_uses(section),
         "num_reg_images": num_reg_images(section),
@@ -58,11 +58,11 @@ def num_reg_images(section: Section) -> int:
 
 
 def tag_frequency(section: Section) -> dict[str, dict[str, int]]:
-    """Count the tags of the captions by folder: split at commas, stripped, in lower case, none empty."""
+    """Count the tags by folder or metadata file: split at commas, stripped, in lower case, none empty."""
     counts: dict[str, Counter[str]] = {}
     for item in section.items:
         folder = _folder_name(section.subset(item))
-        tags = (tag.strip().lower() for tag in item.caption.replace("\n", ",").split(","))
+        tags = (tag.strip().lower() for tag in item.tags.replace("\n", ",").split(","))
         counts.setdefault(folder, Counter()).update(tag for tag in tags if tag)
     return {folder: dict(tags) for folder, tags in counts.items()}
 
@@ -134,14 +134,17 @@ def _subset_facts(subset: SubsetConfig, count: int) -> Facts:
         "caption_prefix": rules.caption_prefix,
         "caption_suffix": rules.caption_suffix,
         "resize_interpolation": subset.resize_interpolation,
-        "image_dir": _folder_name(subset),
-        "class_tokens": subset.class_tokens,
-        "is_reg": subset.is_reg,
+        "image_dir": os.path.basename(os.path.normpath(subset.image_dir)),
+        **(
+            {"metadata_file": os.path.basename(subset.metadata_file)}
+            if subset.metadata_file
+            else {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
+        ),
     }
 
 
 def _folder_name(subset: SubsetConfig) -> str:
-    return os.path.basename(os.path.normpath(subset.image_dir))
+    return os.path.basename(os.path.normpath(subset.source))
 
 
 def _aspect_error(item: Item) -> float:

@@ -15,6 +15,7 @@ from PIL import features
 from library.dataset.buckets import BucketChooser, Geometry, Size
 from library.dataset.caption_files import find_caption_file, read_caption
 from library.dataset.images import ImageFacts, inspect_image
+from library.dataset.metadata_file import caption_of, find_images, read_metadata
 from library.options.dataset_config import DatasetConfig, SectionConfig, SubsetConfig
 from library.options.errors import UserError
 
@@ -41,6 +42,8 @@ class Item:
     """EXIF orientation, 1 to 8."""
     caption: str
     """The image's own text; lines are separated by newlines where wildcards are enabled."""
+    tags: str
+    """What counts as tags in statistics: the caption, or the tags of a metadata file."""
     repeats: int
     """Uses in an epoch."""
     is_reg: bool
@@ -77,6 +80,7 @@ class _Found:
     subset: int
     path: str
     caption: str
+    tags: str
     cache_stem: str
 
 
@@ -94,7 +98,7 @@ def build_index(config: DatasetConfig) -> tuple[Section, ...]:
     if problems:
         raise UserError(_joined(problems))
     if not found:
-        folders = ", ".join(subset.image_dir for section in config.sections for subset in section.subsets)
+        folders = ", ".join(subset.source for section in config.sections for subset in section.subsets)
         raise UserError(f"There are no images in {folders}. Files directly in these folders count: {' '.join(image_extensions())}.")
     _report_turned(facts)
     sections: list[Section] = []
@@ -146,21 +150,56 @@ def balance_regularisation(num_train: int, reg_repeats: Sequence[int]) -> list[i
 
 def _section_images(number: int, section: SectionConfig, problems: list[str]) -> Iterator[_Found]:
     for position, subset in enumerate(section.subsets):
-        paths = list_images(subset.image_dir)
-        if not paths:
-            logger.warning("%s has no images; files directly in it count: %s", subset.image_dir, " ".join(image_extensions()))
-        stems = dict(zip(paths, _cache_stems(paths, os.path.realpath(subset.image_dir)), strict=True))
-        captions = _captions(paths, subset, problems)
-        for path, caption in zip(paths, captions, strict=True):
-            yield _Found(number, position, path, caption, stems[path])
+        read = _metadata_captions if subset.metadata_file else _folder_captions
+        captions = read(subset, problems)
+        for (path, (caption, tags)), stem in zip(captions.items(), _cache_stems(captions), strict=True):
+            yield _Found(number, position, path, caption, tags, stem)
 
 
-def _cache_stems(paths: Iterable[str], folder: str) -> Iterator[str]:
+def _folder_captions(subset: SubsetConfig, problems: list[str]) -> dict[str, tuple[str, str]]:
+    """Return caption and tags, which are the same text, of each image of a folder."""
+    paths = list_images(subset.image_dir)
+    if not paths:
+        logger.warning("%s has no images; files directly in it count: %s", subset.image_dir, " ".join(image_extensions()))
+    return {path: (caption, caption) for path, caption in zip(paths, _captions(paths, subset, problems), strict=True)}
+
+
+def _metadata_captions(subset: SubsetConfig, problems: list[str]) -> dict[str, tuple[str, str]]:
+    """Return caption and tags of each image that a metadata file names."""
+    rules = subset.captions
+    try:
+        entries = read_metadata(subset.source)
+    except UserError as error:
+        problems.append(str(error))
+        return {}
+    if not entries:
+        logger.warning("%s names no images.", subset.source)
+    found = find_images(entries, subset.image_dir, image_extensions(), problems)
+    without = [path for path, entry in found.items() if not entry.caption and not entry.tags]
+    if without:
+        logger.warning(
+            "%d of %d images in %s have neither caption nor tags and are trained with an empty caption: %s.",
+            len(without), len(found), subset.source, _some(without),
+        )  # fmt: skip
+    if subset.image_dir:
+        left = set(list_images(subset.image_dir)) - set(found)
+        if left:
+            logger.info("%d images of %s have no entry in %s and are not used.", len(left), subset.image_dir, subset.source)
+    return {
+        path: (caption_of(entry, rules.caption_separator, multiline=rules.enable_wildcard), entry.tags)
+        for path, entry in found.items()
+    }
+
+
+def _cache_stems(paths: Iterable[str]) -> Iterator[str]:
     """Give the first image of a name the name without extension, as sd-scripts does, and later ones their whole file name."""
     taken: set[str] = set()
-    for name in map(os.path.basename, paths):
-        stem = os.path.splitext(name)[0]
-        yield os.path.join(folder, name if stem in taken else stem)
+    folders: dict[str, str] = {}
+    for path in paths:
+        folder, name = os.path.split(path)
+        real = folders.setdefault(folder, os.path.realpath(folder))
+        stem = os.path.join(real, os.path.splitext(name)[0])
+        yield os.path.join(real, name) if stem in taken else stem
         taken.add(stem)
 
 
@@ -232,8 +271,8 @@ def _section(
         subset, fact = config.subsets[image.subset], facts[image.path]
         return Item(
             number=0, section=number, subset=image.subset, path=image.path, size=fact.size, orientation=fact.orientation,
-            caption=image.caption, repeats=subset.num_repeats, is_reg=subset.is_reg, geometry=geometries[number, image.path],
-            cache_stem=image.cache_stem,
+            caption=image.caption, tags=image.tags, repeats=subset.num_repeats, is_reg=subset.is_reg,
+            geometry=geometries[number, image.path], cache_stem=image.cache_stem,
         )  # fmt: skip
 
     items = [item(image) for image in found]

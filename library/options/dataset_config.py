@@ -20,7 +20,16 @@ _SECTION_KEYS = (
     "resolution", "batch_size", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale",
     "resize_interpolation",
 )  # fmt: skip
-_SUBSET_KEYS = ("image_dir", "num_repeats", "is_reg", "class_tokens", "caption_extension", "flip_aug", "resize_interpolation")
+_SUBSET_KEYS = (
+    "image_dir",
+    "metadata_file",
+    "num_repeats",
+    "is_reg",
+    "class_tokens",
+    "caption_extension",
+    "flip_aug",
+    "resize_interpolation",
+)
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,11 @@ class CaptionRules:
 
 @dataclass(frozen=True)
 class SubsetConfig:
-    """One folder of images."""
+    """One folder of images with caption files, or the images that one metadata file names."""
 
     image_dir: str
+    """Empty where a metadata file has whole paths."""
+    metadata_file: str | None
     num_repeats: int
     is_reg: bool
     class_tokens: str | None
@@ -65,6 +76,11 @@ class SubsetConfig:
     resize_interpolation: str | None
     """None: area where both sides shrink, else Lanczos."""
     captions: CaptionRules
+
+    @property
+    def source(self) -> str:
+        """The file or folder the images come from."""
+        return self.metadata_file or self.image_dir
 
 
 @dataclass(frozen=True)
@@ -115,7 +131,7 @@ def load_dataset_config(
     if dataset.dataset_config:
         sections = reader.read_file(str(dataset.dataset_config))
     else:
-        sections = reader.read_folders(dataset.train_data_dir, dataset.reg_data_dir)
+        sections = reader.read_folders(dataset.train_data_dir, dataset.reg_data_dir, dataset.in_json)
     for number, section in enumerate(sections, start=1):
         where = f"{reader.source}: dataset {number}" if dataset.dataset_config else reader.source
         reader.problems += section_problems(section, where, size_multiple)
@@ -151,12 +167,16 @@ class _Reader:
         sections = [self.section(dataset.own.where, [dataset.own, file.general], dataset.subsets) for dataset in file.datasets]
         return [section for section in sections if section is not None]
 
-    def read_folders(self, train_data_dir: str | None, reg_data_dir: str | None) -> list[SectionConfig]:
+    def read_folders(self, train_data_dir: str | None, reg_data_dir: str | None, in_json: str | None) -> list[SectionConfig]:
         if not train_data_dir:
             self.problems.append(
                 "No images: give --dataset_config FILE, or --train_data_dir FOLDER with folders such as '10_sks dog'."
             )
             return []
+        if in_json:
+            place = Place("--in_json", {"metadata_file": in_json, "image_dir": train_data_dir})
+            section = self.section("the command line", [], [place])
+            return [] if section is None else [section]
         places = [
             Place("--train_data_dir", table) for table in self.subset_folders(train_data_dir, "--train_data_dir", is_reg=False)
         ]
@@ -189,6 +209,7 @@ class _Reader:
     def section(self, where: str, outer: list[Place], subsets: list[Place]) -> SectionConfig | None:
         problems_before = len(self.problems)
         values = {name: self.value(KEYS[name], outer) for name in _SECTION_KEYS}
+        self.problems += mixed_kinds(f"{self.source}: {where}", [place.table for place in subsets])
         built = [self.subset([place, *outer]) for place in subsets]
         is_sound = len(self.problems) == problems_before
         if values["resolution"] is None and all(place.table.get("resolution") is None for place in outer):
@@ -203,11 +224,11 @@ class _Reader:
     def usable(self, where: str, subsets: list[SubsetConfig]) -> list[SubsetConfig]:
         kept: dict[str, SubsetConfig] = {}
         for subset in subsets:
-            identity = os.path.realpath(subset.image_dir)
+            identity = os.path.realpath(subset.source)
             if subset.num_repeats < 1:
-                self.warnings.append(f"{where}: {subset.image_dir} is skipped: its number of repeats is {subset.num_repeats}.")
+                self.warnings.append(f"{where}: {subset.source} is skipped: its number of repeats is {subset.num_repeats}.")
             elif identity in kept:
-                self.warnings.append(f"{where}: {subset.image_dir} is listed twice in one dataset; the second time is skipped.")
+                self.warnings.append(f"{where}: {subset.source} is listed twice in one dataset; the second time is skipped.")
             else:
                 kept[identity] = subset
         return list(kept.values())
@@ -216,6 +237,8 @@ class _Reader:
         values = {name: self.value(KEYS[name], places) for name in _SUBSET_KEYS}
         rules = CaptionRules(**{name: self.value(KEYS[name], places) for name in CaptionRules.__dataclass_fields__})
         where, own = places[0].where, places[0].table
+        if values["metadata_file"] is not None:
+            return self.metadata_subset(where, own, values, rules)
         if values["image_dir"] is None:
             if "image_dir" not in own:
                 self.problems.append(f"{self.source}: {where}: image_dir is missing. Name the folder of the images.")
@@ -225,6 +248,26 @@ class _Reader:
                 f"{self.source}: {where}: image_dir {values['image_dir']} is not a folder. Paths start at {os.getcwd()}."
             )
         return SubsetConfig(**values, captions=rules)
+
+    def metadata_subset(self, where: str, own: dict[str, Any], values: dict[str, Any], rules: CaptionRules) -> SubsetConfig:
+        """Check a subset whose images and captions a metadata file names."""
+        foreign = [name for name in ("class_tokens", "caption_extension", "is_reg") if own.get(name) is not None]
+        if foreign:
+            self.problems.append(
+                f"{self.source}: {where}: {', '.join(foreign)} is for folders with caption files; here captions are in the "
+                "metadata_file. Remove it."
+            )
+        if not os.path.isfile(values["metadata_file"]):
+            self.problems.append(
+                f"{self.source}: {where}: there is no metadata_file {values['metadata_file']}. Paths start at {os.getcwd()}."
+            )
+        if values["image_dir"] is not None and not os.path.isdir(values["image_dir"]):
+            self.problems.append(
+                f"{self.source}: {where}: image_dir {values['image_dir']} is not a folder. Paths start at {os.getcwd()}."
+            )
+        return SubsetConfig(
+            **values | {"image_dir": values["image_dir"] or "", "class_tokens": None, "is_reg": False}, captions=rules
+        )
 
     def value(self, key: Key, places: list[Place]) -> Any:
         """Return the first value that is set, from the innermost table out to the command line."""
@@ -243,6 +286,17 @@ class _Reader:
 
     def option(self, name: str) -> Any:
         return next((getattr(group, name) for group in self.options if hasattr(group, name)), None)
+
+
+def mixed_kinds(where: str, subsets: Sequence[dict[str, Any]]) -> list[str]:
+    """Complain where some subsets of a dataset have a metadata file and others caption files."""
+    with_file = sum(table.get("metadata_file") is not None for table in subsets)
+    if with_file in (0, len(subsets)):
+        return []
+    return [
+        f"{where}: {with_file} of {len(subsets)} subsets have a metadata_file. Subsets with and without one belong into different "
+        "[[datasets]]."
+    ]
 
 
 def section_problems(section: SectionConfig, where: str, size_multiple: int) -> list[str]:
@@ -292,7 +346,7 @@ def section_warnings(section: SectionConfig, where: str) -> list[str]:
         rules = subset.captions
         if rules.keep_tokens_separator and not rules.shuffle_caption and rules.caption_tag_dropout_rate == 0:
             warnings.append(
-                f"{where}: keep_tokens_separator {rules.keep_tokens_separator!r} stays in the captions of {subset.image_dir}: "
+                f"{where}: keep_tokens_separator {rules.keep_tokens_separator!r} stays in the captions of {subset.source}: "
                 f"it has an effect with shuffle_caption and caption_tag_dropout_rate only."
             )
     return warnings
@@ -301,7 +355,7 @@ def section_warnings(section: SectionConfig, where: str) -> list[str]:
 def text_cache_problems(section: SectionConfig, where: str) -> list[str]:
     """Return the caption settings that need another text at each use, which a text encoded once cannot give."""
     return [
-        f"{where}: {name} of {subset.image_dir} changes the caption from use to use; --cache_text_encoder_outputs encodes one. "
+        f"{where}: {name} of {subset.source} changes the caption from use to use; --cache_text_encoder_outputs encodes one. "
         f"Switch one of them off."
         for subset in section.subsets
         for name in subset.captions.varying()

@@ -108,6 +108,7 @@ _KEYS = (
     Key("bucket_no_upscale", as_bool, _ABOVE_SUBSET, False, option="bucket_no_upscale"),
     Key("resize_interpolation", interpolation, _ALL, option="resize_interpolation"),
     Key("image_dir", as_str, (SUBSET,)),
+    Key("metadata_file", as_str, (SUBSET,)),
     Key("is_reg", as_bool, (SUBSET,), False),
     Key("class_tokens", as_str, _ALL),
     Key("caption_extension", extension, _ALL, ".caption", option="caption_extension"),

@@ -15,7 +15,6 @@ _COMPILE = "models run without torch.compile"
 _FLUX = "only SDXL models are supported"
 _BASE_WEIGHTS = "no networks are merged into the base model before training"
 _EIGHT_BIT = "frozen weights are held in the type of --mixed_precision"
-_METADATA_FILE = "captions come from text files beside the images"
 _INPUT_IMAGE = "images are drawn from prompts only"
 _HIGHRES = "images are drawn in one stage"
 _DEEP_SHRINK = "the U-Net runs at full size in every step"
@@ -28,7 +27,6 @@ def _refuse(instead: str, *names: str) -> dict[str, str]:
 
 
 NOT_BUILT: Mapping[str, str] = {
-    **_refuse(_METADATA_FILE, "in_json"),
     **_refuse("datasets are described by --dataset_config or folders", "dataset_class"),
     **_refuse(_MASKS, "masked_loss", "alpha_mask", "conditioning_data_dir"),
     **_refuse("image headers are read at every start, which takes seconds", "cache_info"),
@@ -67,7 +65,6 @@ NOT_BUILT: Mapping[str, str] = {
 """What happens instead, as a clause, for every refused option. A feature that is built is deleted here; nothing is added."""
 
 NOT_BUILT_DATASET_KEYS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
-    "metadata_file": ("captions from a metadata file are not supported yet; use caption files beside the images", ()),
     "conditioning_data_dir": ("control and mask images are not supported yet", ()),
     "color_aug": ("colour augmentation is not supported yet", (False,)),
     "random_crop": ("random cropping is not supported yet; images are cropped to the centre", (False,)),

@@ -25,7 +25,8 @@ def make_image(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, **sa
 def subset(folder: Path | str, **changes: Any) -> SubsetConfig:
     rules = {name: changes.pop(name) for name in list(changes) if name in CaptionRules.__dataclass_fields__}
     values: dict[str, Any] = {
-        "image_dir": str(folder), "num_repeats": 1, "is_reg": False, "class_tokens": None, "caption_extension": ".txt",
+        "image_dir": str(folder), "metadata_file": None, "num_repeats": 1,
+        "is_reg": False, "class_tokens": None, "caption_extension": ".txt",
         "flip_aug": False, "resize_interpolation": None, "captions": CaptionRules(**rules),
     }  # fmt: skip
     return SubsetConfig(**(values | changes))

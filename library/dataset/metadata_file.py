@@ -1,0 +1,168 @@
+"""Read a metadata file: the images of a dataset with their captions and tags, in one JSON object or in JSON lines."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from library.options.errors import UserError
+
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What the file says of one image."""
+
+    key: str
+    """A path, or one relative to the image folder, with or without its extension."""
+    caption: str
+    tags: str
+    where: str
+    """Where in the file it stands, for messages."""
+
+
+def read_metadata(path: str) -> list[Entry]:
+    """Read a `.jsonl` file with an object per line, or a JSON object from image keys to entries; longest keys come first.
+
+    Of an entry `caption` and `tags` are read, and in JSON lines `image_path`, its key. Sizes are read from the images, since those
+    of the file may be out of date.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8 or not JSON, or entries are not what they should be.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start}). Save it as UTF-8."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    rows = _json_lines(path, text) if path.lower().endswith(".jsonl") else _json_object(path, text)
+    problems: list[str] = []
+    entries = [entry for where, key, value in rows if (entry := _entry(where, key, value, problems)) is not None]
+    if problems:
+        more = f" and {len(problems) - _NAMES_SHOWN} more mistakes" if len(problems) > _NAMES_SHOWN else ""
+        raise UserError(f"{path}: {' '.join(problems[:_NAMES_SHOWN])}{more}")
+    return sorted(entries, key=lambda entry: -len(entry.key))
+
+
+def find_images(entries: Sequence[Entry], image_dir: str, endings: Sequence[str], problems: list[str]) -> dict[str, Entry]:
+    """Find the image of every entry: its key as a path, else in the image folder, else there with one of the known endings.
+
+    Args:
+        entries: of one metadata file.
+        image_dir: the folder that keys are relative to; empty where there is none.
+        endings: of image files, in lower case.
+        problems: receives a sentence for each entry without an image, and for each image with two entries.
+
+    Returns:
+        The entries by the path of their image, in their order.
+    """
+    names_in = _FolderNames()
+    found: dict[str, Entry] = {}
+    owners: dict[str, Entry] = {}
+    for entry in entries:
+        image = next((path for path in _candidates(entry.key, image_dir, endings) if names_in.has(path)), None)
+        if image is None:
+            looked = f" or in {image_dir}" if image_dir else "; image_dir names the folder that keys are relative to"
+            problems.append(f"{entry.where}: there is no image {entry.key!r} here{looked}. Remove the entry or put the image back.")
+            continue
+        other = owners.setdefault(os.path.realpath(image), entry)
+        if other is not entry:
+            problems.append(f"{entry.where}: {image} has two entries, {other.key!r} and {entry.key!r}. Remove one of them.")
+            continue
+        found[image] = entry
+    return found
+
+
+def caption_of(entry: Entry, separator: str, *, multiline: bool) -> str:
+    """Return the caption of an entry: its caption, the separator, and its tags.
+
+    Args:
+        entry: of the file.
+        separator: `caption_separator`, put in without a blank.
+        multiline: whether a caption is chosen from several lines (`enable_wildcard`); then every line gets the tags, and line
+            breaks among the tags count as separators. Otherwise only the first line is used.
+    """
+    if not multiline:
+        return separator.join(text for text in (entry.caption, entry.tags) if text).split("\n")[0]
+    tags = separator.join(line.strip() for line in entry.tags.splitlines() if line.strip())
+    lines = [line.strip() for line in entry.caption.splitlines() if line.strip()] or [""]
+    return "\n".join(separator.join(text for text in (line, tags) if text) for line in lines)
+
+
+class _FolderNames:
+    """Tells whether files exist, reading each folder once."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, frozenset[str]] = {}
+
+    def has(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in self._names:
+            try:
+                with os.scandir(folder or ".") as entries:
+                    self._names[folder] = frozenset(entry.name for entry in entries if entry.is_file())
+            except OSError:
+                self._names[folder] = frozenset()
+        return name in self._names[folder]
+
+
+def _candidates(key: str, image_dir: str, endings: Sequence[str]) -> Iterator[str]:
+    """Yield the paths an image may have; a key that has no ending of an image is never a path itself."""
+    places = [key] if os.path.isabs(key) or not image_dir else [key, os.path.join(image_dir, key)]
+    if os.path.splitext(key)[1].lower() in endings:
+        yield from places
+    for place in places:
+        for ending in sorted(endings):
+            yield place + ending
+            yield place + ending.upper()
+
+
+def _json_object(path: str, text: str) -> Iterator[tuple[str, str, Any]]:
+    content = _parsed(text, path, object_pairs_hook=_Pairs)
+    if not isinstance(content, _Pairs):
+        raise UserError(f"{path} must hold one JSON object whose keys are images; files with an object per line end in .jsonl.")
+    for key, value in content.pairs:
+        yield f"{path}, entry {key!r}", key, dict(value.pairs) if isinstance(value, _Pairs) else value
+
+
+def _json_lines(path: str, text: str) -> Iterator[tuple[str, str, Any]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            value = _parsed(line, where)
+            yield where, value.get("image_path") if isinstance(value, Mapping) else "", value
+
+
+def _parsed(text: str, where: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=object_pairs_hook)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}.") from None
+
+
+class _Pairs:
+    """A JSON object that keeps keys that stand there twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        self.pairs = pairs
+
+
+def _entry(where: str, key: Any, value: Any, problems: list[str]) -> Entry | None:
+    if not isinstance(value, Mapping):
+        problems.append(f"{where} must be an object with caption or tags, not {value!r}.")
+        return None
+    if not isinstance(key, str) or not key:
+        problems.append(f"{where} has no image_path.")
+        return None
+    texts = {name: value.get(name) or "" for name in ("caption", "tags")}
+    wrong = [name for name, text in texts.items() if not isinstance(text, str)]
+    if wrong:
+        problems.append(f"{where}: {wrong[0]} must be a text in quotes, but it is {value[wrong[0]]!r}.")
+        return None
+    return Entry(key, texts["caption"].strip(), texts["tags"].strip(), where)
