@@ -2,7 +2,12 @@
 
     python tools/bench.py --mixed_precision bf16 --json lora.json
     python tools/bench.py --mode finetune --mixed_precision bf16 --gradient_checkpointing --batch_size 4
+    python tools/bench.py --mode finetune --mixed_precision bf16 --full_bf16 --gradient_checkpointing --fused_backward_pass \\
+        --optimizer_type Adafactor --optimizer_args relative_step=False scale_parameter=False --max_grad_norm 0 --trace
     python tools/bench.py --size tiny --resolution 256 --steps 3        # seconds, on any CPU
+
+With `--trace` nothing is measured: the peak memory is forecast by tracing the step with fake tensors, on any machine. On a GPU the
+forecast stands beside the measurement.
 
 The step is the training loop's own, with cached latents and cached text. Options that training has are spelled as there.
 """
@@ -21,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the project's folder is not on the path
 
 from library.files.atomic import atomic_write_text
+from library.options.checks_optimizer import fused_problems, optimizer_name
 from library.options.entry import run_script
 from library.options.errors import UsageError
 from library.options.groups.bench import BenchOptions
@@ -30,6 +36,7 @@ from library.options.parse import parse
 from library.options.scripts import ScriptOptions
 
 if TYPE_CHECKING:
+    from library.memory.trace import Peak
     from tools.bench_step import Speed
 
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "bitsandbytes", "xformers")
@@ -65,14 +72,27 @@ def check(options: BenchScriptOptions) -> None:
         below = resolution // SIZE_STEP * SIZE_STEP
         near = f"the nearest are {below} and {below + SIZE_STEP}"
         raise UsageError([f"--resolution {resolution}: must be a multiple of {SIZE_STEP}; {near}."])
+    if problems := list(fused_problems(options.optimizer, 1, options.precision.mixed_precision)):
+        raise UsageError(problems)
 
 
-def report(options: BenchScriptOptions, argv: Sequence[str], speed: "Speed", hardware: dict[str, Any]) -> dict[str, Any]:
-    """Return everything needed to judge and repeat the measurement, as JSON takes it."""
+def report(
+    options: BenchScriptOptions, argv: Sequence[str], speed: "Speed | None", peak: "Peak | None", hardware: dict[str, Any]
+) -> dict[str, Any]:
+    """Return everything needed to judge and repeat the measurement, as JSON takes it.
+
+    Args:
+        options: of the run.
+        argv: as typed.
+        speed: what was measured, or None.
+        peak: what was forecast, or None.
+        hardware: the machine.
+    """
     return {
         "command": shlex.join(["python", "tools/bench.py", *argv]),
         "options": {name: getattr(options, name).model_dump(mode="json") for name in ("bench", "precision", "optimizer")},
-        "result": asdict(speed),
+        **({"result": asdict(speed)} if speed else {}),
+        **({"traced_peak_gib": peak.in_gib()} if peak else {}),
         "hardware": hardware,
         "versions": {"python": platform.python_version()} | installed_versions(),
     }
@@ -89,18 +109,31 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def table(options: BenchScriptOptions, speed: "Speed", hardware: dict[str, Any]) -> str:
-    """Return the result for people: one fact per line."""
+def what_is_run(options: BenchScriptOptions, hardware: dict[str, Any]) -> dict[str, str]:
+    """Say what step this is, for people."""
     bench, precision = options.bench, options.precision
     what = f"LoRA of rank {bench.network_dim}" if bench.mode == "lora" else "full fine-tune"
-    checkpointing = ", gradient checkpointing" if precision.gradient_checkpointing else ""
+    kinds = {"full_bf16": "bf16 weights", "full_fp16": "fp16 weights", "gradient_checkpointing": "gradient checkpointing"}
+    flags = [text for name, text in kinds.items() if getattr(precision, name)]
+    flags += ["fused backward pass"] if options.optimizer.fused_backward_pass else []
+    groups = options.optimizer.fused_optimizer_groups
+    flags += [f"{groups} fused groups"] if groups else []
+    size = f"{bench.batch_size} × {bench.resolution}²"
+    return {
+        "step": ", ".join(
+            [f"{what}, {bench.size} U-Net, {size}, {precision.mixed_precision}", optimizer_name(options.optimizer), *flags]
+        ),
+        "device": f"{hardware['name']} ({hardware['device']}, {hardware['threads']} threads)",
+    }
+
+
+def measured(speed: "Speed") -> dict[str, str]:
+    """Return the measurement for people: one fact per line."""
     memory = ", ".join(f"{size:.2f} GiB {kind}" for kind, size in speed.peak_memory_gib.items())
     steps = speed.step_seconds
     is_uneven = steps["slowest"] > UNEVEN * steps["fastest"]
     busy = " (uneven: the device was probably not ours alone; measure again)" if is_uneven else ""
-    rows = {
-        "step": f"{what}, {bench.size} U-Net, {bench.batch_size} × {bench.resolution}², {precision.mixed_precision}{checkpointing}",
-        "device": f"{hardware['name']} ({hardware['device']}, {hardware['threads']} threads)",
+    return {
         "trained": f"{speed.trained_parameters:,} parameters",
         "time": f"{speed.seconds_per_step:.4f} s/step, {speed.images_per_second:.3f} images/s",
         "single steps": f"median {steps['median']:.4f} s, fastest {steps['fastest']:.4f} s, slowest {steps['slowest']:.4f} s{busy}",
@@ -108,7 +141,6 @@ def table(options: BenchScriptOptions, speed: "Speed", hardware: dict[str, Any])
         "share of peak": f"{speed.share_of_matmul_peak:.1%} of {speed.matmul_peak_tera_flop_per_second:.3f} TFLOP/s, measured",
         "peak memory": memory,
     }
-    return "\n".join(f"{name:<14} {value}" for name, value in rows.items())
 
 
 def main(argv: Sequence[str]) -> None:
@@ -118,14 +150,18 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
-    from tools import bench_step
+    from tools import bench_step, bench_trace
 
     logging.captureWarnings(True)
-    speed = bench_step.measure(options.bench, options.precision, options.optimizer)
-    hardware = bench_step.hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    print(table(options, speed, hardware))
+    asked = (options.bench, options.precision, options.optimizer)
+    has_gpu = torch.cuda.is_available()
+    hardware = bench_step.hardware(torch.device("cuda" if has_gpu else "cpu"))
+    peak = bench_trace.forecast(*asked) if options.bench.trace or has_gpu else None
+    speed = None if options.bench.trace else bench_step.measure(*asked)
+    facts = what_is_run(options, hardware) | (measured(speed) if speed else {}) | (bench_trace.rows(peak) if peak else {})
+    print("\n".join(f"{name:<14} {value}" for name, value in facts.items()))
     if options.bench.json_file:
-        atomic_write_text(options.bench.json_file, json.dumps(report(options, argv, speed, hardware), indent=2) + "\n")
+        atomic_write_text(options.bench.json_file, json.dumps(report(options, argv, speed, peak, hardware), indent=2) + "\n")
 
 
 if __name__ == "__main__":

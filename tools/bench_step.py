@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import networks.lora
@@ -107,9 +108,18 @@ def measure(bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: 
 # --- what is measured ---------------------------------------------------------------------------------------------------
 
 
-def make_run(bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: OptimizerOptions) -> tuple[TrainingRun, Batch]:
-    """Build what the training loop needs for one step: random weights made on the device, and a batch of random data."""
-    accelerator = make_accelerator(precision, ProcessGroupOptions())
+def make_run(
+    bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: OptimizerOptions, accelerator: Any = None
+) -> tuple[TrainingRun, Batch]:
+    """Build what the training loop needs for one step: random weights made on the device, and a batch of random data.
+
+    Args:
+        bench: what is trained.
+        precision: number types and checkpointing.
+        optimizer: its options.
+        accelerator: None for that of this machine.
+    """
+    accelerator = accelerator or make_accelerator(precision, ProcessGroupOptions())
     device, dtypes = accelerator.device, DTypes.of(precision, no_half_vae=False, save_precision=None)
     sizes = SIZES[bench.size]
     unet = make_unet(sizes, device, dtypes.compute if bench.mode == "lora" else dtypes.trained, precision)
@@ -144,7 +154,7 @@ def make_unet(sizes: SdxlSizes, device: torch.device, dtype: torch.dtype, precis
     unet.requires_grad_(False)
     unet.set_attention("mem_eff_attn" if precision.mem_eff_attn else "xformers" if precision.xformers else "sdpa")
     unet.enable_gradient_checkpointing(precision.gradient_checkpointing)
-    if device.type == "cuda":
+    if device.type == "cuda" and not isinstance(next(unet.parameters()), FakeTensor):
         unet.to(memory_format=torch.channels_last)
     return unet
 
@@ -155,9 +165,10 @@ def _finetune(family: SdxlFamily, unet: nn.Module, bench: BenchOptions, device: 
 
 
 def _lora(family: SdxlFamily, unet: nn.Module, bench: BenchOptions, device: torch.device, dtype: torch.dtype) -> Trainable:
-    network = networks.lora.create_network(1.0, bench.network_dim, 1.0, None, [], unet)
+    with default_dtype(dtype), device:
+        network = networks.lora.create_network(1.0, bench.network_dim, 1.0, None, [], unet)
     network.apply_to([], unet, apply_text_encoder=False, apply_unet=True)
-    network.to(device, dtype).requires_grad_(True)
+    network.requires_grad_(True)
     return NetworkTrainable(network, unet, [], max_norm=None)
 
 
@@ -191,7 +202,7 @@ def make_batch(bench: BenchOptions, sizes: SdxlSizes, device: torch.device) -> B
         draw_seeds=list(range(count)),
         image_keys=["random"] * count,
     )
-    return batch.pin_memory() if device.type == "cuda" else batch
+    return batch.pin_memory() if device.type == "cuda" and torch.cuda.is_available() else batch
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def _candidates(key: str, image_dir: str, endings: Sequence[str]) -> Iterator[st
             yield place + ending.upper()
 
 
-def _json_object(path: str, text: str) -> Iterator[tuple[str, str, Any]]:
+def _json_object(path: str, text: str) -> Iterator[tuple[str, Any, Any]]:
     content = _parsed(text, path, object_pairs_hook=_Pairs)
     if not isinstance(content, _Pairs):
         raise UserError(f"{path} must hold one JSON object whose keys are images; files with an object per line end in .jsonl.")
@@ -131,12 +131,13 @@ def _json_object(path: str, text: str) -> Iterator[tuple[str, str, Any]]:
         yield f"{path}, entry {key!r}", key, dict(value.pairs) if isinstance(value, _Pairs) else value
 
 
-def _json_lines(path: str, text: str) -> Iterator[tuple[str, str, Any]]:
+def _json_lines(path: str, text: str) -> Iterator[tuple[str, Any, Any]]:
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
             where = f"{path}, line {number}"
             value = _parsed(line, where)
-            yield where, value.get("image_path") if isinstance(value, Mapping) else "", value
+            key = value.get("image_path") if isinstance(value, Mapping) else None
+            yield where, key, value
 
 
 def _parsed(text: str, where: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.diffusion.schedule import NUM_TRAIN_TIMESTEPS
+from library.diffusion.transfer import to_device
 from library.options.errors import UsageError
 from library.options.groups.noise import NoiseOptions
 
@@ -57,15 +58,12 @@ class NoiseDraws:
     def to(self, device: torch.device) -> "NoiseDraws":
         """Copy to `device`; copies to a GPU go through pinned memory and do not wait."""
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
         def move_any(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else move(tensor)
+            return None if tensor is None else to_device(tensor, device)
 
         return NoiseDraws(
-            move(self.gaussian),
-            move(self.timesteps),
+            to_device(self.gaussian, device),
+            to_device(self.timesteps, device),
             move_any(self.offset),
             move_any(self.offset_scale),
             move_any(self.perturbation),

@@ -48,14 +48,15 @@ class ParameterSteps:
 
     @contextmanager
     def _in_float32(self, parameters: Sequence[nn.Parameter], seed: int) -> Iterator[None]:
+        halves = [parameter.data for parameter in parameters]
         for parameter in parameters:
             _set_data(parameter, parameter.data.float())
             for key, value in self._large_state(parameter, torch.bfloat16):
                 self._optimizer.state[parameter][key] = value.float()
         yield
-        for parameter in parameters:
+        for parameter, half in zip(parameters, halves, strict=True):
             generator = self._generator(parameter, seed)
-            _set_data(parameter, round_stochastically(parameter.data, generator))
+            _set_data(parameter, half.copy_(round_stochastically(parameter.data, generator)))
             for key, value in self._large_state(parameter, torch.float32):
                 self._optimizer.state[parameter][key] = round_stochastically(value, generator)
 

@@ -110,10 +110,10 @@ class UpdateInBackward:
 
     def _step(self, number: int) -> None:
         self._arrived[number] = 0
-        group = [parameter for parameter in self._groups[number] if parameter.grad is not None]
-        self._steps.step(group, self._seed)
-        for parameter in group:
-            parameter.grad = None
+        for chunk in chunked([parameter for parameter in self._groups[number] if parameter.grad is not None], _CHUNK):
+            self._steps.step(chunk, self._seed)
+            for parameter in chunk:
+                parameter.grad = None
 
 
 def make_updater(

@@ -4,7 +4,7 @@ Nothing here opens an image or imports torch: every mistake in the file is known
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,7 +249,7 @@ class _Reader:
             )
         return SubsetConfig(**values, captions=rules)
 
-    def metadata_subset(self, where: str, own: dict[str, Any], values: dict[str, Any], rules: CaptionRules) -> SubsetConfig:
+    def metadata_subset(self, where: str, own: Mapping[str, Any], values: dict[str, Any], rules: CaptionRules) -> SubsetConfig:
         """Check a subset whose images and captions a metadata file names."""
         foreign = [name for name in ("class_tokens", "caption_extension", "is_reg") if own.get(name) is not None]
         if foreign:
@@ -288,7 +288,7 @@ class _Reader:
         return next((getattr(group, name) for group in self.options if hasattr(group, name)), None)
 
 
-def mixed_kinds(where: str, subsets: Sequence[dict[str, Any]]) -> list[str]:
+def mixed_kinds(where: str, subsets: Sequence[Mapping[str, Any]]) -> list[str]:
     """Complain where some subsets of a dataset have a metadata file and others caption files."""
     with_file = sum(table.get("metadata_file") is not None for table in subsets)
     if with_file in (0, len(subsets)):

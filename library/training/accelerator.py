@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 
 from library.options.errors import UserError
@@ -59,7 +59,9 @@ def make_accelerator(precision: WorkingPrecisionOptions, distributed: ProcessGro
             find_unused_parameters=not distributed.ddp_static_graph,
             gradient_as_bucket_view=distributed.ddp_gradient_as_bucket_view,
             static_graph=distributed.ddp_static_graph,
-        )
+        ),
+        # Every weight is used once in a forward pass: casts that are kept until its end would only hold memory.
+        AutocastKwargs(cache_enabled=False),
     ]
     if distributed.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=distributed.ddp_timeout)))

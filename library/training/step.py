@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from library.dataset.batch import Batch
 from library.diffusion.objective import DdpmObjective
+from library.diffusion.transfer import to_device
 from library.models.family import Family, TextCond
 from library.training.position import Position
 
@@ -121,10 +122,3 @@ def posterior_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor
         torch.randn(shape, generator=torch.Generator().manual_seed((seed ^ _POSTERIOR_STREAM) & (2**63 - 1))) for seed in seeds
     ]
     return torch.stack(draws)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to `device` without waiting for the device."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)

@@ -112,8 +112,18 @@ def test_each_step_is_timed_on_its_own_so_that_a_disturbed_one_shows() -> None:
 def test_an_uneven_measurement_says_so(slowest: float, told: bool) -> None:
     steps = {"median": 1.0, "fastest": 1.0, "slowest": slowest}
     speed = benchmark.Speed(1.0, steps, 1.0, 1.0, 1.0, 1.0, 1.0, {"resident": 1.0}, 1)
-    shown = bench.table(bench.BenchScriptOptions(), speed, {"name": "some", "device": "cpu", "threads": 1})
-    assert ("measure again" in shown) == told
+    assert ("measure again" in bench.measured(speed)["single steps"]) == told
+
+
+def test_a_trace_forecasts_the_peak_without_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.main(["--size", "tiny", "--resolution", "64", "--mode", "finetune", "--trace", "--json", str(tmp_path / "peak.json")])
+    written = json.loads((tmp_path / "peak.json").read_text())
+    assert "result" not in written
+    parts = written["traced_peak_gib"]
+    assert parts["total"] == pytest.approx(sum(size for name, size in parts.items() if name != "total"), abs=0.01)
+    assert parts["optimizer"] == pytest.approx(2 * parts["weights"], rel=0.05)  # AdamW
+    shown = capsys.readouterr().out
+    assert "traced, not measured" in shown and "s/step" not in shown
 
 
 @pytest.mark.parametrize(

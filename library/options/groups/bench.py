@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from library.options.declare import OptionGroup, option
+from library.options.declare import OptionGroup, flag, option
 
 
 class BenchOptions(OptionGroup):
@@ -17,4 +17,5 @@ class BenchOptions(OptionGroup):
     network_dim: int = option(32, "Rank of the LoRA.", ge=1)
     steps: int = option(10, "Steps that are timed.", ge=1)
     warmup: int = option(3, "Steps before them that are not timed.", ge=0)
+    trace: bool = flag("Only forecast the peak memory, with fake tensors: no GPU and little memory needed.")
     json_file: str | None = option(None, "File for the result as JSON; may be written --json.")
