@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Set up Atelier and see it work, with nothing but Python 3.11 or later.
 
-    python3 start.py demo            train a LoRA on the pictures in examples/toy and draw with it, before and after
+    python3 start.py demo            teach the toy in examples/toy a new word with a LoRA, and draw before and after
     python3 start.py test [ARGS]     run ruff, mypy, import-linter and every test; ARGS go to pytest
 
 Both use the active virtual environment, or make `.venv` here, and install what is missing. Finished set-up is not done
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent
 OLDEST_PYTHON = (3, 11)
 DEMO_OUTPUT = "demo_output"
 LORA_NAME = "toy_lora"
-MAKE_CHECKPOINT = ("tools/make_tiny_sdxl.py",)
+CHECKPOINT = "examples/toy/toy_sdxl.safetensors"
 INTERRUPTED = 130  # what a shell reports for a command stopped by Ctrl+C
 
 
@@ -203,45 +203,31 @@ def set_up(requirements: str) -> Path:
 # --- demo -------------------------------------------------------------------------------------------------------------
 
 
-def make_checkpoint(python: Path, path: Path) -> None:
-    """Write the toy checkpoint unless this version of its tool has written it before."""
-    stamp = path.with_suffix(".made_by")
-    wanted = hashlib.sha256((ROOT / MAKE_CHECKPOINT[0]).read_bytes() + repr(MAKE_CHECKPOINT).encode()).hexdigest()
-    if path.exists() and stamp.exists() and stamp.read_text() == wanted:
-        say(f"The toy checkpoint is there: {path}")
-        return
-    run_step(
-        "Make a tiny SDXL checkpoint (random weights: what it draws is noise, the way there is the real one)",
-        [str(python), MAKE_CHECKPOINT[0], str(path), *MAKE_CHECKPOINT[1:]],
-        "Its message is above.",
-    )
-    stamp.write_text(wanted)
-
-
-def draw(python: Path, title: str, checkpoint: Path, folder: Path, extra: list[str]) -> None:
+def draw(python: Path, title: str, folder: Path, extra: list[str]) -> None:
     """Draw the example prompts into an emptied folder, with fixed seeds."""
     shutil.rmtree(folder, ignore_errors=True)
-    command = [str(python), "sdxl_gen_img.py", "--ckpt", str(checkpoint), "--from_file", "examples/toy/prompts.txt"]
-    command += ["--outdir", str(folder), "--sequential_file_name", "--batch_size", "4", "--sampler", "euler", *extra]
+    command = [str(python), "sdxl_gen_img.py", "--ckpt", CHECKPOINT, "--from_file", "examples/toy/prompts.txt"]
+    command += ["--outdir", str(folder), "--sequential_file_name", "--batch_size", "8", "--sampler", "euler", *extra]
     run_step(title, command, "Its message is above.")
 
 
 def demo() -> None:
-    """Train a LoRA on the toy pictures, draw before and after, and say where the results are."""
+    """Teach the toy a new word with a LoRA, draw before and after, tell how well it went, and say where the results are."""
     python = set_up("requirements.txt")
     began = time.monotonic()
     output = ROOT / DEMO_OUTPUT
     output.mkdir(exist_ok=True)
-    checkpoint, lora, grid = output / "toy_sdxl.safetensors", output / f"{LORA_NAME}.safetensors", output / "before_after.png"
-    make_checkpoint(python, checkpoint)
-    draw(python, "Draw four prompts with the checkpoint alone", checkpoint, output / "before", [])
+    lora, grid = output / f"{LORA_NAME}.safetensors", output / "before_after.png"
+    draw(python, "Draw eight prompts, four of them with a word the toy does not know", output / "before", [])
     training = ["sdxl_train_network.py", "--config_file", "examples/toy/training.toml"]
-    training += ["--pretrained_model_name_or_path", str(checkpoint), "--output_dir", str(output), "--output_name", LORA_NAME]
-    run_step("Train a LoRA on the twelve photographs of examples/toy", [str(python), *training], "Its message is above.")
+    training += ["--pretrained_model_name_or_path", CHECKPOINT, "--output_dir", str(output), "--output_name", LORA_NAME]
+    run_step("Train a LoRA on twelve pictures of what the word means", [str(python), *training], "Its message is above.")
     network = ["--network_module", "networks.lora", "--network_weights", str(lora), "--network_mul", "1.0"]
-    draw(python, "Draw the same prompts with the LoRA, from the same seeds", checkpoint, output / "after", network)
+    draw(python, "Draw the same prompts with the LoRA, from the same seeds", output / "after", network)
     rows = [f"before={output / 'before'}", f"after={output / 'after'}"]
     run_step("Put both rows into one picture", [str(python), "tools/make_grid.py", str(grid), *rows], "Its message is above.")
+    judge = ["examples/toy/evaluate.py", "--network_weights", str(lora), "--number", "20"]
+    run_step("Draw more, and read from the pixels whether the word was learned", [str(python), *judge], "Its message is above.")
     say(f"\nThe demo took {time.monotonic() - began:.0f} s.\nLoRA:             {lora}\nBefore and after: {grid}")
 
 
@@ -285,7 +271,7 @@ def read_command_line(argv: list[str]) -> tuple[str, list[str]]:
     """Return the command's name and what follows it; unknown words end with exit status 2 and the usage."""
     parser = argparse.ArgumentParser(prog="start.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,test}")
-    commands.add_parser("demo", help="train a LoRA on the toy pictures and draw before and after")
+    commands.add_parser("demo", help="teach the toy a new word and draw before and after")
     commands.add_parser("test", help="run every check and every test", add_help=False)
     known, rest = parser.parse_known_args(argv)
     if known.command == "demo" and rest:

@@ -54,4 +54,4 @@ def tiny_checkpoint(shared_tmp: Path) -> Path:
 @pytest.fixture(scope="session")
 def toy_images() -> Path:
     """Twelve photographs, JPEG and PNG, portrait and landscape, each with a caption in a .txt file; do not write there."""
-    return ROOT / "examples" / "toy" / "images"
+    return ROOT / "examples" / "photos" / "images"

@@ -124,9 +124,9 @@ def test_a_fresh_installation_has_every_package_that_is_imported() -> None:
     assert set(COMES_WITH.values()) <= required
 
 
-@pytest.mark.parametrize("picture", sorted(path.name for path in (ROOT / "examples/toy/images").glob("*.[jp]*g")))
+@pytest.mark.parametrize("picture", sorted(path.name for path in (ROOT / "examples/photos/images").glob("*.[jp]*g")))
 def test_every_toy_picture_has_a_caption_a_source_and_a_licence(picture: str) -> None:
-    folder = ROOT / "examples" / "toy"
+    folder = ROOT / "examples" / "photos"
     assert (folder / "images" / picture).with_suffix(".txt").read_text(encoding="utf-8").strip()
     rows = [line for line in (folder / "SOURCES.md").read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{picture}`")]
     assert len(rows) == 1
@@ -136,7 +136,7 @@ def test_every_toy_picture_has_a_caption_a_source_and_a_licence(picture: str) ->
 def test_the_toy_pictures_are_few_and_of_every_kind() -> None:
     from PIL import Image
 
-    files = list((ROOT / "examples" / "toy" / "images").glob("*.[jp]*g"))
+    files = list((ROOT / "examples" / "photos" / "images").glob("*.[jp]*g"))
     sizes = [Image.open(file).size for file in files]
     assert len(files) == 12
     assert sum(file.stat().st_size for file in files) < 2_000_000

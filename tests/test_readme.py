@@ -17,7 +17,7 @@ from library.options.scripts import SdxlGenImgOptions, SdxlTrainNetworkOptions, 
 from tools.bench import BenchScriptOptions, check
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/toy/SOURCES.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/photos/SOURCES.md"]
 """Pages whose commands and links are tested."""
 ESSENTIALS = ["--pretrained_model_name_or_path", __file__, "--output_dir", "out", "--network_module", "networks.lora"]
 """What every training command names; any file stands in for a checkpoint, which is not opened here."""
@@ -81,7 +81,7 @@ def test_a_mistyped_option_in_the_readme_would_be_noticed() -> None:
         parse(SdxlTrainNetworkOptions, [word.replace("--network_dim", "--network_dimm") for word in arguments])
 
 
-@pytest.mark.parametrize("source", ["README.md", "examples/toy/dataset.toml"])
+@pytest.mark.parametrize("source", ["README.md", "examples/photos/dataset.toml"])
 def test_the_dataset_files_shown_are_accepted(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = fenced(ROOT / source, "toml")[0] if source.endswith(".md") else (ROOT / source).read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -104,7 +104,7 @@ def test_the_training_configuration_of_the_demo_is_accepted(monkeypatch: pytest.
 def test_the_prompts_of_the_demo_can_be_drawn() -> None:
     prompts = read_prompts(PromptOptions(from_file=str(ROOT / "examples/toy/prompts.txt")))
     raise_refusals(prompts)
-    assert len(prompts) == 4
+    assert len(prompts) == 8
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -144,21 +144,6 @@ def test_the_exit_status_is_0_only_when_everything_passed(
         assert f"failed: {failing}" in capsys.readouterr().out
 
 
-def test_the_checkpoint_is_made_once_and_again_when_its_tool_changes(project: Path) -> None:
-    environment, log = fake_environment(project)
-    (project / "tools").mkdir()
-    tool = project / "tools" / "make_tiny_sdxl.py"
-    tool.write_text("first")
-    checkpoint = project / "toy.safetensors"
-    checkpoint.write_text("weights")
-    for expected in (1, 1):
-        start.make_checkpoint(start.python_in(environment), checkpoint)
-        assert len(log.read_text().splitlines()) == expected
-    tool.write_text("second")
-    start.make_checkpoint(start.python_in(environment), checkpoint)
-    assert len(log.read_text().splitlines()) == 2
-
-
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_command_in_work_and_leaves_nothing_running(tmp_path: Path, sent: int, status: int) -> None:
@@ -200,19 +185,17 @@ def test_a_step_that_fails_names_itself_its_status_and_what_to_do() -> None:
 
 def test_the_demo_runs_the_steps_in_order_and_prints_both_results(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     environment, log = fake_environment(project)
-    (project / "tools").mkdir()
-    (project / "tools" / "make_tiny_sdxl.py").write_text("")
     said: list[str] = []
     monkeypatch.setattr(start, "set_up", lambda _requirements: start.python_in(environment))
     monkeypatch.setattr(start, "say", said.append)
     start.demo()
     scripts = [line.split()[0] for line in log.read_text().splitlines()]
     assert scripts == [
-        "tools/make_tiny_sdxl.py",
         "sdxl_gen_img.py",
         "sdxl_train_network.py",
         "sdxl_gen_img.py",
         "tools/make_grid.py",
+        "examples/toy/evaluate.py",
     ]
     assert str(project / "demo_output" / "toy_lora.safetensors") in said[-1]
     assert str(project / "demo_output" / "before_after.png") in said[-1]

@@ -35,6 +35,8 @@ PLACES = {"left": 0.32, "": 0.5, "right": 0.68}
 """Horizontal centre of a shape as a share of the picture's side, by the word for its place."""
 STRIPED_STAR = "zibbly"
 """The new word of the demonstration: a star with black and white stripes, which no training picture of the base shows."""
+GROUNDS_OF_THE_STAR = ("red", "orange", "yellow", "green", "blue", "purple")
+"""Grounds that black and white stripes stand out from."""
 
 _SUPERSAMPLING = 4
 _HELD_OUT_PERCENT = 15
@@ -84,6 +86,22 @@ def training_scenes(number: int, seed: int) -> list[Scene]:
 def unseen_scenes(number: int, seed: int) -> list[Scene]:
     """Draw different scenes that no training picture shows."""
     return random.Random(seed).sample([scene for scene in all_scenes() if scene.is_held_out], number)
+
+
+def star_scenes() -> list[tuple[Scene, str]]:
+    """Return the twelve pictures of the demonstration: striped stars, with captions that have the new word for them."""
+    variants = (("", ""), ("large", "left"), ("", "right"), ("large", ""), ("", "left"), ("large", "right"))
+    scenes = [
+        Scene("star", "striped", ground, *variants[index % 6])
+        for number, ground in enumerate(GROUNDS_OF_THE_STAR)
+        for index in (number, number + 3)
+    ]
+    return [(scene, word_caption(scene)) for scene in scenes]
+
+
+def word_caption(star: Scene) -> str:
+    """Return the caption of a scene with the striped star, which has a word of its own."""
+    return star.caption.replace("striped star", STRIPED_STAR)
 
 
 def draw(scene: Scene, seed: int | None = None) -> Image.Image:

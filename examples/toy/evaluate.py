@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from drawing import SIZE, STRIPED_STAR, Scene, unseen_scenes  # noqa: E402
+from drawing import GROUNDS_OF_THE_STAR, SIZE, Scene, unseen_scenes, word_caption  # noqa: E402
 from reading import Reading, read_picture  # noqa: E402
 
 from library.generation.request import ImageRequest  # noqa: E402
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SAMPLER, STEPS, CFG_SCALE = "euler", 24, 4.0
-GROUNDS_OF_THE_STAR = ("red", "orange", "yellow", "green", "blue", "purple")
 _COLUMNS = 10
 
 
@@ -134,22 +133,17 @@ def evaluate_word(
     shares = {}
     for name, weights in (("word", network), ("word_without_network", None)):
         read = [read_picture(picture) for picture in draw_captions(checkpoint, weights, captions, seed, cfg_scale)]
-        shares[name] = sum(
-            reading.fits(star)[1] and reading.fits(star)[2] for reading, star in zip(read, stars, strict=True)
-        ) / len(stars)
+        shown = [reading.colour == "striped" and reading.shape == "star" for reading in read]
+        shares[name] = sum(shown) / len(shown)
     after = draw_captions(checkpoint, network, [scene.caption for scene in scenes], seed, cfg_scale)
     same = [read_picture(one) == read_picture(other) for one, other in zip(before, after, strict=True)]
     shares["unchanged"] = sum(same) / len(same)
     sys.stdout.write(
-        f"{len(stars)} captions with the new word: {shares['word']:.0%} show it, {shares['word_without_network']:.0%} without the LoRA\n"
+        f"{len(stars)} captions with the new word: {shares['word']:.0%} show it, "
+        f"{shares['word_without_network']:.0%} without the LoRA\n"
         f"other captions that still show what they showed: {shares['unchanged']:.0%}\n"
     )
     return shares
-
-
-def word_caption(star: Scene) -> str:
-    """Return the caption of a scene with the striped star, which has a word of its own."""
-    return star.caption.replace("striped star", STRIPED_STAR)
 
 
 def save_grid(pictures: Sequence["Image.Image"], path: Path) -> None:

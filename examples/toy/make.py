@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from drawing import draw, training_scenes  # noqa: E402
+from drawing import Scene, draw, star_scenes, training_scenes  # noqa: E402
 
 DATASET = """\
 [general]
@@ -64,27 +64,37 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=7000, help="steps of text encoders and U-Net (7000)")
     parser.add_argument("--batch_size", type=int, default=32, help="pictures per step (32)")
     parser.add_argument("--mixed_precision", default="bf16", choices=("no", "bf16"), help="of the training (bf16)")
+    parser.add_argument("--evaluate", type=int, default=100, help="captions the finished checkpoint is judged by (100)")
     arguments = parser.parse_args(argv)
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    draw_pictures(work / "images", arguments.pictures)
+    scenes = training_scenes(arguments.pictures, seed=0)
+    draw_pictures(work / "images", [(scene, scene.caption) for scene in scenes], first_seed=0)
+    draw_pictures(HERE / "concept", star_scenes(), first_seed=100_000)
     if not (work / "vae.safetensors").exists():
         run("examples/toy/train_vae.py", work / "vae.safetensors", "--steps", arguments.vae_steps)
     if not (work / "initial.safetensors").exists():
         run("examples/toy/make_initial.py", work / "vae.safetensors", work / "initial.safetensors")
     train(work, arguments.steps, arguments.batch_size, arguments.mixed_precision)
     shutil.copyfile(work / "toy_sdxl.safetensors", arguments.out)
-    run("examples/toy/evaluate.py", "--ckpt", arguments.out, "--grid", work / "samples.png", "--json", work / "figures.json")
+    judge = ("--number", arguments.evaluate, "--grid", work / "samples.png", "--json", work / "figures.json")
+    run("examples/toy/evaluate.py", "--ckpt", arguments.out, *judge)
 
 
-def draw_pictures(folder: Path, number: int) -> None:
-    """Draw the training pictures with their captions beside them, unless they are there."""
+def draw_pictures(folder: Path, pictures: Sequence[tuple[Scene, str]], first_seed: int) -> None:
+    """Draw pictures that are not there yet, with their captions beside them.
+
+    Args:
+        folder: made when needed.
+        pictures: scenes and captions.
+        first_seed: of the first picture's small differences; the n-th has `first_seed + n`.
+    """
     folder.mkdir(exist_ok=True)
-    for index, scene in enumerate(training_scenes(number, seed=0)):
-        path = folder / f"{index:05d}.png"
+    for number, (scene, caption) in enumerate(pictures):
+        path = folder / f"{number:05d}.png"
         if not path.exists():
-            path.with_suffix(".txt").write_text(scene.caption + "\n", encoding="utf-8")
-            draw(scene, seed=index).save(path)
+            path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+            draw(scene, seed=first_seed + number).save(path)
 
 
 def train(work: Path, steps: int, batch_size: int, mixed_precision: str) -> None:

@@ -4,8 +4,8 @@
     python examples/toy/train_vae.py vae.safetensors --steps 20     # only to see that it runs
 
 An `AutoencoderKL` of diffusers in the layout of SDXL's, much smaller. The loss is the mean squared difference of the pictures, a
-little of the mean absolute one, and a small weight on the divergence of the latents from a standard normal (Kingma and Welling 2014,
-"Auto-Encoding Variational Bayes").
+little of the mean absolute one, and a small weight on the divergence of the latents from a standard normal (Kingma and Welling
+2014, "Auto-Encoding Variational Bayes").
 """
 
 import argparse

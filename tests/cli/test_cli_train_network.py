@@ -3,31 +3,27 @@
 import json
 import shlex
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 
-from tests.cli.training_commands import arguments, run_command, start_command, write_dataset
+from tests.cli.training_commands import (
+    arguments,
+    assert_same_bits,
+    run_command,
+    start_command,
+    wait_for,
+    weights,
+    write_dataset,
+)
 
 
 @pytest.fixture
 def dataset(tmp_path: Path, toy_images: Path) -> Path:
     return write_dataset(tmp_path, toy_images)
-
-
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return dict(load_file(path))
-
-
-def assert_same_bits(one: Path, other: Path) -> None:
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +66,6 @@ def test_the_trained_weights_changed_and_the_file_describes_itself(whole_run: tu
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert json.loads(metadata["ss_datasets"])[0]["num_train_images"] == 5
     assert len(metadata["sshs_model_hash"]) == 64
-
-
-def wait_for(path: Path, seconds: float = 120) -> None:
-    """Wait until a file or folder appears."""
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.01)
 
 
 def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(
