@@ -67,7 +67,8 @@ def initial_value(part: str, name: str, shape: tuple[int, ...]) -> Tensor:
     """Draw one tensor.
 
     Matrices and kernels are uniform with variance 1 / (3 · inputs), as PyTorch's own layers start; biases are 0, norms neither
-    scale nor shift, and the last layer of every residual branch of the U-Net is 0, so that it begins as an identity (Ho et al. 2020).
+    scale nor shift, and the last layer of every residual branch of the U-Net is 0, so that it begins as an identity (Ho et al.
+    2020).
 
     Embeddings are normal with a larger deviation than CLIP's 0.02, since few steps must be enough to tell words apart.
     """

@@ -1,9 +1,9 @@
 """Read back from the pixels of a picture what it shows: the colour of the ground, and colour and shape of what lies on it.
 
 The ground is the palette colour nearest to the median of a frame along the edges. The object is every pixel further than `FAR`
-from the ground's own colour, in patches of at least `SMALLEST` pixels. Its colour is the palette colour nearest to the median of its
-inner pixels; it is striped where a quarter of them or more is nearest to black and another quarter to white. Its shape is that of the
-drawn example whose outline, brought to the same box, covers most of the same pixels (intersection over union).
+from the ground's own colour, in patches of at least `SMALLEST` pixels. Its colour is the palette colour nearest to the median of
+its inner pixels; it is striped where a quarter of them or more is nearest to black and another quarter to white. Its shape is that
+of the drawn example whose outline, brought to the same box, covers most of the same pixels (intersection over union).
 """
 
 import functools

@@ -87,26 +87,16 @@ def run_recipe(
         UserError: something the person gave cannot be used.
         SystemExit: the run was stopped by a signal, after it was saved.
     """
-    started_at = time.time()
-    accelerator = make_accelerator(options.precision, options.distributed)
     saved = saved_place(options.state)
-    seed = shared_seed(accelerator, options.length.seed, saved.seed if saved else None)
-    dtypes = DTypes.of(options.precision, options.cache.no_half_vae, options.output.save_precision)
-
-    family = open_family(model_source(options))
-    warn_of_other_prediction(family, options.model.v_parameterization)
-    dataset = Dataset(data, seed)
-    batches_per_epoch = dataset.batches_per_epoch(accelerator.num_processes)
-    accumulation = options.length.gradient_accumulation_steps
-    length = RunLength.of(batches_per_epoch, accumulation, options.length.max_train_steps, options.length.max_train_epochs)
-    start = start_position(options.state, saved, length, batches_per_epoch, accumulation)
-    setting = Setting(options, accelerator, dtypes, seed, family, dataset, batches_per_epoch, length, started_at)
+    setting = make_setting(open_family, options, data, saved.seed if saved else None)
+    accelerator, length = setting.accelerator, setting.length
+    start = start_position(options.state, saved, length, setting.batches_per_epoch, options.length.gradient_accumulation_steps)
 
     part_dtypes = recipe.dtypes_of_parts(setting)
     text = prepare_text(setting, requests, part_dtypes.text_encoders)
     vae = prepare_latents(setting, keep=bool(requests))
     denoiser = load_denoiser(setting, part_dtypes.denoiser)
-    torch.manual_seed(seed)  # decides the initial weights of what is trained
+    torch.manual_seed(setting.seed)  # decides the initial weights of what is trained
     trained = recipe.make_trainable(setting, denoiser, text, vae)
 
     parts = ModelParts(family, denoiser, text.encoders, vae, options.cache.vae_batch_size)
@@ -134,6 +124,30 @@ def run_recipe(
                 stop_saved(saver, end, stop, accelerator.num_processes)
     finally:
         training_log.close()
+
+
+def make_setting(
+    open_family: Callable[[ModelSource], Family], options: TrainingOptions, data: DatasetConfig, saved_seed: int | None
+) -> Setting:
+    """Start accelerate, open model and data, and work out how long the run is.
+
+    Args:
+        open_family: opens the base model.
+        options: checked.
+        data: the dataset definition, checked.
+        saved_seed: of the run that is resumed; used where none is given.
+    """
+    started_at = time.time()
+    accelerator = make_accelerator(options.precision, options.distributed)
+    seed = shared_seed(accelerator, options.length.seed, saved_seed)
+    dtypes = DTypes.of(options.precision, options.cache.no_half_vae, options.output.save_precision)
+    family = open_family(model_source(options))
+    warn_of_other_prediction(family, options.model.v_parameterization)
+    dataset = Dataset(data, seed)
+    batches_per_epoch = dataset.batches_per_epoch(accelerator.num_processes)
+    times = options.length
+    length = RunLength.of(batches_per_epoch, times.gradient_accumulation_steps, times.max_train_steps, times.max_train_epochs)
+    return Setting(options, accelerator, dtypes, seed, family, dataset, batches_per_epoch, length, started_at)
 
 
 def model_source(options: TrainingOptions) -> ModelSource:
