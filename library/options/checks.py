@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from library.options.checks_optimizer import fused_problems
+from library.options.checks_optimizer import fused_problems, negative_rate_problems
 from library.options.groups.cache import CacheFileOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.generation import GenModelOptions, GenNetworkOptions, PictureOptions, PromptOptions
@@ -120,9 +120,9 @@ def _finetune_problems(options: SdxlTrainOptions) -> Iterator[str]:
     finetune, rate = options.finetune, options.optimizer.learning_rate
     if finetune.train_text_encoder and options.cache.cache_text_encoder_outputs:
         yield "--train_text_encoder excludes --cache_text_encoder_outputs, which freezes their outputs. Choose one."
-    rates = [rate, *finetune.text_encoder_rates(rate)]
-    if rate and finetune.block_rates is not None:
-        rates[0] = max(map(abs, finetune.block_rates))
+    of_blocks = finetune.block_rates if rate else None
+    rates = [*(of_blocks or (rate,)), *finetune.text_encoder_rates(rate)]
+    yield from negative_rate_problems(options.optimizer, rates)
     if not any(rates):
         yield "All learning rates are 0, so nothing is trained. Raise --learning_rate, --block_lr or a rate of the text encoders."
 

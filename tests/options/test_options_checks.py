@@ -84,8 +84,11 @@ FINETUNE_REFUSED = [
     ("--fused_backward_pass --optimizer_type Prodigy --learning_rate 1", "Prodigy computes its rate or average over all"),
     ("--fused_optimizer_groups 4 --optimizer_type AdamWScheduleFree", "AdamWScheduleFree computes its rate or average over all"),
     ("--learning_rate=-1e-5", "is negative, which AdamW cannot use"),
+    ("--train_text_encoder --learning_rate_te1=-1e-5", "The learning rate -1e-05 is negative, which AdamW cannot use"),
+    (f"--block_lr={','.join(['-1e-5'] * 23)}", "is negative, which AdamW cannot use"),
 ]
 FINETUNE_ACCEPTED = [
+    "--learning_rate=-1e-5 --optimizer_type Adafactor --optimizer_args relative_step=False",
     FUSED,
     "--fused_optimizer_groups 10",
     "--fused_optimizer_groups 0 --gradient_accumulation_steps 2",
