@@ -134,7 +134,7 @@ def _subset_facts(subset: SubsetConfig, count: int) -> Facts:
         "caption_prefix": rules.caption_prefix,
         "caption_suffix": rules.caption_suffix,
         "resize_interpolation": subset.resize_interpolation,
-        "image_dir": os.path.basename(os.path.normpath(subset.image_dir)),
+        "image_dir": os.path.basename(os.path.normpath(subset.image_dir)) if subset.image_dir else None,
         **(
             {"metadata_file": os.path.basename(subset.metadata_file)}
             if subset.metadata_file

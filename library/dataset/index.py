@@ -192,15 +192,19 @@ def _metadata_captions(subset: SubsetConfig, problems: list[str]) -> dict[str, t
 
 
 def _cache_stems(paths: Iterable[str]) -> Iterator[str]:
-    """Give the first image of a name the name without extension, as sd-scripts does, and later ones their whole file name."""
-    taken: set[str] = set()
-    folders: dict[str, str] = {}
+    """Give the first image of a name the name without extension, as sd-scripts does, and later ones their whole file name.
+
+    The first is that of the folder, in the order of names, whether it is used or not: metadata files may share out a folder.
+    """
+    owners: dict[str, dict[str, str]] = {}
     for path in paths:
         folder, name = os.path.split(path)
-        real = folders.setdefault(folder, os.path.realpath(folder))
-        stem = os.path.join(real, os.path.splitext(name)[0])
-        yield os.path.join(real, name) if stem in taken else stem
-        taken.add(stem)
+        real = os.path.realpath(folder)
+        if real not in owners:
+            names = [os.path.basename(image) for image in list_images(real)]
+            owners[real] = {os.path.splitext(name)[0]: name for name in reversed(names)}
+        stem = os.path.splitext(name)[0]
+        yield os.path.join(real, stem if owners[real].setdefault(stem, name) == name else name)
 
 
 def _captions(paths: Sequence[str], subset: SubsetConfig, problems: list[str]) -> list[str]:

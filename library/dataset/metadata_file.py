@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,18 +57,25 @@ def find_images(entries: Sequence[Entry], image_dir: str, endings: Sequence[str]
         entries: of one metadata file.
         image_dir: the folder that keys are relative to; empty where there is none.
         endings: of image files, in lower case.
-        problems: receives a sentence for each entry without an image, and for each image with two entries.
+        problems: receives a sentence for each entry without an image (one for all where none has any), and for each image with
+            two entries.
 
     Returns:
         The entries by the path of their image, in their order.
     """
     names_in = _FolderNames()
+    images = [next(filter(names_in.has, _candidates(entry.key, image_dir, endings)), None) for entry in entries]
+    looked = f" or in {image_dir}" if image_dir else "; image_dir names the folder that keys are relative to"
+    if len(images) > 1 and not any(images):
+        problems.append(
+            f"{entries[0].where}: there is no image {entries[0].key!r} here{looked}, nor one for any of the other "
+            f"{len(entries) - 1} entries. Check the folder."
+        )
+        return {}
     found: dict[str, Entry] = {}
     owners: dict[str, Entry] = {}
-    for entry in entries:
-        image = next((path for path in _candidates(entry.key, image_dir, endings) if names_in.has(path)), None)
+    for entry, image in zip(entries, images, strict=True):
         if image is None:
-            looked = f" or in {image_dir}" if image_dir else "; image_dir names the folder that keys are relative to"
             problems.append(f"{entry.where}: there is no image {entry.key!r} here{looked}. Remove the entry or put the image back.")
             continue
         other = owners.setdefault(os.path.realpath(image), entry)
@@ -124,7 +131,10 @@ def _candidates(key: str, image_dir: str, endings: Sequence[str]) -> Iterator[st
 
 
 def _json_object(path: str, text: str) -> Iterator[tuple[str, Any, Any]]:
-    content = _parsed(text, path, object_pairs_hook=_Pairs)
+    try:
+        content = json.loads(text, object_pairs_hook=_Pairs)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}.") from None
     if not isinstance(content, _Pairs):
         raise UserError(f"{path} must hold one JSON object whose keys are images; files with an object per line end in .jsonl.")
     for key, value in content.pairs:
@@ -132,19 +142,15 @@ def _json_object(path: str, text: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _json_lines(path: str, text: str) -> Iterator[tuple[str, Any, Any]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # unlike splitlines, not at U+2028 and the like inside of texts
         if line.strip():
             where = f"{path}, line {number}"
-            value = _parsed(line, where)
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where} is not valid JSON: {error.msg} at column {error.colno}.") from None
             key = value.get("image_path") if isinstance(value, Mapping) else None
             yield where, key, value
-
-
-def _parsed(text: str, where: str, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=object_pairs_hook)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}.") from None
 
 
 class _Pairs:

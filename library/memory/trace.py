@@ -107,10 +107,11 @@ def trace_peak(
     counter.register([*parameters, *(buffer for module in modules for buffer in module.buffers())], WEIGHTS)
     counter.register([value for state in optimizer.state.values() for value in state.values()], OPTIMIZER)
 
-    def gradient_arrived(parameter: Tensor) -> None:
-        counter.register([parameter.grad], GRADIENTS)
+    def gradient_arrives(gradient: Tensor) -> None:
+        counter.register([gradient], GRADIENTS)
 
-    hooks = [p.register_post_accumulate_grad_hook(gradient_arrived) for p in parameters if p.requires_grad]
+    # Before it is accumulated: what steps inside the backward pass drops it in a later hook, ahead of ours.
+    hooks = [p.register_hook(gradient_arrives) for p in parameters if p.requires_grad]
     try:
         with counter:
             step()

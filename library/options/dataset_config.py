@@ -170,10 +170,14 @@ class _Reader:
     def read_folders(self, train_data_dir: str | None, reg_data_dir: str | None, in_json: str | None) -> list[SectionConfig]:
         if not train_data_dir:
             self.problems.append(
-                "No images: give --dataset_config FILE, or --train_data_dir FOLDER with folders such as '10_sks dog'."
+                f"--in_json {in_json} needs --train_data_dir FOLDER, the folder of its images."
+                if in_json
+                else "No images: give --dataset_config FILE, or --train_data_dir FOLDER with folders such as '10_sks dog'."
             )
             return []
         if in_json:
+            if reg_data_dir:
+                self.warnings.append("--reg_data_dir is ignored because --in_json names the images.")
             place = Place("--in_json", {"metadata_file": in_json, "image_dir": train_data_dir})
             section = self.section("the command line", [], [place])
             return [] if section is None else [section]

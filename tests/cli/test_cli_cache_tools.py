@@ -1,5 +1,6 @@
 """The caching tools as a person runs them, on a tiny checkpoint and real photographs."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -57,6 +58,23 @@ def test_a_cache_is_made_once_and_then_kept(
     second = run(project_root, script, *arguments)
     assert second.returncode == 0, second.stderr
     assert f"{name}: 3 taken from the cache, nothing to encode." in second.stderr
+
+
+def test_caches_of_a_metadata_file_are_those_of_the_folder_where_captions_are_the_same(
+    project_root: Path, tiny_checkpoint: Path, data: Path
+) -> None:
+    images = data.parent / "images"
+    captions = {path.stem: {"tags": path.read_text(encoding="utf-8").splitlines()[0]} for path in images.glob("*.txt")}
+    (data.parent / "meta.json").write_text(json.dumps(captions))
+    options = ["--pretrained_model_name_or_path", tiny_checkpoint, "--seed", "1", "--sdxl"]
+    described = ["--in_json", data.parent / "meta.json", "--train_data_dir", images, "--resolution", "128", "--flip_aug"]
+    sizes = ["--enable_bucket", "--min_bucket_reso", "64", "--max_bucket_reso", "256", "--bucket_reso_steps", "32"]
+    for script, name in ((LATENTS, "Latents"), (TEXTS, "Captions")):
+        first = run(project_root, script, *options, *described, *sizes)
+        assert first.returncode == 0, first.stderr
+        assert f"{name}: none in the cache, 3 encoded (3 new)." in first.stderr
+        second = run(project_root, script, *options, "--dataset_config", data)
+        assert f"{name}: 3 taken from the cache, nothing to encode." in second.stderr, second.stderr
 
 
 @pytest.mark.parametrize("script", [LATENTS, TEXTS])

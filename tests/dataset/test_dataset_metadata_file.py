@@ -64,6 +64,34 @@ def test_json_lines_are_read_and_blank_ones_skipped(images: Path, tmp_path: Path
     assert {item.caption for item in items_of(file, images)} == {"c0,t", "c1,t", "c2,t"}
 
 
+def test_an_unusual_line_separator_inside_a_caption_does_not_end_the_line(images: Path, tmp_path: Path) -> None:
+    line = json.dumps({"image_path": "a.png", "caption": "one\u2028two"}, ensure_ascii=False)
+    (item,) = items_of(write(tmp_path / "m.jsonl", line), images)
+    assert item.caption == "one\u2028two"
+
+
+def test_a_key_without_ending_takes_the_first_of_several_images_and_caches_stay_apart(images: Path, tmp_path: Path) -> None:
+    make_image(images / "a.jpg", seed=9)
+    (first,) = items_of(write(tmp_path / "m.json", {"a": {}}), images)
+    (second,) = items_of(write(tmp_path / "m.json", {"a.png": {}}), images)
+    assert (first.path, second.path) == (str(images / "a.jpg"), str(images / "a.png"))
+    assert (first.cache_stem, second.cache_stem) == (str(images.resolve() / "a"), str(images.resolve() / "a.png"))
+
+
+def test_sizes_come_from_the_images_whatever_the_file_says(images: Path, tmp_path: Path) -> None:
+    true_size = {path: item.size for item in items_of(write(tmp_path / "m.json", {"a": {}}), images) for path in [item.path]}
+    stale = {"a": {"image_size": [7, 9], "train_resolution": [512, 512]}}
+    assert {item.path: item.size for item in items_of(write(tmp_path / "m.json", stale), images)} == true_size
+    assert true_size != {str(images / "a.png"): (7, 9)}
+
+
+def test_a_wrong_folder_is_told_once_for_all_entries(images: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "m.json", {f"{number}.png": {} for number in range(1000)})
+    with pytest.raises(UserError, match="nor one for any of the other 999 entries. Check the folder.") as error:
+        items_of(file, images)
+    assert len(str(error.value)) < 1000
+
+
 def test_longest_keys_come_first_and_caches_lie_beside_the_image(images: Path, tmp_path: Path) -> None:
     items = items_of(write(tmp_path / "meta.json", {name: {"caption": "c"} for name in NAMES}), images)
     assert [item.path for item in items] == [str(images / name) for name in ("deep/c.webp", "a.png", "b.jpg")]
@@ -100,12 +128,16 @@ def test_everything_that_is_wrong_with_entries_is_told_together(images: Path, tm
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("m.json", '{"a.png": {"caption": "x",}}', "is not valid JSON"),
+        ("m.json", '{"a.png":\n {"caption" "x"}}', "is not valid JSON: Expecting ':' delimiter at line 2, column 13."),
         ("m.json", "[1]", "must hold one JSON object whose keys are images"),
         ("m.json", '{"a.png": 3}', "entry 'a.png' must be an object with caption or tags, not 3"),
         ("m.json", '{"a.png": {"tags": ["a"]}}', "tags must be a text in quotes"),
         ("m.jsonl", '{"image_path": "a.png"}\n{"caption": "x"}', "line 2 has no image_path"),
-        ("m.jsonl", '{"image_path": "a.png"}\n{', "line 2 is not valid JSON"),
+        (
+            "m.jsonl",
+            '{"image_path": "a.png"}\n{',
+            "line 2 is not valid JSON: Expecting property name enclosed in double quotes at column 2.",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_is_told_with_the_place(
@@ -134,6 +166,14 @@ def test_in_json_takes_the_place_of_folders_with_repeats(images: Path, tmp_path:
     (only,) = data.sections[0].subsets
     assert (only.metadata_file, only.image_dir, only.num_repeats) == (file, str(images), 3)
     assert len(Dataset(data, seed=0).sections[0].items) == 1
+
+
+def test_what_goes_with_in_json_is_told(tmp_path: Path) -> None:
+    file = write(tmp_path / "m.json", {})
+    with pytest.raises(UsageError, match="needs --train_data_dir FOLDER, the folder of its images"):
+        load(in_json=file)
+    data = load(in_json=file, train_data_dir=str(tmp_path), reg_data_dir=str(tmp_path))
+    assert data.warnings == ("--reg_data_dir is ignored because --in_json names the images.",)
 
 
 def write_config(tmp_path: Path, *subsets: str) -> Path:
@@ -178,6 +218,8 @@ def test_what_models_record_of_it_names_the_file_and_counts_its_tags(images: Pat
     facts = section_facts(built)
     assert facts["is_dreambooth"] is False
     assert facts["subsets"][0]["metadata_file"] == "meta.json" and "class_tokens" not in facts["subsets"][0]
+    (no_folder,) = build_index(config(section(subset("", metadata_file=write(tmp_path / "m.json", {str(images / "a.png"): {}})))))
+    assert section_facts(no_folder)["subsets"][0]["image_dir"] is None
     plain = replace(subset(images), metadata_file=None)
     (of_folder,) = build_index(config(section(plain)))
     assert section_facts(of_folder)["is_dreambooth"] is True
