@@ -79,15 +79,14 @@ def test_a_key_without_ending_takes_the_first_of_several_images_and_caches_stay_
 
 
 def test_sizes_come_from_the_images_whatever_the_file_says(images: Path, tmp_path: Path) -> None:
-    true_size = {path: item.size for item in items_of(write(tmp_path / "m.json", {"a": {}}), images) for path in [item.path]}
+    true_size = {item.path: item.size for item in items_of(write(tmp_path / "m.json", {"a": {}}), images)}
     stale = {"a": {"image_size": [7, 9], "train_resolution": [512, 512]}}
     assert {item.path: item.size for item in items_of(write(tmp_path / "m.json", stale), images)} == true_size
-    assert true_size != {str(images / "a.png"): (7, 9)}
 
 
 def test_a_wrong_folder_is_told_once_for_all_entries(images: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "m.json", {f"{number}.png": {} for number in range(1000)})
-    with pytest.raises(UserError, match="nor one for any of the other 999 entries. Check the folder.") as error:
+    with pytest.raises(UserError, match="nor one for any of the other 999 entries") as error:
         items_of(file, images)
     assert len(str(error.value)) < 1000
 
