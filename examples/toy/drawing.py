@@ -34,7 +34,7 @@ RADII = {"small": 0.15, "": 0.23, "large": 0.31}
 PLACES = {"left": 0.32, "": 0.5, "right": 0.68}
 """Horizontal centre of a shape as a share of the picture's side, by the word for its place."""
 STRIPED_STAR = "zibbly"
-"""The new word of the demonstration: a star with black and white stripes, which no training picture of the base shows."""
+"""The new word of the demonstration: a large star with black and white stripes, which no training picture of the base shows."""
 GROUNDS_OF_THE_STAR = ("red", "orange", "yellow", "green", "blue", "purple")
 """Grounds that black and white stripes stand out from."""
 
@@ -89,19 +89,19 @@ def unseen_scenes(number: int, seed: int) -> list[Scene]:
 
 
 def star_scenes() -> list[tuple[Scene, str]]:
-    """Return the twelve pictures of the demonstration: striped stars, with captions that have the new word for them."""
-    variants = (("", ""), ("large", "left"), ("", "right"), ("large", ""), ("", "left"), ("large", "right"))
+    """Return the twelve pictures of the demonstration: large striped stars, with captions that have the new word for them."""
+    places = tuple(PLACES)
     scenes = [
-        Scene("star", "striped", ground, *variants[index % 6])
+        Scene("star", "striped", ground, "large", places[(number + step) % 3])
         for number, ground in enumerate(GROUNDS_OF_THE_STAR)
-        for index in (number, number + 3)
+        for step in (0, 1)
     ]
     return [(scene, word_caption(scene)) for scene in scenes]
 
 
 def word_caption(star: Scene) -> str:
-    """Return the caption of a scene with the striped star, which has a word of its own."""
-    return star.caption.replace("striped star", STRIPED_STAR)
+    """Return the caption of a scene with a large striped star, which has a word of its own."""
+    return star.caption.replace("large striped star", STRIPED_STAR)
 
 
 def draw(scene: Scene, seed: int | None = None) -> Image.Image:
@@ -130,7 +130,7 @@ def paint(colour: str, side: int) -> Image.Image:
     if colour != "striped":
         return Image.new("RGB", (side, side), COLOURS[colour])
     stripes = Image.new("RGB", (side, side), COLOURS["white"])
-    pen, width = ImageDraw.Draw(stripes), side // 16
+    pen, width = ImageDraw.Draw(stripes), side // 10
     for top in range(0, side, 2 * width):
         pen.rectangle((0, top, side, top + width - 1), fill=COLOURS["black"])
     return stripes

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from drawing import GROUNDS_OF_THE_STAR, SIZE, Scene, unseen_scenes, word_caption  # noqa: E402
+from drawing import GROUNDS_OF_THE_STAR, PLACES, SIZE, Scene, unseen_scenes, word_caption  # noqa: E402
 from reading import Reading, read_picture  # noqa: E402
 
 from library.generation.request import ImageRequest  # noqa: E402
@@ -123,12 +123,7 @@ def evaluate_word(
         `word` and `word_without_network`: share of pictures of the word that show a striped star; `unchanged`: share of the other
         captions of which the network's picture reads as the base's does.
     """
-    stars = [
-        Scene("star", "striped", ground, size, place)
-        for ground in GROUNDS_OF_THE_STAR
-        for size in ("", "large")
-        for place in ("", "left", "right")
-    ]
+    stars = [Scene("star", "striped", ground, "large", place) for ground in GROUNDS_OF_THE_STAR for place in PLACES] * 2
     captions = [word_caption(star) for star in stars]
     shares = {}
     for name, weights in (("word", network), ("word_without_network", None)):
