@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,8 +16,15 @@ from library.options.groups.generation import PromptOptions
 from library.options.parse import parse
 from library.options.scripts import SdxlGenImgOptions, SdxlTrainNetworkOptions, SdxlTrainOptions
 from tools.bench import BenchScriptOptions, check
+from tools.convert_sdxl import command_line as convert_parser
+from tools.convert_sdxl import output_layout
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "toy"))
+
+import evaluate  # noqa: E402
+import make  # noqa: E402
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/photos/SOURCES.md"]
 """Pages whose commands and links are tested."""
 ESSENTIALS = ["--pretrained_model_name_or_path", __file__, "--output_dir", "out", "--network_module", "networks.lora"]
@@ -49,6 +57,9 @@ ACCEPT: dict[str, Callable[[list[str]], object]] = {
     "sdxl_train_network.py": lambda arguments: parse(SdxlTrainNetworkOptions, arguments),
     "sdxl_gen_img.py": lambda arguments: parse(SdxlGenImgOptions, arguments),
     "tools/bench.py": accept_bench,
+    "tools/convert_sdxl.py": lambda arguments: output_layout(convert_parser().parse_args(arguments)),
+    "examples/toy/evaluate.py": lambda arguments: evaluate.command_line().parse_args(arguments),
+    "examples/toy/make.py": lambda arguments: make.command_line().parse_args(arguments),
 }
 
 
@@ -57,7 +68,7 @@ def test_the_commands_of_the_documentation_are_accepted(page: str, words: list[s
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))
     assert any(words[: len(launcher)] == launcher for launcher in LAUNCHERS)
     assert (ROOT / words[script]).exists()
-    assert [problem for problem in problems_of(words[script], words[script + 1 :]) if "there is no f" not in problem] == []
+    assert [problem for problem in problems_of(words[script], words[script + 1 :]) if "there is no f" not in problem.lower()] == []
 
 
 def problems_of(script: str, arguments: list[str]) -> tuple[str, ...]:
@@ -71,7 +82,7 @@ def problems_of(script: str, arguments: list[str]) -> tuple[str, ...]:
 
 def test_the_readme_shows_set_up_training_and_drawing() -> None:
     shown = {word for page, words in commands() if page == "README.md" for word in words if word.endswith(".py")}
-    assert shown == {"start.py", "sdxl_train_network.py", "sdxl_gen_img.py"}
+    assert shown == {"start.py", "sdxl_train.py", "sdxl_train_network.py", "sdxl_gen_img.py"}
 
 
 def test_a_mistyped_option_in_the_readme_would_be_noticed() -> None:

@@ -30,12 +30,13 @@ def main(argv: Sequence[str]) -> None:
         UsageError: a path cannot be used; torch has not been imported then.
         UserError: the source is no complete SDXL model, the disk is full, or the output's folder is not writable.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = command_line().parse_args(argv)
     layout = output_layout(arguments)
     convert(arguments.source, arguments.out, layout, _DTYPES.get(arguments.save_precision), arguments.vae)
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="an SDXL checkpoint (.safetensors, .ckpt) or a diffusers folder")
     parser.add_argument("out", type=Path, help="the file (.safetensors, .ckpt) or folder to make")

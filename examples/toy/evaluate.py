@@ -56,15 +56,7 @@ class Score:
 
 def main(argv: Sequence[str]) -> None:
     """Draw, read, and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", default=str(HERE / "toy_sdxl.safetensors"), help="the checkpoint (the shipped one)")
-    parser.add_argument("--network_weights", help="a LoRA that teaches the new word; evaluates it beside the captions")
-    parser.add_argument("--number", type=int, default=100, help="captions to draw (100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of captions and of the pictures (0)")
-    parser.add_argument("--cfg_scale", type=float, default=CFG_SCALE, help=f"guidance ({CFG_SCALE})")
-    parser.add_argument("--grid", type=Path, help="write the pictures to this PNG")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    arguments = parser.parse_args(argv)
+    arguments = command_line().parse_args(argv)
 
     scenes = unseen_scenes(arguments.number, arguments.seed)
     captions = [scene.caption for scene in scenes]
@@ -78,6 +70,19 @@ def main(argv: Sequence[str]) -> None:
         save_grid(pictures, arguments.grid)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", default=str(HERE / "toy_sdxl.safetensors"), help="the checkpoint (the shipped one)")
+    parser.add_argument("--network_weights", help="a LoRA that teaches the new word; evaluates it beside the captions")
+    parser.add_argument("--number", type=int, default=100, help="captions to draw (100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of captions and of the pictures (0)")
+    parser.add_argument("--cfg_scale", type=float, default=CFG_SCALE, help=f"guidance ({CFG_SCALE})")
+    parser.add_argument("--grid", type=Path, help="write the pictures to this PNG")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    return parser
 
 
 def draw_captions(

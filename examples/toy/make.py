@@ -56,16 +56,7 @@ seed = 3
 
 def main(argv: Sequence[str]) -> None:
     """Make what is not there yet, step by step."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("toy_work"), help="folder for everything made on the way (toy_work)")
-    parser.add_argument("--out", type=Path, default=HERE / "toy_sdxl.safetensors", help="the finished checkpoint (the shipped one)")
-    parser.add_argument("--pictures", type=int, default=6400, help="pictures to train on (6400)")
-    parser.add_argument("--vae_steps", type=int, default=3000, help="steps of the VAE (3000)")
-    parser.add_argument("--steps", type=int, default=7000, help="steps of text encoders and U-Net (7000)")
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures per step (32)")
-    parser.add_argument("--mixed_precision", default="bf16", choices=("no", "bf16"), help="of the training (bf16)")
-    parser.add_argument("--evaluate", type=int, default=100, help="captions the finished checkpoint is judged by (100)")
-    arguments = parser.parse_args(argv)
+    arguments = command_line().parse_args(argv)
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     scenes = training_scenes(arguments.pictures, seed=0)
@@ -79,6 +70,20 @@ def main(argv: Sequence[str]) -> None:
     shutil.copyfile(work / "toy_sdxl.safetensors", arguments.out)
     judge = ("--number", arguments.evaluate, "--grid", work / "samples.png", "--json", work / "figures.json")
     run("examples/toy/evaluate.py", "--ckpt", arguments.out, *judge)
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("toy_work"), help="folder for everything made on the way (toy_work)")
+    parser.add_argument("--out", type=Path, default=HERE / "toy_sdxl.safetensors", help="the finished checkpoint (the shipped one)")
+    parser.add_argument("--pictures", type=int, default=6400, help="pictures to train on (6400)")
+    parser.add_argument("--vae_steps", type=int, default=3000, help="steps of the VAE (3000)")
+    parser.add_argument("--steps", type=int, default=7000, help="steps of text encoders and U-Net (7000)")
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures per step (32)")
+    parser.add_argument("--mixed_precision", default="bf16", choices=("no", "bf16"), help="of the training (bf16)")
+    parser.add_argument("--evaluate", type=int, default=100, help="captions the finished checkpoint is judged by (100)")
+    return parser
 
 
 def draw_pictures(folder: Path, pictures: Sequence[tuple[Scene, str]], first_seed: int) -> None:
