@@ -1,7 +1,8 @@
 """What one training step receives from the data: images or cached latents, captions or cached text, sizes and weights."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,15 @@ class Batch:
     """One 64-bit seed per image, a function of (seed, epoch, image) alone: noise, timestep and posterior are drawn from it."""
     image_keys: list[str]
     """The image files, for messages."""
+    masks: Tensor | None = None
+    """(B, H, W) float32 in [0, 1], from alpha channels, one value per pixel of the image: ones for images without transparency;
+    None where no image of the batch is to have a mask."""
+    conditioning: Tensor | None = None
+    """(B, 3, H, W) float32 in [-1, 1]: the control or mask image of each image, resized, cropped and mirrored with it."""
+    network_multiplier: float = 1.0
+    """Strength of the network for this batch."""
+    custom_attributes: list[Mapping[str, Any]] = field(default_factory=list)
+    """What the dataset file says of each image besides."""
 
     @property
     def size(self) -> int:
@@ -45,12 +55,17 @@ class Batch:
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else move(tensor)
+
         sizes = self.sizes
         return replace(
             self,
-            images=None if self.images is None else move(self.images),
-            latents=None if self.latents is None else move(self.latents),
+            images=moved(self.images),
+            latents=moved(self.latents),
             text_cond=None if self.text_cond is None else {name: move(tensor) for name, tensor in self.text_cond.items()},
             sizes=SizeConditioning(move(sizes.original_hw), move(sizes.crop_top_left), move(sizes.target_hw)),
             loss_weights=move(self.loss_weights),
+            masks=moved(self.masks),
+            conditioning=moved(self.conditioning),
         )

@@ -13,6 +13,16 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
+class Placement:
+    """How the pixels of a picture get into its training size."""
+
+    resized: Size
+    """The size it is resized to; at least the training size in both directions."""
+    crop: Size
+    """Left and top of the training size inside the resized picture."""
+
+
+@dataclass(frozen=True, slots=True)
 class Geometry:
     """How one picture gets to its training size."""
 
@@ -24,6 +34,11 @@ class Geometry:
     """Left and top of the bucket inside the resized picture: the centre."""
     crop_ltrb: tuple[float, float, float, float]
     """Left, top, right, bottom as SDXL is conditioned on them; not the pixel crop (see `conditioning_crop`)."""
+
+    @property
+    def placement(self) -> Placement:
+        """The placement without augmentation."""
+        return Placement(self.resized, self.crop)
 
 
 def bucket_sizes(resolution: Size, lowest: int, highest: int, step: int) -> list[Size]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from library.dataset.augmentation import ColorChange
+from library.dataset.buckets import Placement
 from library.dataset.cached import LatentFiles, LatentsInMemory, TextFiles, TextsInMemory
 from library.dataset.captions import caption_for_use, fixed_caption
 from library.dataset.index import Item, Section, build_index
@@ -23,6 +25,10 @@ class Draws:
     seed: int
     """For the noise, the timestep and the posterior sample."""
     flipped: bool
+    placement: Placement
+    """How the image gets to its training size this time."""
+    color: ColorChange | None
+    """None leaves the colours as they are."""
     caption: str
 
 
@@ -89,7 +95,7 @@ class Dataset:
         seed = draw_seed(self.seed, epoch, use)
         rng = random.Random(seed)
         flipped = self.is_mirrored(item) and rng.random() < 0.5
-        return Draws(seed, flipped, caption_for_use(item.caption, rules, epoch, rng))
+        return Draws(seed, flipped, item.geometry.placement, None, caption_for_use(item.caption, rules, epoch, rng))
 
     def is_mirrored(self, item: Item) -> bool:
         """Say whether an item is mirrored in some of its uses."""

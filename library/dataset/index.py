@@ -51,6 +51,8 @@ class Item:
     cache_stem: str
     """Path under which its caches lie, the same from whatever folder it is seen: without extension, but with it where two images
     differ in the extension alone."""
+    conditioning_path: str | None = None
+    """The control or mask image that belongs to it."""
 
 
 @dataclass(frozen=True)
