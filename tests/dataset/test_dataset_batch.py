@@ -13,8 +13,8 @@ def full_batch() -> Batch:
     return Batch(
         images=torch.zeros(1, 3, 8, 8), latents=torch.zeros(1, 4, 1, 1), captions=["a"], text_cond={"hidden": torch.zeros(1, 2, 3)},
         sizes=SizeConditioning(*(torch.zeros(1, 2, dtype=torch.int64) for _ in range(3))), loss_weights=torch.ones(1),
-        draw_seeds=[1], image_keys=["a.png"], masks=torch.ones(1, 8, 8), conditioning=torch.zeros(1, 3, 8, 8), network_multiplier=0.5,
-        custom_attributes=[{"a": 1}],
+        draw_seeds=[1], image_keys=["a.png"], masks=torch.ones(1, 8, 8), conditioning=torch.zeros(1, 3, 8, 8),
+        network_multiplier=0.5, custom_attributes=[{"a": 1}],
     )  # fmt: skip
 
 
