@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntFlag
 from typing import Any, BinaryIO
 
 import cv2
@@ -35,6 +36,19 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _READ_SIZE = 1 << 20
 
 
+class Trait(IntFlag):
+    """What makes a picture other than plain 8-bit RGB."""
+
+    PLAIN = 0
+    SIXTEEN_BIT = 1
+    """16 or 32 bits a channel."""
+    CMYK = 2
+    ANIMATED = 4
+    """Several frames, of which the first is used."""
+    ALPHA = 8
+    GREY = 16
+
+
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
     """What the header of a picture says."""
@@ -43,6 +57,7 @@ class ImageFacts:
     """Width and height as the picture is looked at, with the camera's orientation applied."""
     orientation: int
     """EXIF orientation, 1 (upright) to 8."""
+    traits: Trait = Trait.PLAIN
 
 
 def inspect_image(path: str) -> ImageFacts:
@@ -58,6 +73,7 @@ def inspect_image(path: str) -> ImageFacts:
         if os.path.getsize(path) == 0:
             raise UserError(f"{path} is empty (0 bytes).")
         with Image.open(path) as image:
+            traits = _traits(image)
             is_whole = _WHOLENESS.get(image.format or "", _cannot_tell)
             with open(path, "rb") as file:
                 whole = is_whole(file)
@@ -69,7 +85,7 @@ def inspect_image(path: str) -> ImageFacts:
         raise UserError(f"{path} is not a picture, or is damaged at its beginning.") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read: {_reason(error)}.") from None
-    return ImageFacts((size[0], size[1]), orientation)
+    return ImageFacts((size[0], size[1]), orientation, traits)
 
 
 def read_pixels(path: str, orientation: int) -> Pixels:
@@ -140,6 +156,25 @@ def _orientation(image: Image.Image) -> int:
     exif = Image.Image.getexif(image)  # the method of PNG images decodes them
     value = exif.get(ExifTags.Base.Orientation, 1)
     return value if value in _TURNS else 1
+
+
+def _traits(image: Image.Image) -> Trait:
+    """Return what the header says; to be asked before the pixels are decoded."""
+    mode = image.mode
+    tile = getattr(image, "tile", None)
+    raw = str(tile[0][3]) if tile else ""  # of 16-bit colour, which Pillow decodes to 8, only the decoder's name tells
+    traits = Trait.PLAIN
+    if mode.startswith(("I", "F")) or ";16" in raw:
+        traits |= Trait.SIXTEEN_BIT
+    if mode == "CMYK":
+        traits |= Trait.CMYK
+    if getattr(image, "is_animated", False) and image.format != "MPO":  # the second picture of a phone's MPO is no frame
+        traits |= Trait.ANIMATED
+    if image.has_transparency_data:
+        traits |= Trait.ALPHA
+    if mode in ("1", "L", "LA") or mode.startswith(("I", "F")):
+        traits |= Trait.GREY
+    return traits
 
 
 def _as_rgb(image: Image.Image) -> Pixels:

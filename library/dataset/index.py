@@ -1,6 +1,6 @@
 """Find and check every image of a dataset, before anything expensive is done.
 
-All bad files are named in one message; what is only odd is logged.
+All bad files, and all that is only odd, go to the findings that every check feeds.
 """
 
 import logging
@@ -14,14 +14,14 @@ from PIL import features
 
 from library.dataset.buckets import BucketChooser, Geometry, Size
 from library.dataset.caption_files import find_caption_file, read_caption
-from library.dataset.images import ImageFacts, inspect_image
+from library.dataset.findings import Findings, Kind, names_of
+from library.dataset.images import ImageFacts, Trait, inspect_image
 from library.dataset.metadata_file import caption_of, find_images, read_metadata
 from library.options.dataset_config import DatasetConfig, SectionConfig, SubsetConfig
 from library.options.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_NAMES_SHOWN = 5
 _CHECKING_THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 
@@ -86,29 +86,32 @@ class _Found:
     cache_stem: str
 
 
-def build_index(config: DatasetConfig) -> tuple[Section, ...]:
+def build_index(config: DatasetConfig, findings: Findings | None = None) -> tuple[Section, ...]:
     """List, read captions of, and check all images.
 
+    Args:
+        config: says which images.
+        findings: receives every image that is missing, damaged or too small, every caption file that cannot be read, and what is
+            odd; such images are left out. Without it, errors are raised and warnings logged here.
+
     Raises:
-        UserError: naming every image that is missing, damaged or too small and every caption file that cannot be read; or there
-            are no images.
+        UserError: there are errors and no `findings` to take them.
     """
-    problems: list[str] = []
-    found = [image for number, section in enumerate(config.sections) for image in _section_images(number, section, problems)]
-    facts = _inspect_all({image.path for image in found}, problems)
-    geometries = _geometries(config, found, facts, problems)
-    if problems:
-        raise UserError(_joined(problems))
-    if not found:
-        folders = ", ".join(subset.source for section in config.sections for subset in section.subsets)
-        raise UserError(f"There are no images in {folders}. Files directly in these folders count: {' '.join(image_extensions())}.")
-    _report_turned(facts)
+    collected = Findings() if findings is None else findings
+    found = [image for number, section in enumerate(config.sections) for image in _section_images(number, section, collected)]
+    facts = _inspect_all({image.path for image in found}, collected)
+    geometries = _geometries(config, found, facts, collected)
+    _report_traits(facts, collected)
     sections: list[Section] = []
     for number, section in enumerate(config.sections):
         first = sum(len(built.items) for built in sections)
-        sections.append(_section(number, section, first, [i for i in found if i.section == number], facts, geometries))
-    if not any(section.items for section in sections):
-        raise UserError("There are only regularisation images (is_reg). Add a subset of images to train on.")
+        usable = [image for image in found if image.section == number and (number, image.path) in geometries]
+        sections.append(_section(number, section, first, usable, facts, geometries, collected))
+    _report_emptiness(config, found, sections, collected)
+    if findings is None:
+        collected.raise_errors()
+        if text := collected.warning_text():
+            logger.warning("%s", text)
     return tuple(sections)
 
 
@@ -150,43 +153,45 @@ def balance_regularisation(num_train: int, reg_repeats: Sequence[int]) -> list[i
     return uses
 
 
-def _section_images(number: int, section: SectionConfig, problems: list[str]) -> Iterator[_Found]:
+def _section_images(number: int, section: SectionConfig, findings: Findings) -> Iterator[_Found]:
     for position, subset in enumerate(section.subsets):
         read = _metadata_captions if subset.metadata_file else _folder_captions
-        captions = read(subset, problems)
+        captions = read(subset, findings)
         for (path, (caption, tags)), stem in zip(captions.items(), _cache_stems(captions), strict=True):
             yield _Found(number, position, path, caption, tags, stem)
 
 
-def _folder_captions(subset: SubsetConfig, problems: list[str]) -> dict[str, tuple[str, str]]:
+def _folder_captions(subset: SubsetConfig, findings: Findings) -> dict[str, tuple[str, str]]:
     """Return caption and tags, which are the same text, of each image of a folder."""
     paths = list_images(subset.image_dir)
     if not paths:
-        logger.warning("%s has no images; files directly in it count: %s", subset.image_dir, " ".join(image_extensions()))
-    return {path: (caption, caption) for path, caption in zip(paths, _captions(paths, subset, problems), strict=True)}
+        findings.warning(Kind.CONFIG, subset.image_dir, f"{subset.image_dir} has no images; {_what_counts()}")
+    return {path: (caption, caption) for path, caption in zip(paths, _captions(paths, subset, findings), strict=True)}
 
 
-def _metadata_captions(subset: SubsetConfig, problems: list[str]) -> dict[str, tuple[str, str]]:
+def _metadata_captions(subset: SubsetConfig, findings: Findings) -> dict[str, tuple[str, str]]:
     """Return caption and tags of each image that a metadata file names."""
     rules = subset.captions
     try:
         entries = read_metadata(subset.source)
     except UserError as error:
-        problems.append(str(error))
+        findings.error(Kind.METADATA, subset.source, str(error))
         return {}
     if not entries:
-        logger.warning("%s names no images.", subset.source)
-    found = find_images(entries, subset.image_dir, image_extensions(), problems)
+        findings.warning(Kind.CONFIG, subset.source, f"{subset.source} names no images.")
+    found = find_images(entries, subset.image_dir, image_extensions(), findings)
     without = [path for path, entry in found.items() if not entry.caption and not entry.tags]
     if without:
-        logger.warning(
-            "%d of %d images in %s have neither caption nor tags and are trained with an empty caption: %s.",
-            len(without), len(found), subset.source, _some(without),
-        )  # fmt: skip
+        told = (
+            f"{len(without)} of {len(found)} images in {subset.source} have neither caption nor tags and are trained with an empty "
+            f"caption: {_some(without)}."
+        )
+        findings.warning(Kind.NO_CAPTION, subset.source, told, count=len(without), files=without)
     if subset.image_dir:
-        left = set(list_images(subset.image_dir)) - set(found)
+        left = sorted(set(list_images(subset.image_dir)) - set(found))
         if left:
-            logger.info("%d images of %s have no entry in %s and are not used.", len(left), subset.image_dir, subset.source)
+            told = f"{len(left)} images of {subset.image_dir} have no entry in {subset.source} and are not used: {_some(left)}."
+            findings.warning(Kind.UNUSED_IMAGES, subset.image_dir, told, count=len(left), files=left)
     return {
         path: (caption_of(entry, rules.caption_separator, multiline=rules.enable_wildcard), entry.tags)
         for path, entry in found.items()
@@ -209,28 +214,28 @@ def _cache_stems(paths: Iterable[str]) -> Iterator[str]:
         yield os.path.join(real, stem if owners[real].setdefault(stem, name) == name else name)
 
 
-def _captions(paths: Sequence[str], subset: SubsetConfig, problems: list[str]) -> list[str]:
+def _captions(paths: Sequence[str], subset: SubsetConfig, findings: Findings) -> list[str]:
     captions, without = [], []
     for path in paths:
         file = find_caption_file(path, subset.caption_extension)
         try:
             caption = None if file is None else read_caption(file, multiline=subset.captions.enable_wildcard)
         except UserError as error:
-            problems.append(str(error))
+            findings.error(Kind.UNREADABLE_CAPTION, path, str(error))
             caption = ""
         if caption is None and subset.class_tokens is None:
             without.append(path)
         captions.append((subset.class_tokens or "") if caption is None else caption)
     if without:
-        logger.warning(
-            "%d of %d images in %s have no %s file and are trained with an empty caption: %s. "
-            "Check caption_extension or set class_tokens.",
-            len(without), len(paths), subset.image_dir, subset.caption_extension, _some(without),
-        )  # fmt: skip
+        told = (
+            f"{len(without)} of {len(paths)} images in {subset.image_dir} have no {subset.caption_extension} file and are trained "
+            f"with an empty caption: {_some(without)}."
+        )
+        findings.warning(Kind.NO_CAPTION, subset.image_dir, told, count=len(without), files=without)
     return captions
 
 
-def _inspect_all(paths: Iterable[str], problems: list[str]) -> dict[str, ImageFacts]:
+def _inspect_all(paths: Iterable[str], findings: Findings) -> dict[str, ImageFacts]:
     """Check all files in parallel: reading and checksums release the interpreter lock."""
     ordered = sorted(paths)
     facts: dict[str, ImageFacts] = {}
@@ -239,7 +244,7 @@ def _inspect_all(paths: Iterable[str], problems: list[str]) -> dict[str, ImageFa
             if isinstance(outcome, ImageFacts):
                 facts[path] = outcome
             else:
-                problems.append(outcome)
+                findings.error(Kind.UNREADABLE_IMAGE, path, outcome)
     return facts
 
 
@@ -251,7 +256,7 @@ def _facts_or_problem(path: str) -> ImageFacts | str:
 
 
 def _geometries(
-    config: DatasetConfig, found: Sequence[_Found], facts: dict[str, ImageFacts], problems: list[str]
+    config: DatasetConfig, found: Sequence[_Found], facts: dict[str, ImageFacts], findings: Findings
 ) -> dict[tuple[int, str], Geometry]:
     choosers = [BucketChooser(section) for section in config.sections]
     geometries = {}
@@ -261,7 +266,7 @@ def _geometries(
         try:
             geometries[image.section, image.path] = choosers[image.section].choose(facts[image.path].size)
         except ValueError as error:
-            problems.append(f"{image.path}: {error}.")
+            findings.error(Kind.TOO_SMALL, image.path, f"{image.path}: {error}.")
     return geometries
 
 
@@ -272,6 +277,7 @@ def _section(
     found: Sequence[_Found],
     facts: dict[str, ImageFacts],
     geometries: dict[tuple[int, str], Geometry],
+    findings: Findings,
 ) -> Section:
     def item(image: _Found) -> Item:
         subset, fact = config.subsets[image.subset], facts[image.path]
@@ -283,38 +289,55 @@ def _section(
 
     items = [item(image) for image in found]
     train = [entry for entry in items if not entry.is_reg]
-    reg = _balanced(train, [entry for entry in items if entry.is_reg])
+    reg = _balanced(train, [entry for entry in items if entry.is_reg], findings)
     counts = Counter(image.subset for image in found)
     numbered = tuple(replace(entry, number=first + position) for position, entry in enumerate(train + reg))
     return Section(config, numbered, tuple(counts[position] for position in range(len(config.subsets))))
 
 
-def _balanced(train: Sequence[Item], reg: Sequence[Item]) -> list[Item]:
+def _balanced(train: Sequence[Item], reg: Sequence[Item], findings: Findings) -> list[Item]:
     num_train = sum(item.repeats for item in train)
     uses = balance_regularisation(num_train, [item.repeats for item in reg])
     kept = [replace(item, repeats=count) for item, count in zip(reg, uses, strict=True) if count]
-    if len(kept) < len(reg):
-        logger.warning("%d of %d regularisation images are not used: there are only %d uses of training images.",
-                       len(reg) - len(kept), len(reg), num_train)  # fmt: skip
+    unused = [item.path for item, count in zip(reg, uses, strict=True) if not count]
+    if unused:
+        told = (
+            f"{len(unused)} of {len(reg)} regularisation images are not used, because there are only {num_train} uses of training "
+            f"images: {_some(unused)}."
+        )
+        findings.warning(Kind.UNUSED_REG, os.path.dirname(unused[0]), told, count=len(unused), files=unused)
     return kept
 
 
-def _report_turned(facts: dict[str, ImageFacts]) -> None:
+def _report_traits(facts: dict[str, ImageFacts], findings: Findings) -> None:
+    """Tell how many images are not plain upright 8-bit pictures."""
     turned = [path for path, fact in facts.items() if fact.orientation != 1]
-    if turned:
-        logger.warning(
-            "%d images are stored turned or mirrored (EXIF orientation) and are set upright: %s. "
-            "Caches of other programs, which do not do this, are not used for them.",
-            len(turned), _some(turned),
-        )  # fmt: skip
+    animated = [path for path, fact in facts.items() if fact.traits & Trait.ANIMATED]
+    deep = [path for path, fact in facts.items() if fact.traits & Trait.SIXTEEN_BIT]
+    cmyk = [path for path, fact in facts.items() if fact.traits & Trait.CMYK]
+    for kind, what, paths in (
+        (Kind.TURNED, "images are turned", turned),
+        (Kind.COLOUR, "images have 16 bits a channel", deep),
+        (Kind.COLOUR, "images are CMYK", cmyk),
+        (Kind.ANIMATED, "images are animated", animated),
+    ):
+        if paths:
+            folder = os.path.dirname(paths[0])
+            findings.warning(kind, folder, f"{len(paths)} {what}: {_some(paths)}.", count=len(paths), files=paths)
 
 
-def _joined(problems: Sequence[str]) -> str:
-    lines = list(dict.fromkeys(problems))
-    head = "One file cannot be used:" if len(lines) == 1 else f"{len(lines)} files cannot be used:"
-    return "\n".join([head, *(f"  {line}" for line in lines), "Repair or remove them and start again."])
+def _report_emptiness(config: DatasetConfig, found: Sequence[_Found], sections: Sequence[Section], findings: Findings) -> None:
+    folders = ", ".join(subset.source for section in config.sections for subset in section.subsets)
+    if not found and not findings.has_errors:
+        findings.error(Kind.NO_IMAGES, folders, f"There are no images in {folders}. {_what_counts().capitalize()}")
+    elif found and not any(section.items for section in sections) and not findings.has_errors:
+        told = "There are only regularisation images (is_reg). Add a subset of images to train on."
+        findings.error(Kind.NO_IMAGES, folders, told)
+
+
+def _what_counts() -> str:
+    return f"files directly in the folder count: {' '.join(image_extensions())}."
 
 
 def _some(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - _NAMES_SHOWN} more" if len(paths) > _NAMES_SHOWN else ""
-    return ", ".join(os.path.basename(path) for path in paths[:_NAMES_SHOWN]) + more
+    return names_of([os.path.basename(path) for path in paths])

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from library.dataset.findings import Findings, Kind
 from library.options.errors import UserError
 
 _NAMES_SHOWN = 3
@@ -50,15 +51,14 @@ def read_metadata(path: str) -> list[Entry]:
     return sorted(entries, key=lambda entry: -len(entry.key))
 
 
-def find_images(entries: Sequence[Entry], image_dir: str, endings: Sequence[str], problems: list[str]) -> dict[str, Entry]:
+def find_images(entries: Sequence[Entry], image_dir: str, endings: Sequence[str], findings: Findings) -> dict[str, Entry]:
     """Find the image of every entry: its key as a path, else in the image folder, else there with one of the known endings.
 
     Args:
         entries: of one metadata file.
         image_dir: the folder that keys are relative to; empty where there is none.
         endings: of image files, in lower case.
-        problems: receives a sentence for each entry without an image (one for all where none has any), and for each image with
-            two entries.
+        findings: receives each entry without an image (one sentence for all where none has any), and each image with two entries.
 
     Returns:
         The entries by the path of their image, in their order.
@@ -67,20 +67,23 @@ def find_images(entries: Sequence[Entry], image_dir: str, endings: Sequence[str]
     images = [next(filter(names_in.has, _candidates(entry.key, image_dir, endings)), None) for entry in entries]
     looked = f" or in {image_dir}" if image_dir else "; image_dir names the folder that keys are relative to"
     if len(images) > 1 and not any(images):
-        problems.append(
+        told = (
             f"{entries[0].where}: there is no image {entries[0].key!r} here{looked}, nor one for any of the other "
             f"{len(entries) - 1} entries. Check the folder."
         )
+        findings.error(Kind.UNRESOLVED, entries[0].where, told, count=len(entries))
         return {}
     found: dict[str, Entry] = {}
     owners: dict[str, Entry] = {}
     for entry, image in zip(entries, images, strict=True):
         if image is None:
-            problems.append(f"{entry.where}: there is no image {entry.key!r} here{looked}. Remove the entry or put the image back.")
+            told = f"{entry.where}: there is no image {entry.key!r} here{looked}. Remove the entry or put the image back."
+            findings.error(Kind.UNRESOLVED, entry.where, told)
             continue
         other = owners.setdefault(os.path.realpath(image), entry)
         if other is not entry:
-            problems.append(f"{entry.where}: {image} has two entries, {other.key!r} and {entry.key!r}. Remove one of them.")
+            told = f"{entry.where}: {image} has two entries, {other.key!r} and {entry.key!r}. Remove one of them."
+            findings.error(Kind.UNRESOLVED, entry.where, told)
             continue
         found[image] = entry
     return found

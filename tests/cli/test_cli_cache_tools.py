@@ -94,7 +94,7 @@ def test_a_corrupt_image_among_many_ends_the_run_by_name(project_root: Path, tin
     os.truncate(picture, picture.stat().st_size // 2)
     result = run(project_root, LATENTS, "--pretrained_model_name_or_path", tiny_checkpoint, "--dataset_config", data)
     assert result.returncode == 1
-    assert "One file cannot be used:" in result.stderr
+    assert "The dataset has an error:" in result.stderr
     assert f"{picture} cannot be read" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list((data.parent / "images").glob("*.npz"))

@@ -3,10 +3,12 @@
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dataset_samples import config, make_image, section, subset
 from PIL import Image
 
+from library.dataset.findings import Findings, Kind, Severity
 from library.dataset.index import balance_regularisation, build_index, list_images
 from library.options.errors import UserError
 
@@ -30,7 +32,7 @@ def test_all_bad_files_are_named_together(folder: Path) -> None:
     with pytest.raises(UserError) as caught:
         build_index(config(section(subset(folder))))
     told = str(caught.value)
-    assert told.startswith("4 files cannot be used:")
+    assert told.startswith("The dataset has 4 errors:")
     for name in ["im0.png is empty", "im1.png cannot be read", "im2.txt is not UTF-8", "im3.txt is an empty caption file"]:
         assert name in told
     assert "im4" not in told
@@ -77,7 +79,33 @@ def test_turned_images_get_their_upright_size_and_a_warning(folder: Path, caplog
         image.save(folder / "im1.png", exif=exif)
     (found,) = build_index(config(section(subset(folder))))
     assert found.items[1].size == (64, 96)
-    assert "1 images are stored turned" in caplog.text
+    assert "Images stored turned or mirrored (EXIF orientation): 1." in caplog.text
+
+
+def test_findings_are_handed_over_instead_of_raised_and_bad_images_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "im0.png").write_bytes(b"")
+    (folder / "im1.txt").unlink()
+    findings = Findings()
+    (found,) = build_index(config(section(subset(folder))), findings)
+    assert [Path(item.path).name for item in found.items] == ["im1.png", "im2.png", "im3.png", "im4.png"]
+    assert [kind for kind, _, _ in findings.groups(Severity.ERROR)] == [Kind.UNREADABLE_IMAGE]
+    assert [kind for kind, _, _ in findings.groups(Severity.WARNING)] == [Kind.NO_CAPTION]
+    assert not caplog.records
+
+
+def test_pictures_that_are_not_plain_are_counted_by_what_they_are(folder: Path) -> None:
+    grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(grey).save(folder / "im0.png")
+    Image.new("CMYK", (64, 64)).save(folder / "ink.jpg")
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    frames[0].save(folder / "moves.webp", save_all=True, append_images=frames[1:])
+    findings = Findings()
+    build_index(config(section(subset(folder, class_tokens=""))), findings)
+    told = {kind: [problem.sentence for problem in problems] for kind, _, problems in findings.groups(Severity.WARNING)}
+    assert told == {
+        Kind.COLOUR: ["1 images have 16 bits a channel: im0.png.", "1 images are CMYK: ink.jpg."],
+        Kind.ANIMATED: ["1 images are animated: moves.webp."],
+    }
 
 
 def test_images_that_differ_in_the_extension_have_caches_of_their_own(tmp_path: Path) -> None:
