@@ -13,7 +13,9 @@ _WILDCARD = re.compile(r"\{([^}]+)\}")
 _OPEN, _CLOSE = "\x02", "\x03"  # stand for literal braces while wildcards are replaced
 
 
-def caption_for_use(text: str, rules: CaptionRules, epoch: int, rng: random.Random) -> str:
+def caption_for_use(
+    text: str, rules: CaptionRules, epoch: int, rng: random.Random, *, update: int = 0, total_updates: int = 0
+) -> str:
     """Return the caption for one use of an image.
 
     Args:
@@ -21,14 +23,16 @@ def caption_for_use(text: str, rules: CaptionRules, epoch: int, rng: random.Rand
         rules: the subset's caption settings.
         epoch: counted from 1, for dropout in every n-th epoch.
         rng: drawn from only by the settings that need it.
+        update: optimizer updates before the one the caption is for; decides how far the warm-up of tags has come.
+        total_updates: of the whole run, for a warm-up whose length is a fraction of it.
     """
     if _is_dropped(rules, epoch, rng):
         return ""
     caption = _with_prefix_and_suffix(_one_line(text, rules, rng), rules)
     if rules.enable_wildcard:
         caption = replace_wildcards(caption, rng)
-    if rules.shuffle_caption or rules.caption_tag_dropout_rate > 0:
-        caption = _rearranged(caption, rules, rng)
+    if rules.moves_tags:
+        caption = _rearranged(caption, rules, rng, _warmed_up(rules, update, total_updates))
     if rules.secondary_separator:
         caption = caption.replace(rules.secondary_separator, rules.caption_separator)
     return caption
@@ -71,9 +75,20 @@ def _with_prefix_and_suffix(caption: str, rules: CaptionRules) -> str:
     return prefix + caption + suffix
 
 
-def _rearranged(caption: str, rules: CaptionRules, rng: random.Random) -> str:
-    """Shuffle and drop the flexible tags; the parts are joined by a comma and a space whatever separated them."""
+def _warmed_up(rules: CaptionRules, update: int, total_updates: int) -> tuple[int, int] | None:
+    """Return the update and the length of the warm-up of tags, or None when it is over."""
+    length = rules.token_warmup_step
+    length = int(length * total_updates) if length < 1 else int(length)
+    return (update, length) if update < length else None
+
+
+def _rearranged(caption: str, rules: CaptionRules, rng: random.Random, warmup: tuple[int, int] | None) -> str:
+    """Shorten, shuffle and drop the flexible tags; the parts are joined by a comma and a space whatever separated them."""
     fixed, flexible, fixed_end = _tags(caption, rules)
+    if warmup is not None:
+        update, length = warmup
+        more = max(len(flexible) - rules.token_warmup_min, 0)
+        flexible = flexible[: rules.token_warmup_min + update * more // length]
     if rules.shuffle_caption:
         rng.shuffle(flexible)
     if rules.caption_tag_dropout_rate > 0:

@@ -88,14 +88,22 @@ class Dataset:
         """Return the batches of an epoch (counted from 1) over all processes."""
         return plan_epoch(list(self.buckets.values()), self._global_batch_sizes(num_processes), self.seed, epoch)
 
-    def draws(self, use: int, epoch: int) -> Draws:
-        """Return what chance decides for a use in an epoch, whoever loads it and with whatever batch size."""
+    def draws(self, use: int, epoch: int, *, update: int = 0, total_updates: int = 0) -> Draws:
+        """Return what chance decides for a use in an epoch, whoever loads it and with whatever batch size.
+
+        Args:
+            use: registered use of an image.
+            epoch: counted from 1.
+            update: optimizer updates before the one the image is for; captions may grow with it.
+            total_updates: of the whole run.
+        """
         item = self.items[self.use_items[use]]
         rules = self.sections[item.section].subset(item).captions
         seed = draw_seed(self.seed, epoch, use)
         rng = random.Random(seed)
         flipped = self.is_mirrored(item) and rng.random() < 0.5
-        return Draws(seed, flipped, item.geometry.placement, None, caption_for_use(item.caption, rules, epoch, rng))
+        caption = caption_for_use(item.caption, rules, epoch, rng, update=update, total_updates=total_updates)
+        return Draws(seed, flipped, item.geometry.placement, None, caption)
 
     def is_mirrored(self, item: Item) -> bool:
         """Say whether an item is mirrored in some of its uses."""

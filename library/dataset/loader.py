@@ -1,7 +1,7 @@
 """Load the batches of an epoch, ahead of time in worker processes where there are any.
 
-A worker receives everything that decides a batch with the request for it (uses, weight, epoch), so the number of workers changes
-nothing but speed.
+A worker receives everything that decides a batch with the request for it (uses, weight, epoch, update), so the number of workers
+changes nothing but speed.
 """
 
 import copy
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 class _Request:
     epoch: int
     share: Share
+    update: int
+    total_updates: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Loader:
             none when latents are in memory, where nothing is left to wait for.
         persistent: keep the workers between epochs.
         pin: give batches in page-locked memory.
+        accumulation: batches per optimizer update; an update never reaches into the next epoch.
+        total_updates: of the whole run; 0 where it is not known, then settings that are a fraction of it are off.
     """
 
     def __init__(
@@ -67,8 +71,12 @@ class Loader:
         num_workers: int = 0,
         persistent: bool = False,
         pin: bool = False,
+        accumulation: int = 1,
+        total_updates: int = 0,
     ) -> None:
         self._dataset = dataset
+        self._accumulation = accumulation
+        self._total_updates = total_updates
         self._process_index = process_index
         self._num_processes = num_processes
         self._pin = pin
@@ -98,8 +106,16 @@ class Loader:
             UserError: an image or cache file has become unreadable; it is named.
         """
         plan = self._dataset.plan(epoch, self._num_processes)
-        shares = (plan.share(batch, self._process_index, self._num_processes) for batch in range(start_batch, len(plan.batches)))
-        self._requests[:] = [_Request(epoch, share) for share in shares]
+        updates_before = (epoch - 1) * -(-len(plan.batches) // self._accumulation)
+        self._requests[:] = [
+            _Request(
+                epoch,
+                plan.share(batch, self._process_index, self._num_processes),
+                updates_before + batch // self._accumulation,
+                self._total_updates,
+            )
+            for batch in range(start_batch, len(plan.batches))
+        ]
         for loaded in self._loader:
             if isinstance(loaded, _Failure):
                 raise UserError(loaded.message)
@@ -129,14 +145,21 @@ def make_loader(
     return loader.epoch(epoch, start_batch)
 
 
-def load_batch(dataset: Dataset, epoch: int, share: Share) -> Batch:
+def load_batch(dataset: Dataset, epoch: int, share: Share, *, update: int = 0, total_updates: int = 0) -> Batch:
     """Load one batch in this process; texts in memory are left out.
+
+    Args:
+        dataset: with its caches filled.
+        epoch: counted from 1.
+        share: of the epoch's plan.
+        update: number of the optimizer update the batch is for, from 0.
+        total_updates: of the whole run.
 
     Raises:
         UserError: an image or cache file cannot be read; it is named.
     """
     items = [dataset.items[dataset.use_items[use]] for use in share.uses]
-    draws = [dataset.draws(use, epoch) for use in share.uses]
+    draws = [dataset.draws(use, epoch, update=update, total_updates=total_updates) for use in share.uses]
     latents = dataset.latents
     texts = dataset.texts if isinstance(dataset.texts, TextFiles) else None
     prior = dataset.config.prior_loss_weight
@@ -166,7 +189,9 @@ class _Reader:
 
     def __getitem__(self, request: _Request) -> Batch | _Failure:
         try:
-            return load_batch(self._dataset, request.epoch, request.share)
+            return load_batch(
+                self._dataset, request.epoch, request.share, update=request.update, total_updates=request.total_updates
+            )
         except UserError as error:
             return _Failure(str(error))
         except Exception as error:

@@ -15,21 +15,7 @@ from library.options.groups.cache import CacheFileOptions
 from library.options.groups.caption import CaptionTextOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.image import ImageOptions
-
-_SECTION_KEYS = (
-    "resolution", "batch_size", "enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale",
-    "resize_interpolation",
-)  # fmt: skip
-_SUBSET_KEYS = (
-    "image_dir",
-    "metadata_file",
-    "num_repeats",
-    "is_reg",
-    "class_tokens",
-    "caption_extension",
-    "flip_aug",
-    "resize_interpolation",
-)
+from library.options.groups.validation import ValidationOptions
 
 
 @dataclass(frozen=True)
@@ -47,6 +33,15 @@ class CaptionRules:
     caption_dropout_rate: float = 0.0
     caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1
+    """Flexible tags that are used at the first update of the tag warm-up."""
+    token_warmup_step: float = 0.0
+    """Update from which all tags are used; below 1 a fraction of all updates; 0 is no warm-up."""
+
+    @property
+    def moves_tags(self) -> bool:
+        """Whether captions are taken apart into tags and put together again."""
+        return self.shuffle_caption or self.caption_tag_dropout_rate > 0 or self.token_warmup_step > 0
 
     def varying(self) -> list[str]:
         """Return the names of the settings that give an image another caption from use to use."""
@@ -56,6 +51,7 @@ class CaptionRules:
             "caption_dropout_rate",
             "caption_dropout_every_n_epochs",
             "caption_tag_dropout_rate",
+            "token_warmup_step",
         )
         return [name for name in names if getattr(self, name)]
 
@@ -67,14 +63,27 @@ class SubsetConfig:
     image_dir: str
     """Empty where a metadata file has whole paths."""
     metadata_file: str | None
+    conditioning_data_dir: str | None
+    """Folder with a control or mask image for every image."""
     num_repeats: int
     is_reg: bool
     class_tokens: str | None
     """The caption of images without a caption file; None warns about such images."""
     caption_extension: str
+    cache_info: bool
     flip_aug: bool
+    color_aug: bool
+    random_crop: bool
+    face_crop_aug_range: tuple[float, float] | None
+    """Factors between which the crop around a face is larger than the face."""
+    alpha_mask: bool
     resize_interpolation: str | None
     """None: area where both sides shrink, else Lanczos."""
+    validation_split: float
+    """Fraction of the images that is held out of training."""
+    validation_seed: int | None
+    custom_attributes: Mapping[str, Any]
+    """Handed on with every image, for whoever knows them."""
     captions: CaptionRules
 
     @property
@@ -96,6 +105,8 @@ class SectionConfig:
     max_bucket_reso: int
     bucket_reso_steps: int
     bucket_no_upscale: bool
+    network_multiplier: float
+    """Strength at which the trained network acts on these images."""
     resize_interpolation: str | None
     subsets: tuple[SubsetConfig, ...]
 
@@ -113,7 +124,13 @@ class DatasetConfig:
 
 
 def load_dataset_config(
-    dataset: DatasetOptions, caption: CaptionTextOptions, image: ImageOptions, cache: CacheFileOptions, *, size_multiple: int = 32
+    dataset: DatasetOptions,
+    caption: CaptionTextOptions,
+    image: ImageOptions,
+    cache: CacheFileOptions,
+    *,
+    validation: ValidationOptions | None = None,
+    size_multiple: int = 32,
 ) -> DatasetConfig:
     """Read `--dataset_config`, or the folders of `--train_data_dir` and `--reg_data_dir`, and check everything.
 
@@ -122,12 +139,13 @@ def load_dataset_config(
         caption: fallbacks of caption keys.
         image: fallbacks of size and augmentation keys.
         cache: what is cached, which some caption settings exclude.
+        validation: fallbacks of the validation keys.
         size_multiple: sides of training images must be multiples of this many pixels.
 
     Raises:
         UsageError: with all mistakes at once.
     """
-    reader = _Reader((dataset, caption, image))
+    reader = _Reader([dataset, caption, image] + ([] if validation is None else [validation]))
     if dataset.dataset_config:
         sections = reader.read_file(str(dataset.dataset_config))
     else:
@@ -212,7 +230,8 @@ class _Reader:
 
     def section(self, where: str, outer: list[Place], subsets: list[Place]) -> SectionConfig | None:
         problems_before = len(self.problems)
-        values = {name: self.value(KEYS[name], outer) for name in _SECTION_KEYS}
+        own_keys = [name for name in SectionConfig.__dataclass_fields__ if name != "subsets"]
+        values = {name: self.value(KEYS[name], outer) for name in own_keys}
         self.problems += mixed_kinds(f"{self.source}: {where}", [place.table for place in subsets])
         built = [self.subset([place, *outer]) for place in subsets]
         is_sound = len(self.problems) == problems_before
@@ -238,7 +257,8 @@ class _Reader:
         return list(kept.values())
 
     def subset(self, places: list[Place]) -> SubsetConfig | None:
-        values = {name: self.value(KEYS[name], places) for name in _SUBSET_KEYS}
+        own_keys = [name for name in SubsetConfig.__dataclass_fields__ if name != "captions"]
+        values = {name: self.value(KEYS[name], places) for name in own_keys}
         rules = CaptionRules(**{name: self.value(KEYS[name], places) for name in CaptionRules.__dataclass_fields__})
         where, own = places[0].where, places[0].table
         if values["metadata_file"] is not None:
@@ -348,10 +368,10 @@ def section_warnings(section: SectionConfig, where: str) -> list[str]:
             )
     for subset in section.subsets:
         rules = subset.captions
-        if rules.keep_tokens_separator and not rules.shuffle_caption and rules.caption_tag_dropout_rate == 0:
+        if rules.keep_tokens_separator and not rules.moves_tags:
             warnings.append(
                 f"{where}: keep_tokens_separator {rules.keep_tokens_separator!r} stays in the captions of {subset.source}: "
-                f"it has an effect with shuffle_caption and caption_tag_dropout_rate only."
+                f"it has an effect with shuffle_caption, caption_tag_dropout_rate and token_warmup_step only."
             )
     return warnings
 

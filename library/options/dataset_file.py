@@ -117,7 +117,8 @@ def _complaints(path: str, place: Place, level: str) -> list[str]:
 def _key_complaint(name: str, value: Any, level: str) -> str | None:
     if name in NOT_BUILT_DATASET_KEYS:
         reason, harmless = NOT_BUILT_DATASET_KEYS[name]
-        return None if value is None or value in harmless else f"{name} cannot be used: {reason}. Remove the key."
+        if value is not None and value not in harmless:
+            return f"{name} cannot be used: {reason}. Remove the key."
     key = KEYS.get(name)
     if key is None:
         return _unknown_key(name)

@@ -1,6 +1,6 @@
 """The keys of a dataset file: name, type, where each may stand, its command-line twin and its default."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,35 @@ def fraction(value: Any) -> float:
     return number
 
 
+def number(minimum: float | None = None) -> Callable[[Any], float]:
+    """Make a reader of numbers, whole ones included."""
+
+    def read(value: Any) -> float:
+        found = _number(value)
+        if found is None or (minimum is not None and found < minimum):
+            raise NotThatType("a number" if minimum is None else f"a number of at least {minimum:g}")
+        return found
+
+    return read
+
+
+def factor_range(value: Any) -> tuple[float, float]:
+    """Read two factors, the smaller one first: [2.0, 4.0] or "2.0,4.0"."""
+    parts = value.split(",") if isinstance(value, str) else value
+    numbers = [_number(part) for part in parts] if isinstance(parts, list | tuple) else []
+    match numbers:
+        case [float(low), float(high)] if 0 < low <= high:
+            return low, high
+    raise NotThatType("two numbers above 0 of which the second is not the smaller, such as [2.0, 4.0]")
+
+
+def table(value: Any) -> Mapping[str, Any]:
+    """Read a table with whatever it holds."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise NotThatType("a table, such as { diff_output_preservation = true }")
+
+
 def interpolation(value: Any) -> str:
     """Read the name of a resampling method."""
     if value in INTERPOLATIONS:
@@ -106,14 +135,24 @@ _KEYS = (
     Key("max_bucket_reso", integer(1), _ABOVE_SUBSET, 1024, option="max_bucket_reso"),
     Key("bucket_reso_steps", integer(1), _ABOVE_SUBSET, 64, option="bucket_reso_steps"),
     Key("bucket_no_upscale", as_bool, _ABOVE_SUBSET, False, option="bucket_no_upscale"),
+    Key("network_multiplier", number(), _ABOVE_SUBSET, 1.0),
     Key("resize_interpolation", interpolation, _ALL, option="resize_interpolation"),
+    Key("validation_split", fraction, _ALL, 0.0, option="validation_split"),
+    Key("validation_seed", integer(0), _ALL, option="validation_seed"),
     Key("image_dir", as_str, (SUBSET,)),
     Key("metadata_file", as_str, (SUBSET,)),
+    Key("conditioning_data_dir", as_str, (SUBSET,)),
     Key("is_reg", as_bool, (SUBSET,), False),
     Key("class_tokens", as_str, _ALL),
     Key("caption_extension", extension, _ALL, ".caption", option="caption_extension"),
     Key("num_repeats", integer(-(2**31)), _ALL, 1, option="dataset_repeats"),
+    Key("cache_info", as_bool, _ALL, False, option="cache_info"),
     Key("flip_aug", as_bool, _ALL, False, option="flip_aug"),
+    Key("color_aug", as_bool, _ALL, False, option="color_aug"),
+    Key("random_crop", as_bool, _ALL, False, option="random_crop"),
+    Key("face_crop_aug_range", factor_range, _ALL, option="face_crop_aug_range"),
+    Key("alpha_mask", as_bool, _ALL, False, option="alpha_mask"),
+    Key("custom_attributes", table, _ALL, {}),
     Key("shuffle_caption", as_bool, _ALL, False, option="shuffle_caption"),
     Key("caption_separator", as_str, _ALL, ",", option="caption_separator"),
     Key("keep_tokens", integer(0), _ALL, 0, option="keep_tokens"),
@@ -125,6 +164,8 @@ _KEYS = (
     Key("caption_dropout_rate", fraction, _ALL, 0.0, option="caption_dropout_rate"),
     Key("caption_dropout_every_n_epochs", integer(0), _ALL, 0, option="caption_dropout_every_n_epochs"),
     Key("caption_tag_dropout_rate", fraction, _ALL, 0.0, option="caption_tag_dropout_rate"),
+    Key("token_warmup_min", integer(0), _ALL, 1, option="token_warmup_min"),
+    Key("token_warmup_step", number(0), _ALL, 0.0, option="token_warmup_step"),
 )
 
 KEYS = {key.name: key for key in _KEYS}

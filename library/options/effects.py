@@ -72,6 +72,8 @@ _EFFECTIVE: dict[type[ScriptOptions], frozenset[str]] = {
             "max_token_length",
             "secondary_separator",
             "shuffle_caption",
+            "token_warmup_min",
+            "token_warmup_step",
             "tokenizer_cache_dir",
             "train_batch_size",
             "weighted_captions",

@@ -7,7 +7,6 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 _MASKS = "the loss is not weighted by masks"
-_TAG_WARMUP = "all tags are used from the first step"
 _VALIDATION = "no images are held out for a validation loss"
 _UPLOAD = "files stay on this machine; upload them afterwards, for example with `hf upload`"
 _DEEPSPEED = "several processes train with DistributedDataParallel"
@@ -31,7 +30,6 @@ NOT_BUILT: Mapping[str, str] = {
     **_refuse(_MASKS, "masked_loss", "alpha_mask", "conditioning_data_dir"),
     **_refuse("image headers are read at every start, which takes seconds", "cache_info"),
     **_refuse("the dataset cannot be shown instead of training", "debug_dataset"),
-    **_refuse(_TAG_WARMUP, "token_warmup_min", "token_warmup_step"),
     **_refuse("brackets in captions are ordinary text", "weighted_captions"),
     **_refuse("colours are left as they are", "color_aug"),
     **_refuse("images are cropped at the centre", "random_crop", "face_crop_aug_range"),
@@ -70,8 +68,6 @@ NOT_BUILT_DATASET_KEYS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "random_crop": ("random cropping is not supported yet; images are cropped to the centre", (False,)),
     "face_crop_aug_range": ("cropping around faces is not supported yet", ()),
     "alpha_mask": ("masks from the alpha channel are not supported yet", (False,)),
-    "token_warmup_min": ("the warm-up of tags is not supported yet", (1,)),
-    "token_warmup_step": ("the warm-up of tags is not supported yet", (0,)),
     "custom_attributes": ("custom attributes are not supported yet", ({},)),
     "validation_split": ("a validation split is not supported yet", (0,)),
     "validation_seed": ("a validation split is not supported yet", ()),

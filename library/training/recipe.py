@@ -231,6 +231,8 @@ def make_loader(setting: Setting) -> Loader:
         num_workers=options.max_data_loader_n_workers,
         persistent=options.persistent_data_loader_workers,
         pin=accelerator.device.type == "cuda",
+        accumulation=setting.options.length.gradient_accumulation_steps,
+        total_updates=setting.length.total_updates,
     )
 
 

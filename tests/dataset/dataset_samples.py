@@ -25,9 +25,11 @@ def make_image(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, **sa
 def subset(folder: Path | str, **changes: Any) -> SubsetConfig:
     rules = {name: changes.pop(name) for name in list(changes) if name in CaptionRules.__dataclass_fields__}
     values: dict[str, Any] = {
-        "image_dir": str(folder), "metadata_file": None, "num_repeats": 1,
-        "is_reg": False, "class_tokens": None, "caption_extension": ".txt",
-        "flip_aug": False, "resize_interpolation": None, "captions": CaptionRules(**rules),
+        "image_dir": str(folder), "metadata_file": None, "conditioning_data_dir": None, "num_repeats": 1,
+        "is_reg": False, "class_tokens": None, "caption_extension": ".txt", "cache_info": False,
+        "flip_aug": False, "color_aug": False, "random_crop": False, "face_crop_aug_range": None, "alpha_mask": False,
+        "resize_interpolation": None, "validation_split": 0.0, "validation_seed": None, "custom_attributes": {},
+        "captions": CaptionRules(**rules),
     }  # fmt: skip
     return SubsetConfig(**(values | changes))
 
@@ -35,7 +37,8 @@ def subset(folder: Path | str, **changes: Any) -> SubsetConfig:
 def section(*subsets: SubsetConfig, **changes: Any) -> SectionConfig:
     values: dict[str, Any] = {
         "resolution": (64, 64), "batch_size": 2, "enable_bucket": False, "min_bucket_reso": 32, "max_bucket_reso": 128,
-        "bucket_reso_steps": 32, "bucket_no_upscale": False, "resize_interpolation": None, "subsets": subsets,
+        "bucket_reso_steps": 32, "bucket_no_upscale": False, "network_multiplier": 1.0,
+        "resize_interpolation": None, "subsets": subsets,
     }  # fmt: skip
     return SectionConfig(**(values | changes))
 

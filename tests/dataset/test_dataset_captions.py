@@ -16,8 +16,8 @@ SHUFFLE = {"shuffle_caption": True}
 MARK = {"shuffle_caption": True, "keep_tokens_separator": "|||"}
 
 
-def caption(text: str, seed: int = 0, epoch: int = 1, **rules: Any) -> str:
-    return caption_for_use(text, CaptionRules(**rules), epoch, random.Random(seed))
+def caption(text: str, seed: int = 0, epoch: int = 1, update: int = 0, total_updates: int = 0, **rules: Any) -> str:
+    return caption_for_use(text, CaptionRules(**rules), epoch, random.Random(seed), update=update, total_updates=total_updates)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,30 @@ def test_without_wildcards_only_the_first_line_counts() -> None:
 @pytest.mark.parametrize(("every", "dropped"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3])])
 def test_captions_are_dropped_in_every_nth_epoch(every: int, dropped: list[int]) -> None:
     assert [epoch for epoch in range(1, 5) if caption("a", epoch=epoch, caption_dropout_every_n_epochs=every) == ""] == dropped
+
+
+@pytest.mark.parametrize(
+    ("minimum", "step", "total", "counts"),
+    [
+        (1, 10, 0, {0: 1, 1: 1, 3: 2, 5: 3, 9: 4, 10: 5, 99: 5}),
+        (2, 0.5, 20, {0: 2, 2: 2, 5: 3, 9: 4, 10: 5}),
+        (2, 0.5, 0, {0: 5, 9: 5}),
+        (0, 10, 0, {0: 0, 5: 2}),
+        (7, 10, 0, {0: 5, 9: 5}),
+    ],
+)
+def test_the_tag_warm_up_uses_more_leading_tags_with_every_update(
+    minimum: int, step: float, total: int, counts: dict[int, int]
+) -> None:
+    rules = {"token_warmup_min": minimum, "token_warmup_step": step}
+    for update, count in counts.items():
+        used = caption(LETTERS, update=update, total_updates=total, **rules)
+        assert used == ", ".join(LETTERS.split(", ")[:count])
+
+
+def test_the_tag_warm_up_spares_kept_tags_and_comes_before_the_shuffling() -> None:
+    rules = {"token_warmup_step": 10, "token_warmup_min": 2, "keep_tokens": 1, "shuffle_caption": True}
+    assert {caption(LETTERS, seed, **rules) for seed in range(20)} == {"a, b, c", "a, c, b"}
 
 
 def test_a_dropped_caption_has_no_prefix() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import toml
 
+from library.options import dataset_file
 from library.options.dataset_config import DatasetConfig, load_dataset_config
 from library.options.dataset_keys import DATASET, GENERAL, KEYS, SUBSET
 from library.options.errors import UsageError
@@ -16,6 +17,7 @@ from library.options.groups.cache import CacheOptions
 from library.options.groups.caption import CaptionOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.image import ImageOptions
+from library.options.groups.validation import ValidationOptions
 from library.options.not_built import NOT_BUILT_DATASET_KEYS
 
 Content = dict[str, Any]
@@ -26,7 +28,11 @@ def load(path: Path, cache: dict[str, Any] | None = None, **options: Any) -> Dat
         return kind(**{name: value for name, value in options.items() if name in kind.model_fields}, **more)
 
     return load_dataset_config(
-        group(DatasetOptions, dataset_config=path), group(CaptionOptions), group(ImageOptions), CacheOptions(**(cache or {}))
+        group(DatasetOptions, dataset_config=path),
+        group(CaptionOptions),
+        group(ImageOptions),
+        CacheOptions(**(cache or {})),
+        validation=group(ValidationOptions),
     )
 
 
@@ -56,8 +62,11 @@ SAMPLES: dict[str, Any] = {
     "caption_extension": "txt", "num_repeats": 4, "flip_aug": True, "shuffle_caption": True, "caption_separator": ";",
     "keep_tokens": 2, "keep_tokens_separator": "|||", "secondary_separator": ";;", "enable_wildcard": True, "caption_prefix": "p",
     "caption_suffix": "s", "caption_dropout_rate": 0.5, "caption_dropout_every_n_epochs": 2, "caption_tag_dropout_rate": 1,
+    "network_multiplier": 2, "validation_split": 1, "validation_seed": 7, "cache_info": True, "color_aug": True,
+    "random_crop": True, "face_crop_aug_range": [1, 2.5], "alpha_mask": True, "custom_attributes": {"a": {"b": [1]}},
+    "token_warmup_min": 2, "token_warmup_step": 0.25,
 }  # fmt: skip
-READ = SAMPLES | {"resolution": (512, 768), "caption_extension": ".txt"}
+READ = SAMPLES | {"resolution": (512, 768), "caption_extension": ".txt", "face_crop_aug_range": (1.0, 2.5)}
 
 
 def effective(config: DatasetConfig, name: str) -> Any:
@@ -69,12 +78,15 @@ def effective(config: DatasetConfig, name: str) -> Any:
 
 
 def test_every_key_has_a_sample() -> None:
-    assert set(SAMPLES) == set(KEYS) - {"image_dir", "metadata_file"}
+    assert set(SAMPLES) == set(KEYS) - {"image_dir", "metadata_file", "conditioning_data_dir"}
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("level", [GENERAL, DATASET, SUBSET])
-def test_a_key_works_where_it_is_allowed_and_is_refused_elsewhere(tmp_path: Path, name: str, level: str) -> None:
+def test_a_key_works_where_it_is_allowed_and_is_refused_elsewhere(
+    tmp_path: Path, name: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_file, "NOT_BUILT_DATASET_KEYS", {})
     tables: dict[str, Content] = {GENERAL: {}, DATASET: {}, SUBSET: {}}
     tables[level] = {name: SAMPLES[name]}
     content = minimal(tmp_path, tables[GENERAL], tables[DATASET], tables[SUBSET])
@@ -103,6 +115,33 @@ def test_the_innermost_value_that_is_set_wins_and_zero_counts_as_set(tmp_path: P
 def test_an_empty_text_overrides_the_command_line(tmp_path: Path) -> None:
     path = write(tmp_path, minimal(tmp_path, subset={"keep_tokens_separator": ""}))
     assert effective(load(path, keep_tokens_separator="|||"), "keep_tokens_separator") == ""
+
+
+OPTIONS: dict[str, Any] = {
+    "enable_bucket": True, "min_bucket_reso": 128, "max_bucket_reso": 2048, "bucket_reso_steps": 32, "bucket_no_upscale": True,
+    "resize_interpolation": "area", "cache_info": True, "color_aug": True, "flip_aug": True, "random_crop": True,
+    "alpha_mask": True, "caption_extension": "txt", "caption_separator": ";", "shuffle_caption": True, "keep_tokens": 2,
+    "keep_tokens_separator": "|||", "secondary_separator": ";;", "enable_wildcard": True, "caption_prefix": "p",
+    "caption_suffix": "s", "caption_dropout_rate": 0.5, "caption_dropout_every_n_epochs": 2, "caption_tag_dropout_rate": 0.25,
+    "token_warmup_min": 2, "token_warmup_step": 0.25, "validation_split": 0.5, "validation_seed": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_option_of_the_same_name_is_the_fallback(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, minimal(tmp_path))
+    before = effective(load(path), name)
+    after = effective(load(path, **{name: OPTIONS[name]}), name)
+    assert after == (".txt" if name == "caption_extension" else OPTIONS[name]) != before
+
+
+def test_every_key_with_an_option_of_its_name_is_among_them() -> None:
+    assert OPTIONS.keys() | {"resolution", "face_crop_aug_range"} == {key.name for key in KEYS.values() if key.option == key.name}
+
+
+def test_a_range_of_factors_on_the_command_line_is_read_as_in_the_file(tmp_path: Path) -> None:
+    config = load(write(tmp_path, minimal(tmp_path)), face_crop_aug_range="1.5,3")
+    assert effective(config, "face_crop_aug_range") == (1.5, 3.0)
 
 
 def test_options_with_other_names_are_fallbacks(tmp_path: Path) -> None:
@@ -134,9 +173,23 @@ def test_a_resolution_may_be_a_number_a_pair_or_a_text(tmp_path: Path, written: 
         ("caption_dropout_rate", True, "a number from 0 to 1"),
         ("caption_separator", 5, "a text in quotes"),
         ("keep_tokens", -1, "a whole number of at least 0"),
+        ("keep_tokens", True, "a whole number of at least 0"),
+        ("token_warmup_step", -0.5, "a number of at least 0"),
+        ("token_warmup_step", True, "a number of at least 0"),
+        ("network_multiplier", "strong", "a number"),
+        ("validation_split", 1.01, "a number from 0 to 1"),
+        ("validation_seed", 1.5, "a whole number of at least 0"),
+        ("face_crop_aug_range", [2.0, 1.0], "two numbers above 0"),
+        ("face_crop_aug_range", [0, 1.0], "two numbers above 0"),
+        ("face_crop_aug_range", [1.0], "two numbers above 0"),
+        ("face_crop_aug_range", 2.0, "two numbers above 0"),
+        ("custom_attributes", ["diff_output_preservation"], "a table, such as {"),
     ],
 )
-def test_a_wrong_value_is_refused_with_what_is_allowed(tmp_path: Path, name: str, value: Any, wanted: str | None) -> None:
+def test_a_wrong_value_is_refused_with_what_is_allowed(
+    tmp_path: Path, name: str, value: Any, wanted: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_file, "NOT_BUILT_DATASET_KEYS", {})
     path = write(tmp_path, minimal(tmp_path, dataset={name: value}))
     if wanted is None:
         assert effective(load(path), "resolution") == (512, 512)
@@ -184,10 +237,11 @@ def test_settings_of_the_whole_run_are_sent_to_the_command_line(tmp_path: Path, 
 
 @pytest.mark.parametrize("name", NOT_BUILT_DATASET_KEYS)
 def test_keys_without_their_feature_are_refused_by_name_unless_switched_off(tmp_path: Path, name: str) -> None:
-    (problem,) = problems(write(tmp_path, minimal(tmp_path, subset={name: "on"})))
+    level = "subset" if SUBSET in KEYS[name].levels else "dataset"
+    (problem,) = problems(write(tmp_path, minimal(tmp_path, **{level: {name: "on"}})))
     assert f"{name} cannot be used: " in problem
     for harmless in NOT_BUILT_DATASET_KEYS[name][1]:
-        load(write(tmp_path, minimal(tmp_path, subset={name: harmless})))
+        load(write(tmp_path, minimal(tmp_path, **{level: {name: harmless}})))
 
 
 def test_json_is_read_too(tmp_path: Path) -> None:
@@ -263,7 +317,7 @@ def test_a_subset_without_repeats_is_skipped_and_a_dataset_of_nothing_else_refus
 
 
 @pytest.mark.parametrize("name", ["shuffle_caption", "enable_wildcard", "caption_dropout_rate", "caption_tag_dropout_rate",
-                                  "caption_dropout_every_n_epochs"])  # fmt: skip
+                                  "caption_dropout_every_n_epochs", "token_warmup_step"])  # fmt: skip
 def test_captions_that_vary_cannot_be_encoded_once(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, minimal(tmp_path, subset={name: SAMPLES[name]}))
     load(path)

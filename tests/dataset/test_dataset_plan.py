@@ -200,3 +200,16 @@ def test_regularisation_images_carry_their_weight(folder: Path, tmp_path: Path) 
     }
     assert {weight for key, weight in weights if key.endswith("r.png")} == {0.25}
     assert {weight for key, weight in weights if not key.endswith("r.png")} == {1.0}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_captions_grow_with_the_updates_of_the_tag_warm_up_across_epochs_and_after_a_resume(folder: Path, workers: int) -> None:
+    dataset = bucketed(folder, repeats=1, batch_size=1, token_warmup_min=0, token_warmup_step=0.5)
+    batches, accumulation = dataset.batches_per_epoch(1), 2
+    assert batches == 5  # three updates an epoch, of which the last has one batch
+    loader = Loader(dataset, num_workers=workers, accumulation=accumulation, total_updates=12)
+    lengths = [len([*filter(None, batch.captions[0].split(", "))]) for epoch in (1, 2, 3) for batch in loader.epoch(epoch)]
+    updates = [0, 0, 1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 7, 7, 8]
+    assert lengths == [min(update * 3 // 6, 3) for update in updates]
+    resumed = [len([*filter(None, batch.captions[0].split(", "))]) for batch in loader.epoch(2, 2)]
+    assert resumed == lengths[7:10]
