@@ -6,11 +6,13 @@ comes from the generator that is passed in.
 
 import random
 import re
+from typing import Any
 
 from library.options.dataset_config import CaptionRules
 
 _WILDCARD = re.compile(r"\{([^}]+)\}")
 _OPEN, _CLOSE = "\x02", "\x03"  # stand for literal braces while wildcards are replaced
+_ALL_TAGS = 2**62  # an update at which any warm-up of tags is over
 
 
 def caption_for_use(
@@ -48,6 +50,24 @@ def fixed_caption(text: str, rules: CaptionRules) -> str:
     if varying:
         raise ValueError(f"the caption varies with {', '.join(varying)}")
     return caption_for_use(text, rules, epoch=1, rng=random.Random(0))
+
+
+def settled_caption(text: str, rules: CaptionRules) -> str:
+    """Return the caption with nothing left to chance: no tag moves or goes, and of alternatives the first is taken."""
+    return caption_for_use(text, rules, epoch=1, rng=_Settled(), update=_ALL_TAGS)
+
+
+class _Settled(random.Random):
+    """A generator that never decides against what stands there."""
+
+    def random(self) -> float:
+        return 1.0 - 2.0**-53  # below 1, so that what happens with certainty still does
+
+    def shuffle(self, x: Any) -> None:
+        """Leave the order."""
+
+    def choice(self, seq: Any) -> Any:
+        return seq[0]
 
 
 def replace_wildcards(text: str, rng: random.Random) -> str:

@@ -10,9 +10,9 @@ from functools import cached_property
 from library.dataset.augmentation import ColorChange
 from library.dataset.buckets import Placement
 from library.dataset.cached import LatentFiles, LatentsInMemory, TextFiles, TextsInMemory
-from library.dataset.captions import caption_for_use, fixed_caption
+from library.dataset.captions import caption_for_use, fixed_caption, settled_caption
 from library.dataset.index import Item, Section, build_index
-from library.dataset.plan import EpochPlan, draw_seed, plan_epoch
+from library.dataset.plan import EpochPlan, draw_seed, plan_epoch, posterior_seed
 from library.options.dataset_config import DatasetConfig
 
 logger = logging.getLogger(__name__)
@@ -48,8 +48,11 @@ class Dataset:
             logger.warning("%s", warning)
         self.config = config
         self.seed = seed
-        self.sections: tuple[Section, ...] = build_index(config)
+        self.sections: tuple[Section, ...] = build_index(config, seed=seed)
         self.items: tuple[Item, ...] = tuple(item for section in self.sections for item in section.items)
+        """Images that are trained on."""
+        self.held_out: tuple[Item, ...] = tuple(item for section in self.sections for item in section.held_out)
+        """Images the loss is measured on; never trained on."""
         self.latents: LatentFiles | LatentsInMemory | None = None
         """Set by `cache_latents`."""
         self.texts: TextFiles | TextsInMemory | None = None
@@ -57,8 +60,13 @@ class Dataset:
 
     @property
     def num_images(self) -> int:
-        """The number of images that are used; an image in two datasets counts twice."""
+        """The number of images that are trained on; an image in two datasets counts twice."""
         return len(self.items)
+
+    @property
+    def encoded_items(self) -> Sequence[Item]:
+        """All images that caches hold: those trained on, then those held out, by number."""
+        return (*self.items, *self.held_out)
 
     @property
     def num_uses(self) -> int:
@@ -88,8 +96,23 @@ class Dataset:
         """Return the batches of an epoch (counted from 1) over all processes."""
         return plan_epoch(list(self.buckets.values()), self._global_batch_sizes(num_processes), self.seed, epoch)
 
+    def held_out_batches(self) -> Sequence[tuple[int, ...]]:
+        """Return the batches of held-out images, always the same ones, as uses that follow the registered ones."""
+        groups: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
+        for use, item in enumerate(self.held_out, start=self.num_uses):
+            groups[item.section, item.geometry.bucket].append(use)
+        ordered = sorted(groups)
+        sizes = [self.sections[section].config.batch_size for section, _ in ordered]
+        return plan_epoch([groups[key] for key in ordered], sizes, self.seed, epoch=0).batches
+
+    def item_of(self, use: int) -> Item:
+        """Return the image of a use; uses from `num_uses` on are those of held-out images."""
+        return self.items[self.use_items[use]] if use < self.num_uses else self.held_out[use - self.num_uses]
+
     def draws(self, use: int, epoch: int, *, update: int = 0, total_updates: int = 0) -> Draws:
         """Return what chance decides for a use in an epoch, whoever loads it and with whatever batch size.
+
+        Nothing is left to chance in a use of a held-out image.
 
         Args:
             use: registered use of an image.
@@ -97,7 +120,10 @@ class Dataset:
             update: optimizer updates before the one the image is for; captions may grow with it.
             total_updates: of the whole run.
         """
-        item = self.items[self.use_items[use]]
+        item = self.item_of(use)
+        if self.is_held_out(item):
+            seed = posterior_seed(self.seed, item.path, flipped=False)
+            return Draws(seed, False, item.geometry.placement, None, self.fixed_caption(item))
         rules = self.sections[item.section].subset(item).captions
         seed = draw_seed(self.seed, epoch, use)
         rng = random.Random(seed)
@@ -105,17 +131,22 @@ class Dataset:
         caption = caption_for_use(item.caption, rules, epoch, rng, update=update, total_updates=total_updates)
         return Draws(seed, flipped, item.geometry.placement, None, caption)
 
+    def is_held_out(self, item: Item) -> bool:
+        """Say whether an item is one the loss is measured on."""
+        return item.number >= len(self.items)
+
     def is_mirrored(self, item: Item) -> bool:
         """Say whether an item is mirrored in some of its uses."""
-        return self.sections[item.section].subset(item).flip_aug
+        return not self.is_held_out(item) and self.sections[item.section].subset(item).flip_aug
 
     def interpolation(self, item: Item) -> str | None:
         """Return the resampling method of an item; None chooses by direction."""
         return self.sections[item.section].interpolation(item)
 
     def fixed_caption(self, item: Item) -> str:
-        """Return the caption an item always has; its subset must not vary captions."""
-        return fixed_caption(item.caption, self.sections[item.section].subset(item).captions)
+        """Return the caption an item always has; the subset of an item that is trained on must not vary captions."""
+        rules = self.sections[item.section].subset(item).captions
+        return settled_caption(item.caption, rules) if self.is_held_out(item) else fixed_caption(item.caption, rules)
 
     def _global_batch_sizes(self, num_processes: int) -> list[int]:
         return [self.sections[section].config.batch_size * num_processes for section, _ in self.buckets]

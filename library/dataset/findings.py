@@ -65,6 +65,7 @@ class Kind(Enum):
     COLOUR = ("Images that are converted to 8-bit RGB", "Convert them yourself if their colours matter.")
     ANIMATED = ("Animated images", "Only the first frame is used.")
     UNUSED_REG = ("Regularisation images that are not used", "")
+    HELD_OUT = ("Images that are trained on nowhere because another dataset or subset holds them out for validation", "")
     UNUSED_IMAGES = ("Images that no entry of the metadata file names", "")
 
     def __init__(self, heading: str, advice: str) -> None:

@@ -3,9 +3,10 @@
 All bad files, and all that is only odd, go to the findings that every check feeds.
 """
 
+import itertools
 import logging
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from library.dataset.caption_files import find_caption_file, read_caption
 from library.dataset.findings import Findings, Kind, names_of
 from library.dataset.images import ImageFacts, Trait, inspect_image
 from library.dataset.metadata_file import caption_of, find_images, read_metadata
+from library.dataset.split import held_out
 from library.options.dataset_config import DatasetConfig, SectionConfig, SubsetConfig
 from library.options.errors import UserError
 
@@ -30,7 +32,7 @@ class Item:
     """One image of one dataset, checked."""
 
     number: int
-    """Position among all items of the run."""
+    """Position among all items of the run: those trained on, then those held out."""
     section: int
     subset: int
     """Position of its subset in its section."""
@@ -62,8 +64,11 @@ class Section:
     config: SectionConfig
     items: tuple[Item, ...]
     """Training images in the order of their subsets, then regularisation images; images that are never used are not in it."""
+    held_out: tuple[Item, ...]
+    """Images that are never trained on, to measure the loss on; each is used once. Their numbers follow those of all training
+    items of the run."""
     image_counts: tuple[int, ...]
-    """Images found in the folder of each subset."""
+    """Images found in the folder of each subset, but for those held out."""
 
     def subset(self, item: Item) -> SubsetConfig:
         """Return the settings an item falls under."""
@@ -86,13 +91,14 @@ class _Found:
     cache_stem: str
 
 
-def build_index(config: DatasetConfig, findings: Findings | None = None) -> tuple[Section, ...]:
-    """List, read captions of, and check all images.
+def build_index(config: DatasetConfig, findings: Findings | None = None, *, seed: int = 0) -> tuple[Section, ...]:
+    """List, read captions of, and check all images, and hold some out where a subset asks for it.
 
     Args:
         config: says which images.
         findings: receives every image that is missing, damaged or too small, every caption file that cannot be read, and what is
             odd; such images are left out. Without it, errors are raised and warnings logged here.
+        seed: of the run; it chooses the images that are held out where no `validation_seed` does.
 
     Raises:
         UserError: there are errors and no `findings` to take them.
@@ -102,17 +108,19 @@ def build_index(config: DatasetConfig, findings: Findings | None = None) -> tupl
     facts = _inspect_all({image.path for image in found}, collected)
     geometries = _geometries(config, found, facts, collected)
     _report_traits(facts, collected)
+    usable = [image for image in found if (image.section, image.path) in geometries]
+    trained, without = _split(config, usable, seed, collected)
     sections: list[Section] = []
     for number, section in enumerate(config.sections):
         first = sum(len(built.items) for built in sections)
-        usable = [image for image in found if image.section == number and (number, image.path) in geometries]
-        sections.append(_section(number, section, first, usable, facts, geometries, collected))
+        own, own_without = ([image for image in part if image.section == number] for part in (trained, without))
+        sections.append(_section(number, section, first, own, own_without, facts, geometries, collected))
     _report_emptiness(config, found, sections, collected)
     if findings is None:
         collected.raise_errors()
         if text := collected.warning_text():
             logger.warning("%s", text)
-    return tuple(sections)
+    return _held_out_numbered(sections)
 
 
 def image_extensions() -> tuple[str, ...]:
@@ -270,11 +278,40 @@ def _geometries(
     return geometries
 
 
+def _split(config: DatasetConfig, found: Sequence[_Found], seed: int, findings: Findings) -> tuple[list[_Found], list[_Found]]:
+    """Part what is trained on from what is held out; what one subset holds out is dropped from all others.
+
+    Returns:
+        Images trained on, images held out.
+    """
+    by_subset: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for image in found:
+        by_subset[image.section, image.subset].append(image.path)
+    chosen: dict[tuple[int, int], frozenset[str]] = {}
+    for (number, position), paths in by_subset.items():
+        subset = config.sections[number].subsets[position]
+        if subset.validation_split > 0 and not subset.is_reg:
+            own_seed = seed if subset.validation_seed is None else subset.validation_seed
+            chosen[number, position] = held_out(paths, subset.validation_split, own_seed)
+    if not chosen:
+        return list(found), []
+    without = [image for image in found if image.path in chosen.get((image.section, image.subset), ())]
+    stems = {image.cache_stem for image in without}
+    trained = [image for image in found if image.cache_stem not in stems]
+    held = {(image.section, image.subset, image.path) for image in without}
+    for image in found:
+        if image.cache_stem in stems and (image.section, image.subset, image.path) not in held:
+            source = config.sections[image.section].subsets[image.subset].source
+            findings.warning(Kind.HELD_OUT, image.path, f"{image.path} is not trained on as an image of {source} either.")
+    return trained, without
+
+
 def _section(
     number: int,
     config: SectionConfig,
     first: int,
-    found: Sequence[_Found],
+    trained: Sequence[_Found],
+    without: Sequence[_Found],
     facts: dict[str, ImageFacts],
     geometries: dict[tuple[int, str], Geometry],
     findings: Findings,
@@ -287,12 +324,20 @@ def _section(
             geometry=geometries[number, image.path], cache_stem=image.cache_stem,
         )  # fmt: skip
 
-    items = [item(image) for image in found]
+    items = [item(image) for image in trained]
     train = [entry for entry in items if not entry.is_reg]
     reg = _balanced(train, [entry for entry in items if entry.is_reg], findings)
-    counts = Counter(image.subset for image in found)
+    counts = Counter(entry.subset for entry in items)
     numbered = tuple(replace(entry, number=first + position) for position, entry in enumerate(train + reg))
-    return Section(config, numbered, tuple(counts[position] for position in range(len(config.subsets))))
+    held = tuple(replace(item(image), repeats=1) for image in without)
+    return Section(config, numbered, held, tuple(counts[position] for position in range(len(config.subsets))))
+
+
+def _held_out_numbered(sections: Sequence[Section]) -> tuple[Section, ...]:
+    numbers = itertools.count(sum(len(section.items) for section in sections))
+    return tuple(
+        replace(section, held_out=tuple(replace(item, number=next(numbers)) for item in section.held_out)) for section in sections
+    )
 
 
 def _balanced(train: Sequence[Item], reg: Sequence[Item], findings: Findings) -> list[Item]:

@@ -87,7 +87,7 @@ class _DiskJob:
 def _jobs(dataset: Dataset) -> list[LatentJob]:
     """Gather what has to be encoded; items that are the same image at the same geometry share it."""
     by_recipe: dict[tuple[str, Geometry, str | None], list[Item]] = defaultdict(list)
-    for item in dataset.items:
+    for item in dataset.encoded_items:
         by_recipe[item.cache_stem, item.geometry, dataset.interpolation(item)].append(item)
     return [
         LatentJob(tuple(items), recipe[2], any(dataset.is_mirrored(item) for item in items)) for recipe, items in by_recipe.items()

@@ -158,7 +158,7 @@ def load_batch(dataset: Dataset, epoch: int, share: Share, *, update: int = 0, t
     Raises:
         UserError: an image or cache file cannot be read; it is named.
     """
-    items = [dataset.items[dataset.use_items[use]] for use in share.uses]
+    items = [dataset.item_of(use) for use in share.uses]
     draws = [dataset.draws(use, epoch, update=update, total_updates=total_updates) for use in share.uses]
     latents = dataset.latents
     texts = dataset.texts if isinstance(dataset.texts, TextFiles) else None
@@ -195,7 +195,7 @@ class _Reader:
         except UserError as error:
             return _Failure(str(error))
         except Exception as error:
-            keys = [self._dataset.items[self._dataset.use_items[use]].path for use in request.share.uses]
+            keys = [self._dataset.item_of(use).path for use in request.share.uses]
             error.add_note(f"while loading {', '.join(keys)}")
             raise
 

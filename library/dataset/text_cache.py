@@ -103,7 +103,7 @@ def cache_text_outputs(
         _fill_files(jobs, _Checker(dataset, files, encoder, options.skip_cache_check, trust_foreign), report, progress)
         dataset.texts = files
     else:
-        captions = list(dict.fromkeys(dataset.fixed_caption(item) for item in dataset.items))
+        captions = list(dict.fromkeys(dataset.fixed_caption(item) for item in dataset.encoded_items))
         report.made["kept in memory"] = len(captions)
         dataset.texts = TextsInMemory(dict(_counted(encoder.encode(captions), len(captions), progress)))
     logger.info("%s", report.sentence())
@@ -119,7 +119,7 @@ class _Job:
 
 def _disk_jobs(dataset: Dataset, files: TextFiles) -> list[_Job]:
     jobs: dict[str, _Job] = {}
-    for item in dataset.items:
+    for item in dataset.encoded_items:
         job = _Job(item, files.path(item), dataset.fixed_caption(item))
         other = jobs.setdefault(job.path, job)
         if other.caption != job.caption:

@@ -1,0 +1,155 @@
+"""Images held out of training, as a dataset of files gives them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from dataset_samples import FakeFamily, FakeVae, config, make_image, section, subset
+
+from library.dataset.captions import settled_caption
+from library.dataset.dataset import Dataset
+from library.dataset.facts import bucket_info, folders, num_train_uses, tag_frequency
+from library.dataset.loader import load_batch
+from library.dataset.plan import Share
+from library.options.dataset_config import CaptionRules
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Ten pictures of two shapes."""
+    images = tmp_path / "cats"
+    images.mkdir()
+    for number in range(10):
+        make_image(images / f"{number}.png", (64, 64) if number % 2 else (96, 64), seed=number)
+        (images / f"{number}.txt").write_text(f"picture {number}, tag\n")
+    return images
+
+
+def split(dataset: Dataset) -> tuple[set[str], set[str]]:
+    return {item.path for item in dataset.items}, {item.path for item in dataset.held_out}
+
+
+@pytest.mark.parametrize("seed", [None, 0, 7])
+def test_no_image_is_in_both_parts_and_none_is_lost(many: Path, seed: int | None) -> None:
+    data = config(section(subset(many, validation_split=0.2, validation_seed=seed, num_repeats=3), enable_bucket=True))
+    dataset = Dataset(data, seed=1)
+    trained, held = split(dataset)
+    assert not trained & held
+    assert trained | held == {str(path) for path in many.glob("*.png")}
+    assert len(held) == 2
+    assert [item.number for item in dataset.encoded_items] == list(range(10))
+    assert all(item.repeats == 1 for item in dataset.held_out)
+    assert dataset.num_uses == 8 * 3
+    uses = [use for batch in dataset.plan(1, 1).batches for use in batch]
+    assert {dataset.item_of(use).path for use in uses} == trained
+    assert {dataset.item_of(use).path for batch in dataset.held_out_batches() for use in batch} == held
+
+
+def test_the_seed_of_the_subset_wins_over_that_of_the_run(many: Path) -> None:
+    def held(run_seed: int, own: int | None) -> set[str]:
+        return split(Dataset(config(section(subset(many, validation_split=0.3, validation_seed=own))), run_seed))[1]
+
+    assert held(1, 5) == held(2, 5)
+    assert len({frozenset(held(seed, None)) for seed in range(6)}) > 1
+
+
+def test_one_folder_at_two_sizes_is_split_alike(many: Path) -> None:
+    sized = [section(subset(many, validation_split=0.2), resolution=(size, size)) for size in (64, 96)]
+    dataset = Dataset(config(*sized), seed=3)
+    first, second = dataset.sections
+    assert {item.path for item in first.held_out} == {item.path for item in second.held_out}
+    assert [item.number for item in dataset.items] == list(range(16))
+    assert [item.number for item in dataset.held_out] == list(range(16, 20))
+
+
+def test_what_one_dataset_holds_out_no_other_trains_on(many: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sections = section(subset(many, validation_split=0.2)), section(subset(many), resolution=(96, 96))
+    dataset = Dataset(config(*sections), seed=3)
+    trained, held = split(dataset)
+    assert len(held) == 2
+    assert not trained & held
+    assert "trained on nowhere because another dataset or subset holds them out for validation: 2." in caplog.text
+
+
+def test_regularisation_images_are_never_held_out(many: Path, tmp_path: Path) -> None:
+    reg = tmp_path / "reg"
+    reg.mkdir()
+    for number in range(4):
+        make_image(reg / f"r{number}.png", seed=number)
+    parts = subset(many, validation_split=0.5), subset(reg, is_reg=True, class_tokens="cat", validation_split=0.5)
+    dataset = Dataset(config(section(*parts)), seed=0)
+    assert {Path(item.path).parent.name for item in dataset.held_out} == {"cats"}
+    assert sum(item.is_reg for item in dataset.items) == 4
+    assert sum(item.repeats for item in dataset.items if item.is_reg) == 5  # as many as are trained on, not as there are
+
+
+def test_images_of_a_metadata_file_are_split_too(many: Path, tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps({path.name: {"caption": path.stem} for path in many.glob("*.png")}))
+    dataset = Dataset(config(section(subset(many, metadata_file=str(file), validation_split=0.2))), seed=0)
+    trained, held = split(dataset)
+    assert (len(trained), len(held), len(trained & held)) == (8, 2, 0)
+    assert all(item.caption == Path(item.path).stem for item in dataset.encoded_items)
+
+
+def test_what_is_recorded_counts_only_what_is_trained(many: Path) -> None:
+    dataset = Dataset(config(section(subset(many, validation_split=0.2, num_repeats=2), enable_bucket=True)), seed=0)
+    (only,) = dataset.sections
+    assert num_train_uses(only) == 16
+    assert folders(dataset, is_reg=False) == {"cats": {"n_repeats": 2, "img_count": 8}}
+    tags = tag_frequency(only)["cats"]
+    assert tags["tag"] == 8
+    assert not {item.caption.split(",")[0] for item in dataset.held_out} & tags.keys()
+    info = bucket_info(only)
+    assert info is not None
+    assert sum(bucket["count"] for bucket in info["buckets"].values()) == 16
+
+
+def test_a_held_out_image_is_loaded_as_it_is_every_time(many: Path) -> None:
+    chance = {"flip_aug": True, "shuffle_caption": True, "caption_dropout_rate": 0.5, "caption_tag_dropout_rate": 0.5}
+    dataset = Dataset(config(section(subset(many, validation_split=0.2, **chance))), seed=0)
+    plain = Dataset(config(section(subset(many, validation_split=0.2))), seed=0)
+    (uses,) = dataset.held_out_batches()
+    for epoch in range(1, 6):
+        batch = load_batch(dataset, epoch, Share(uses, 1.0))
+        expected = load_batch(plain, 1, Share(uses, 1.0)) if plain.num_uses == dataset.num_uses else None
+        assert expected is not None
+        assert batch.images is not None
+        assert expected.images is not None
+        assert batch.images.equal(expected.images)
+        assert batch.captions == expected.captions == [item.caption for item in map(dataset.item_of, uses)]
+        assert batch.draw_seeds == expected.draw_seeds
+
+
+@pytest.mark.parametrize(
+    ("rules", "text", "expected"),
+    [
+        (CaptionRules(shuffle_caption=True, keep_tokens_separator="|||"), "a ||| c, b ||| z", "a, c, b, z"),
+        (CaptionRules(enable_wildcard=True), "one {x|y}\ntwo", "one x"),
+        (CaptionRules(caption_dropout_rate=0.99, caption_tag_dropout_rate=0.99), "a, b", "a, b"),
+        (CaptionRules(caption_dropout_rate=1.0), "a, b", ""),
+        (CaptionRules(caption_dropout_every_n_epochs=2, caption_prefix="p"), "a", "p a"),
+        (CaptionRules(token_warmup_step=100, token_warmup_min=1), "a, b, c", "a, b, c"),
+    ],
+)
+def test_nothing_in_a_settled_caption_is_left_to_chance(rules: CaptionRules, text: str, expected: str) -> None:
+    assert settled_caption(text, rules) == expected
+
+
+def test_caches_hold_held_out_images(many: Path, family: FakeFamily, vae: FakeVae) -> None:
+    import torch
+
+    from library.dataset.latent_cache import cache_latents
+    from library.dataset.latent_encoder import LatentEncoder
+    from library.dataset.text_cache import TextEncoder, cache_text_outputs
+    from library.options.groups.cache import CacheOptions
+
+    dataset = Dataset(config(section(subset(many, validation_split=0.2))), seed=0)
+    cpu = torch.device("cpu")
+    options = CacheOptions(cache_latents=True, cache_text_encoder_outputs=True)
+    cache_latents(dataset, family, LatentEncoder(family, vae, cpu, torch.float32, seed=0), options)
+    cache_text_outputs(dataset, TextEncoder(family, [], cpu, torch.float32, 75), options, trust_foreign=True)
+    assert vae.seen == 10
+    assert sorted(family.encoded_texts) == sorted(item.caption for item in dataset.encoded_items)
+    (uses,) = dataset.held_out_batches()
+    assert load_batch(dataset, 1, Share(uses, 1.0)).latents is not None
