@@ -17,6 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from library.dataset.buckets import Geometry, Size
+from library.dataset.formats import teach_pillow
 from library.options.errors import UserError
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -72,6 +73,7 @@ def inspect_image(path: str) -> ImageFacts:
     try:
         if os.path.getsize(path) == 0:
             raise UserError(f"{path} is empty (0 bytes).")
+        teach_pillow(path)
         with Image.open(path) as image:
             traits = _traits(image)
             is_whole = _WHOLENESS.get(image.format or "", _cannot_tell)
@@ -95,6 +97,7 @@ def read_pixels(path: str, orientation: int) -> Pixels:
         UserError: the file cannot be decoded.
     """
     try:
+        teach_pillow(path)
         with Image.open(path) as image:
             image.load()
             upright = image if orientation == 1 else image.transpose(_TURNS[orientation])

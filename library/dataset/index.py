@@ -7,15 +7,14 @@ import itertools
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-
-from PIL import features
 
 from library.dataset.buckets import BucketChooser, Geometry, Size
 from library.dataset.caption_files import find_caption_file, read_caption
 from library.dataset.findings import Findings, Kind, names_of
+from library.dataset.formats import IMAGE_EXTENSIONS, list_images, without_package
 from library.dataset.images import ImageFacts, Trait, inspect_image
 from library.dataset.metadata_file import caption_of, find_images, read_metadata
 from library.dataset.split import held_out
@@ -53,6 +52,8 @@ class Item:
     cache_stem: str
     """Path under which its caches lie, the same from whatever folder it is seen: without extension, but with it where two images
     differ in the extension alone."""
+    has_alpha: bool = False
+    """Whether parts of it may be transparent."""
     conditioning_path: str | None = None
     """The control or mask image that belongs to it."""
 
@@ -123,19 +124,6 @@ def build_index(config: DatasetConfig, findings: Findings | None = None, *, seed
     return _held_out_numbered(sections)
 
 
-def image_extensions() -> tuple[str, ...]:
-    """Return the file name endings that count as images, lower case; each is also taken in upper case."""
-    return (".png", ".jpg", ".jpeg", ".webp", ".bmp") + ((".avif",) if features.check("avif") else ())
-
-
-def list_images(folder: str) -> list[str]:
-    """Return the images directly in a folder, sorted; hidden files do not count."""
-    endings = {spelling for ending in image_extensions() for spelling in (ending, ending.upper())}
-    with os.scandir(folder) as entries:
-        names = [e.name for e in entries if not e.name.startswith(".") and os.path.splitext(e.name)[1] in endings and e.is_file()]
-    return [os.path.join(folder, name) for name in sorted(names)]
-
-
 def balance_regularisation(num_train: int, reg_repeats: Sequence[int]) -> list[int]:
     """Return how often each regularisation image is used so that together they reach the number of training uses.
 
@@ -187,7 +175,7 @@ def _metadata_captions(subset: SubsetConfig, findings: Findings) -> dict[str, tu
         return {}
     if not entries:
         findings.warning(Kind.CONFIG, subset.source, f"{subset.source} names no images.")
-    found = find_images(entries, subset.image_dir, image_extensions(), findings)
+    found = find_images(entries, subset.image_dir, IMAGE_EXTENSIONS, findings)
     without = [path for path, entry in found.items() if not entry.caption and not entry.tags]
     if without:
         told = (
@@ -243,9 +231,13 @@ def _captions(paths: Sequence[str], subset: SubsetConfig, findings: Findings) ->
     return captions
 
 
-def _inspect_all(paths: Iterable[str], findings: Findings) -> dict[str, ImageFacts]:
+def _inspect_all(paths: Collection[str], findings: Findings) -> dict[str, ImageFacts]:
     """Check all files in parallel: reading and checksums release the interpreter lock."""
-    ordered = sorted(paths)
+    unknown = without_package(sorted(paths))
+    for why, files in unknown.items():
+        names = f"{_some(files)} {'is' if len(files) == 1 else 'are'}"
+        findings.error(Kind.FORMAT, os.path.dirname(files[0]), f"{names} {why}.", count=len(files), files=files)
+    ordered = sorted(set(paths).difference(*unknown.values()))
     facts: dict[str, ImageFacts] = {}
     with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
         for path, outcome in zip(ordered, pool.map(_facts_or_problem, ordered), strict=True):
@@ -321,7 +313,7 @@ def _section(
         return Item(
             number=0, section=number, subset=image.subset, path=image.path, size=fact.size, orientation=fact.orientation,
             caption=image.caption, tags=image.tags, repeats=subset.num_repeats, is_reg=subset.is_reg,
-            geometry=geometries[number, image.path], cache_stem=image.cache_stem,
+            geometry=geometries[number, image.path], cache_stem=image.cache_stem, has_alpha=Trait.ALPHA in fact.traits,
         )  # fmt: skip
 
     items = [item(image) for image in trained]
@@ -381,7 +373,7 @@ def _report_emptiness(config: DatasetConfig, found: Sequence[_Found], sections: 
 
 
 def _what_counts() -> str:
-    return f"files directly in the folder count: {' '.join(image_extensions())}."
+    return f"files directly in the folder count: {' '.join(IMAGE_EXTENSIONS)}."
 
 
 def _some(paths: Sequence[str]) -> str:

@@ -9,19 +9,8 @@ from dataset_samples import config, make_image, section, subset
 from PIL import Image
 
 from library.dataset.findings import Findings, Kind, Severity
-from library.dataset.index import balance_regularisation, build_index, list_images
+from library.dataset.index import balance_regularisation, build_index
 from library.options.errors import UserError
-
-
-def test_images_lie_directly_in_the_folder_in_sorted_order(tmp_path: Path) -> None:
-    for name in ["b.png", "a.JPG", "c.webp", "d.bmp", ".hidden.png"]:
-        make_image(tmp_path / name, (8, 8))
-    (tmp_path / "e.Png").touch()
-    (tmp_path / "f.gif").touch()
-    (tmp_path / "deeper").mkdir()
-    make_image(tmp_path / "deeper" / "g.png")
-    (tmp_path / "folder.png").mkdir()
-    assert [Path(path).name for path in list_images(str(tmp_path))] == ["a.JPG", "b.png", "c.webp", "d.bmp"]
 
 
 def test_all_bad_files_are_named_together(folder: Path) -> None:

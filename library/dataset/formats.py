@@ -1,0 +1,72 @@
+"""Which files are pictures, and the packages that read the rarer kinds."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+
+from PIL import features
+
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
+"""File name endings that count as pictures, in lower case; every other spelling (.PNG, .Png) counts too."""
+
+
+@dataclass(frozen=True)
+class _PlugIn:
+    """What reads a format that Pillow may lack."""
+
+    format: str
+    modules: tuple[str, ...]
+    """Any of them teaches Pillow the format when it is imported."""
+    command: str
+    """Installs the one we recommend."""
+
+
+_PLUG_INS = {
+    ".avif": _PlugIn("AVIF", ("pillow_avif",), "pip install pillow-avif-plugin"),
+    ".jxl": _PlugIn("JPEG XL", ("pillow_jxl", "jxlpy.JXLImagePlugin"), "pip install pillow-jxl-plugin"),
+}
+
+
+def is_image_name(name: str) -> bool:
+    """Say whether a file of this name counts as a picture; hidden ones do not."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+
+
+def list_images(folder: str) -> list[str]:
+    """Return the pictures directly in a folder, sorted by name, those that a missing package would read included."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if is_image_name(entry.name) and entry.is_file()]
+    return [os.path.join(folder, name) for name in sorted(names)]
+
+
+def teach_pillow(path: str) -> None:
+    """Load what reads a picture of this name, where there is such a package; the others Pillow knows by itself."""
+    _can_read(os.path.splitext(path)[1].lower())
+
+
+def without_package(paths: Iterable[str]) -> dict[str, list[str]]:
+    """Return the pictures that a package is missing for, by a clause that says which; all others can be tried."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in paths:
+        ending = os.path.splitext(path)[1].lower()
+        if not _can_read(ending):
+            plug_in = _PLUG_INS[ending]
+            found[f"{plug_in.format}, which needs another package: {plug_in.command}"].append(path)
+    return dict(found)
+
+
+@cache
+def _can_read(ending: str) -> bool:
+    plug_in = _PLUG_INS.get(ending)
+    if plug_in is None or (ending == ".avif" and features.check("avif")):
+        return True
+    for module in plug_in.modules:
+        try:
+            import_module(module)
+        except ImportError:
+            continue
+        return True
+    return False
