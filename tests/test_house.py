@@ -24,7 +24,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 def product_files() -> list[Path]:
     """Every Python file of the product: scripts and rooms, without tests."""
-    rooms = [path for room in ("library", "networks", "tools") for path in (ROOT / room).rglob("*.py")]
+    rooms = [path for room in ("library", "networks", "tools", "finetune") for path in (ROOT / room).rglob("*.py")]
     return sorted(rooms + list(ROOT.glob("*.py")))
 
 
@@ -113,7 +113,7 @@ def imported_packages(path: Path) -> set[str]:
 
 def test_a_fresh_installation_has_every_package_that_is_imported() -> None:
     required, distributions = required_distributions(), packages_distributions()
-    ours = {path.stem for path in ROOT.glob("*.py")} | {"library", "networks", "tools"}
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"library", "networks", "tools", "finetune"}
     missing = {}
     for path in product_files():
         for package in imported_packages(path) - ours - sys.stdlib_module_names - set(OPTIONAL) - set(COMES_WITH):

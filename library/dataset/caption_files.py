@@ -29,23 +29,33 @@ def read_caption(path: str, *, multiline: bool) -> str:
     Raises:
         UserError: the file is empty or in another encoding.
     """
+    text = read_text(path)
+    if not text:
+        raise UserError(
+            f"{path} is an empty caption file. Write a caption into it, or a blank line if none is meant, or delete it."
+        )
+    lines = text.splitlines()
+    if multiline:
+        return "\n".join(line.strip() for line in lines if line.strip())
+    return lines[0].strip() if lines else ""
+
+
+def read_text(path: str) -> str:
+    """Return all of a text file, in UTF-8 with or without a byte order mark; whatever ends its lines becomes a newline.
+
+    Raises:
+        UserError: the file cannot be read or is in another encoding.
+    """
     try:
         with open(path, "rb") as file:
             content = file.read()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    if not content:
-        raise UserError(
-            f"{path} is an empty caption file. Write a caption into it, or a blank line if none is meant, or delete it."
-        )
     try:
         text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {_encoding_advice(content, error.start)}") from None
-    lines = text.splitlines()
-    if multiline:
-        return "\n".join(line.strip() for line in lines if line.strip())
-    return lines[0].strip() if lines else ""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _encoding_advice(content: bytes, offset: int) -> str:
