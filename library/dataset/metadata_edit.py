@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from library.dataset.index import image_extensions, list_images
+from library.dataset.formats import IMAGE_EXTENSIONS, list_images
 from library.dataset.metadata_file import read_metadata
 from library.files.atomic import atomic_write_text
 from library.options.errors import UserError
@@ -61,7 +61,7 @@ def images_in(folder: str, *, recursive: bool) -> list[str]:
             images += list_images(os.path.join(parent, name))
     if not images:
         hint = "" if recursive else " Files directly in it count; --recursive searches its sub-folders."
-        raise UserError(f"There are no images ({' '.join(image_extensions())}) in {folder}.{hint}")
+        raise UserError(f"There are no images ({' '.join(IMAGE_EXTENSIONS)}) in {folder}.{hint}")
     return sorted(images)
 
 

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from library.dataset.caption_files import find_caption_file, read_text
-from library.dataset.index import image_extensions
+from library.dataset.formats import IMAGE_EXTENSIONS
 from library.dataset.metadata_edit import image_key, images_in, read_entries, write_entries
 from library.options.errors import UserError
 from library.options.metadata_tools import MergeRequest
@@ -72,7 +72,7 @@ def _read_texts(images: Sequence[str], extension: str) -> dict[str, str]:
 def _endings(folder: str) -> str:
     """Tell how the files of a folder that are not images end, the most frequent ending first."""
     counts = Counter(os.path.splitext(name)[1] for name in sorted(os.listdir(folder)))
-    ranked = [ending for ending, _ in counts.most_common() if ending and ending.lower() not in image_extensions()]
+    ranked = [ending for ending, _ in counts.most_common() if ending and ending.lower() not in IMAGE_EXTENSIONS]
     return f"other files there end in {', '.join(ranked[:8])}" if ranked else "there are no other files"
 
 
