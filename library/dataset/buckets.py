@@ -5,8 +5,12 @@ in the field depend on it.
 """
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 
+import numpy as np
+
+from library.dataset.columns import Ints
 from library.options.dataset_config import SectionConfig, bucket_limits
 
 Size = tuple[int, int]
@@ -125,7 +129,8 @@ class BucketChooser:
         self._section = section
         self._area = section.resolution[0] * section.resolution[1]
         self._sizes = [section.resolution]
-        if section.enable_bucket and not section.bucket_no_upscale:
+        self._keeps_size = section.enable_bucket and section.bucket_no_upscale
+        if section.enable_bucket and not self._keeps_size:
             self._sizes = bucket_sizes(section.resolution, *bucket_limits(section), section.bucket_reso_steps)
 
     def choose(self, size: Size) -> Geometry:
@@ -134,15 +139,16 @@ class BucketChooser:
         Raises:
             ValueError: the picture is too small for a bucket without being enlarged; the text says what to do.
         """
-        if self._section.enable_bucket and self._section.bucket_no_upscale:
-            bucket, resized = self._without_upscaling(size)
-        else:
-            bucket = nearest_bucket(size, self._sizes)
-            resized = cover(size, bucket)
-        crop = (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2
-        return Geometry(bucket, resized, crop, conditioning_crop(size, bucket))
+        return self.geometry(size, self.bucket(size))
 
-    def _without_upscaling(self, size: Size) -> tuple[Size, Size]:
+    def bucket(self, size: Size) -> Size:
+        """Return the bucket of a picture.
+
+        Raises:
+            ValueError: as of `choose`.
+        """
+        if not self._keeps_size:
+            return nearest_bucket(size, self._sizes)
         step = self._section.bucket_reso_steps
         resized = shrunk_to_area(size, self._area, step)
         bucket = resized[0] // step * step, resized[1] // step * step
@@ -151,4 +157,42 @@ class BucketChooser:
                 f"it is {size[0]}x{size[1]}, which is too small or too narrow for a bucket of {step} pixels. "
                 f"Remove it, or switch bucket_no_upscale off"
             )
-        return bucket, resized
+        return bucket
+
+    def geometry(self, size: Size, bucket: Size) -> Geometry:
+        """Return the geometry of a picture whose bucket is known."""
+        step = self._section.bucket_reso_steps
+        resized = shrunk_to_area(size, self._area, step) if self._keeps_size else cover(size, bucket)
+        crop = (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2
+        return Geometry(bucket, resized, crop, conditioning_crop(size, bucket))
+
+    def buckets(self, sizes: Ints) -> Ints:
+        """Return the buckets of many pictures; (0, 0) for those that `choose` refuses.
+
+        Args:
+            sizes: (N, 2), widths and heights.
+        """
+        keys, kind = np.unique(sizes[:, 0].astype(np.int64) << 32 | sizes[:, 1], return_inverse=True)
+        kinds = np.stack([keys >> 32, keys & 0xFFFFFFFF], axis=1).astype(np.int32)
+        chosen: Ints = (self._without_upscaling(kinds) if self._keeps_size else self._nearest(kinds))[kind]
+        return chosen
+
+    def _nearest(self, sizes: Ints) -> Ints:
+        """Do what `nearest_bucket` does, in the same arithmetic."""
+        ratios = sizes[:, 0] / sizes[:, 1]
+        nearest = np.full(len(sizes), 0)
+        least = np.full(len(sizes), np.inf)
+        for number, (width, height) in enumerate(self._sizes):
+            error = np.abs(width / height - ratios)
+            error[(sizes[:, 0] == width) & (sizes[:, 1] == height)] = -1
+            is_nearer = error < least
+            nearest[is_nearer], least[is_nearer] = number, error[is_nearer]
+        chosen: Ints = np.array(self._sizes, dtype=np.int32)[nearest]
+        return chosen
+
+    def _without_upscaling(self, sizes: Ints) -> Ints:
+        buckets = np.zeros_like(sizes)
+        for position, (width, height) in enumerate(sizes.tolist()):
+            with suppress(ValueError):
+                buckets[position] = self.bucket((width, height))
+        return buckets

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from library.dataset.cache_stamps import STAMP_NAME
-from library.dataset.index import Item
+from library.dataset.items import Item
 from library.files.npz import Arrays, read_npz
 from library.models.family import LatentCacheSpec, TextCacheSpec, TextCond
 from library.options.errors import UserError

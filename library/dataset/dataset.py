@@ -2,16 +2,20 @@
 
 import logging
 import random
-from collections import defaultdict
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+import numpy as np
 
 from library.dataset.augmentation import ColorChange
 from library.dataset.buckets import Placement
 from library.dataset.cached import LatentFiles, LatentsInMemory, TextFiles, TextsInMemory
 from library.dataset.captions import caption_for_use, fixed_caption, settled_caption
-from library.dataset.index import Item, Section, build_index
+from library.dataset.columns import Ints
+from library.dataset.index import Section, build_index
+from library.dataset.items import Item, Items, JoinedItems
 from library.dataset.plan import EpochPlan, draw_seed, plan_epoch, posterior_seed
 from library.options.dataset_config import DatasetConfig
 
@@ -49,9 +53,9 @@ class Dataset:
         self.config = config
         self.seed = seed
         self.sections: tuple[Section, ...] = build_index(config, seed=seed)
-        self.items: tuple[Item, ...] = tuple(item for section in self.sections for item in section.items)
+        self.items: Sequence[Item] = JoinedItems([section.items for section in self.sections])
         """Images that are trained on."""
-        self.held_out: tuple[Item, ...] = tuple(item for section in self.sections for item in section.held_out)
+        self.held_out: Sequence[Item] = JoinedItems([section.held_out for section in self.sections])
         """Images the loss is measured on; never trained on."""
         self.latents: LatentFiles | LatentsInMemory | None = None
         """Set by `cache_latents`."""
@@ -66,7 +70,7 @@ class Dataset:
     @property
     def encoded_items(self) -> Sequence[Item]:
         """All images that caches hold: those trained on, then those held out, by number."""
-        return (*self.items, *self.held_out)
+        return JoinedItems([self.items, self.held_out])
 
     @property
     def num_uses(self) -> int:
@@ -76,16 +80,13 @@ class Dataset:
     @cached_property
     def use_items(self) -> Sequence[int]:
         """The item of each registered use: items in their order, each as often as it repeats."""
-        return [item.number for item in self.items for _ in range(item.repeats)]
+        repeats = np.concatenate([section.items.repeats for section in self.sections])
+        return array("i", np.repeat(np.arange(len(repeats), dtype=np.int32), repeats).tobytes())
 
     @cached_property
-    def buckets(self) -> Mapping[tuple[int, tuple[int, int]], Sequence[int]]:
+    def buckets(self) -> Mapping[tuple[int, tuple[int, int]], Ints]:
         """Uses by (section, bucket), sorted."""
-        groups: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
-        for use, number in enumerate(self.use_items):
-            item = self.items[number]
-            groups[item.section, item.geometry.bucket].append(use)
-        return dict(sorted(groups.items()))
+        return _uses_by_bucket([section.items for section in self.sections], start=0)
 
     def batches_per_epoch(self, num_processes: int) -> int:
         """Return how many batches every process gets in an epoch."""
@@ -98,12 +99,9 @@ class Dataset:
 
     def held_out_batches(self) -> Sequence[tuple[int, ...]]:
         """Return the batches of held-out images, always the same ones, as uses that follow the registered ones."""
-        groups: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
-        for use, item in enumerate(self.held_out, start=self.num_uses):
-            groups[item.section, item.geometry.bucket].append(use)
-        ordered = sorted(groups)
-        sizes = [self.sections[section].config.batch_size for section, _ in ordered]
-        return plan_epoch([groups[key] for key in ordered], sizes, self.seed, epoch=0).batches
+        groups = _uses_by_bucket([section.held_out for section in self.sections], start=self.num_uses)
+        sizes = [self.sections[section].config.batch_size for section, _ in groups]
+        return plan_epoch(list(groups.values()), sizes, self.seed, epoch=0).batches
 
     def item_of(self, use: int) -> Item:
         """Return the image of a use; uses from `num_uses` on are those of held-out images."""
@@ -150,3 +148,17 @@ class Dataset:
 
     def _global_batch_sizes(self, num_processes: int) -> list[int]:
         return [self.sections[section].config.batch_size * num_processes for section, _ in self.buckets]
+
+
+def _uses_by_bucket(parts: Sequence[Items], start: int) -> dict[tuple[int, tuple[int, int]], Ints]:
+    """Group uses, numbered from `start` on, by section and bucket, in this order."""
+    groups: dict[tuple[int, tuple[int, int]], Ints] = {}
+    for number, items in enumerate(parts):
+        buckets, bucket_of = np.unique(items.buckets, axis=0, return_inverse=True)
+        by_use = np.repeat(bucket_of.reshape(-1), items.repeats)
+        uses = np.argsort(by_use, kind="stable").astype(np.int32) + np.int32(start)
+        ends = np.cumsum(np.bincount(by_use, minlength=len(buckets)))
+        for bucket, own in zip(buckets.tolist(), np.split(uses, ends[:-1]), strict=True) if len(buckets) else ():
+            groups[number, (bucket[0], bucket[1])] = own
+        start += len(by_use)
+    return groups

@@ -6,7 +6,8 @@ from typing import Any
 
 from library.dataset.buckets import Size
 from library.dataset.dataset import Dataset
-from library.dataset.index import Item, Section
+from library.dataset.index import Section
+from library.dataset.items import Item
 from library.options.dataset_config import SubsetConfig
 
 Facts = dict[str, Any]

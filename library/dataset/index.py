@@ -3,19 +3,21 @@
 All bad files, and all that is only odd, go to the findings that every check feeds.
 """
 
-import itertools
 import logging
 import os
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from library.dataset.buckets import BucketChooser, Geometry, Size
+import numpy as np
+
+from library.dataset.buckets import BucketChooser
 from library.dataset.caption_files import find_caption_file, read_caption
+from library.dataset.columns import Flags, Pictures, Texts
 from library.dataset.findings import Findings, Kind, names_of
 from library.dataset.formats import IMAGE_EXTENSIONS, list_images, without_package
 from library.dataset.images import ImageFacts, Trait, inspect_image
+from library.dataset.items import Choice, Item, Items
 from library.dataset.metadata_file import caption_of, find_images, read_metadata
 from library.dataset.split import held_out
 from library.options.dataset_config import DatasetConfig, SectionConfig, SubsetConfig
@@ -26,46 +28,14 @@ logger = logging.getLogger(__name__)
 _CHECKING_THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One image of one dataset, checked."""
-
-    number: int
-    """Position among all items of the run: those trained on, then those held out."""
-    section: int
-    subset: int
-    """Position of its subset in its section."""
-    path: str
-    """The file as it was given; also its key in messages."""
-    size: Size
-    """Width and height, upright."""
-    orientation: int
-    """EXIF orientation, 1 to 8."""
-    caption: str
-    """The image's own text; lines are separated by newlines where wildcards are enabled."""
-    tags: str
-    """What counts as tags in statistics: the caption, or the tags of a metadata file."""
-    repeats: int
-    """Uses in an epoch."""
-    is_reg: bool
-    geometry: Geometry
-    cache_stem: str
-    """Path under which its caches lie, the same from whatever folder it is seen: without extension, but with it where two images
-    differ in the extension alone."""
-    has_alpha: bool = False
-    """Whether parts of it may be transparent."""
-    conditioning_path: str | None = None
-    """The control or mask image that belongs to it."""
-
-
 @dataclass(frozen=True)
 class Section:
     """The images of one dataset of the file."""
 
     config: SectionConfig
-    items: tuple[Item, ...]
+    items: Items
     """Training images in the order of their subsets, then regularisation images; images that are never used are not in it."""
-    held_out: tuple[Item, ...]
+    held_out: Items
     """Images that are never trained on, to measure the loss on; each is used once. Their numbers follow those of all training
     items of the run."""
     image_counts: tuple[int, ...]
@@ -81,15 +51,13 @@ class Section:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """An image file before its size is known."""
+class _Listing:
+    """The images of one subset before their sizes are known."""
 
-    section: int
-    subset: int
-    path: str
-    caption: str
-    tags: str
-    cache_stem: str
+    paths: Sequence[str]
+    texts: Sequence[tuple[str, str]]
+    """Caption and tags of each."""
+    stems: Sequence[str]
 
 
 def build_index(config: DatasetConfig, findings: Findings | None = None, *, seed: int = 0) -> tuple[Section, ...]:
@@ -105,23 +73,20 @@ def build_index(config: DatasetConfig, findings: Findings | None = None, *, seed
         UserError: there are errors and no `findings` to take them.
     """
     collected = Findings() if findings is None else findings
-    found = [image for number, section in enumerate(config.sections) for image in _section_images(number, section, collected)]
-    facts = _inspect_all({image.path for image in found}, collected)
-    geometries = _geometries(config, found, facts, collected)
+    listings = [[_listing(subset, collected) for subset in section.subsets] for section in config.sections]
+    paths = {path for own in listings for listing in own for path in listing.paths}
+    facts = _inspect_all(paths, collected)
     _report_traits(facts, collected)
-    usable = [image for image in found if (image.section, image.path) in geometries]
-    trained, without = _split(config, usable, seed, collected)
-    sections: list[Section] = []
-    for number, section in enumerate(config.sections):
-        first = sum(len(built.items) for built in sections)
-        own, own_without = ([image for image in part if image.section == number] for part in (trained, without))
-        sections.append(_section(number, section, first, own, own_without, facts, geometries, collected))
-    _report_emptiness(config, found, sections, collected)
+    pictures = [[_pictures(listing, facts) for listing in own] for own in listings]
+    usable = [_with_bucket(section, held, collected) for section, held in zip(config.sections, pictures, strict=True)]
+    without = _split(config, pictures, usable, seed, collected)
+    choices = [_choose(*parts, collected) for parts in zip(config.sections, pictures, usable, without, strict=True)]
+    _report_emptiness(config, bool(paths), any(len(choice.trained.rows) for choice in choices), collected)
     if findings is None:
         collected.raise_errors()
         if text := collected.warning_text():
             logger.warning("%s", text)
-    return _held_out_numbered(sections)
+    return _numbered(config, pictures, choices)
 
 
 def balance_regularisation(num_train: int, reg_repeats: Sequence[int]) -> list[int]:
@@ -149,12 +114,9 @@ def balance_regularisation(num_train: int, reg_repeats: Sequence[int]) -> list[i
     return uses
 
 
-def _section_images(number: int, section: SectionConfig, findings: Findings) -> Iterator[_Found]:
-    for position, subset in enumerate(section.subsets):
-        read = _metadata_captions if subset.metadata_file else _folder_captions
-        captions = read(subset, findings)
-        for (path, (caption, tags)), stem in zip(captions.items(), _cache_stems(captions), strict=True):
-            yield _Found(number, position, path, caption, tags, stem)
+def _listing(subset: SubsetConfig, findings: Findings) -> _Listing:
+    captions = (_metadata_captions if subset.metadata_file else _folder_captions)(subset, findings)
+    return _Listing(list(captions), list(captions.values()), list(_cache_stems(captions)))
 
 
 def _folder_captions(subset: SubsetConfig, findings: Findings) -> dict[str, tuple[str, str]]:
@@ -255,95 +217,137 @@ def _facts_or_problem(path: str) -> ImageFacts | str:
         return str(error)
 
 
-def _geometries(
-    config: DatasetConfig, found: Sequence[_Found], facts: dict[str, ImageFacts], findings: Findings
-) -> dict[tuple[int, str], Geometry]:
-    choosers = [BucketChooser(section) for section in config.sections]
-    geometries = {}
-    for image in found:
-        if image.path not in facts:
-            continue
-        try:
-            geometries[image.section, image.path] = choosers[image.section].choose(facts[image.path].size)
-        except ValueError as error:
-            findings.error(Kind.TOO_SMALL, image.path, f"{image.path}: {error}.")
-    return geometries
-
-
-def _split(config: DatasetConfig, found: Sequence[_Found], seed: int, findings: Findings) -> tuple[list[_Found], list[_Found]]:
-    """Part what is trained on from what is held out; what one subset holds out is dropped from all others.
-
-    Returns:
-        Images trained on, images held out.
-    """
-    by_subset: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for image in found:
-        by_subset[image.section, image.subset].append(image.path)
-    chosen: dict[tuple[int, int], frozenset[str]] = {}
-    for (number, position), paths in by_subset.items():
-        subset = config.sections[number].subsets[position]
-        if subset.validation_split > 0 and not subset.is_reg:
-            own_seed = seed if subset.validation_seed is None else subset.validation_seed
-            chosen[number, position] = held_out(paths, subset.validation_split, own_seed)
-    if not chosen:
-        return list(found), []
-    without = [image for image in found if image.path in chosen.get((image.section, image.subset), ())]
-    stems = {image.cache_stem for image in without}
-    trained = [image for image in found if image.cache_stem not in stems]
-    held = {(image.section, image.subset, image.path) for image in without}
-    for image in found:
-        if image.cache_stem in stems and (image.section, image.subset, image.path) not in held:
-            source = config.sections[image.section].subsets[image.subset].source
-            findings.warning(Kind.HELD_OUT, image.path, f"{image.path} is not trained on as an image of {source} either.")
-    return trained, without
-
-
-def _section(
-    number: int,
-    config: SectionConfig,
-    first: int,
-    trained: Sequence[_Found],
-    without: Sequence[_Found],
-    facts: dict[str, ImageFacts],
-    geometries: dict[tuple[int, str], Geometry],
-    findings: Findings,
-) -> Section:
-    def item(image: _Found) -> Item:
-        subset, fact = config.subsets[image.subset], facts[image.path]
-        return Item(
-            number=0, section=number, subset=image.subset, path=image.path, size=fact.size, orientation=fact.orientation,
-            caption=image.caption, tags=image.tags, repeats=subset.num_repeats, is_reg=subset.is_reg,
-            geometry=geometries[number, image.path], cache_stem=image.cache_stem, has_alpha=Trait.ALPHA in fact.traits,
-        )  # fmt: skip
-
-    items = [item(image) for image in trained]
-    train = [entry for entry in items if not entry.is_reg]
-    reg = _balanced(train, [entry for entry in items if entry.is_reg], findings)
-    counts = Counter(entry.subset for entry in items)
-    numbered = tuple(replace(entry, number=first + position) for position, entry in enumerate(train + reg))
-    held = tuple(replace(item(image), repeats=1) for image in without)
-    return Section(config, numbered, held, tuple(counts[position] for position in range(len(config.subsets))))
-
-
-def _held_out_numbered(sections: Sequence[Section]) -> tuple[Section, ...]:
-    numbers = itertools.count(sum(len(section.items) for section in sections))
-    return tuple(
-        replace(section, held_out=tuple(replace(item, number=next(numbers)) for item in section.held_out)) for section in sections
+def _pictures(listing: _Listing, facts: Mapping[str, ImageFacts]) -> Pictures:
+    """Pack what is known of the images that can be read."""
+    rows = [row for row, path in enumerate(listing.paths) if path in facts]
+    paths, stems = [listing.paths[row] for row in rows], [listing.stems[row] for row in rows]
+    names = [os.path.basename(path) for path in paths]
+    places = [(path.removesuffix(name), os.path.dirname(stem)) for path, name, stem in zip(paths, names, stems, strict=True)]
+    numbers = {place: number for number, place in enumerate(dict.fromkeys(places))}
+    captions = Texts(listing.texts[row][0] for row in rows)
+    own_tags = any(caption is not tags for caption, tags in listing.texts)
+    return Pictures(
+        folders=tuple(folder for folder, _ in numbers),
+        real_folders=tuple(real for _, real in numbers),
+        folder=np.array([numbers[place] for place in places], dtype=np.int32),
+        names=Texts(names),
+        whole_names=np.array([os.path.basename(stem) == name for stem, name in zip(stems, names, strict=True)], dtype=np.bool_),
+        sizes=np.array([facts[path].size for path in paths], dtype=np.int32).reshape(-1, 2),
+        orientations=np.array([facts[path].orientation for path in paths], dtype=np.uint8),
+        traits=np.array([facts[path].traits for path in paths], dtype=np.uint8),
+        captions=captions,
+        tags=Texts(listing.texts[row][1] for row in rows) if own_tags else captions,
     )
 
 
-def _balanced(train: Sequence[Item], reg: Sequence[Item], findings: Findings) -> list[Item]:
-    num_train = sum(item.repeats for item in train)
-    uses = balance_regularisation(num_train, [item.repeats for item in reg])
-    kept = [replace(item, repeats=count) for item, count in zip(reg, uses, strict=True) if count]
-    unused = [item.path for item, count in zip(reg, uses, strict=True) if not count]
+def _with_bucket(config: SectionConfig, pictures: Sequence[Pictures], findings: Findings) -> list[Flags]:
+    """Say of each image whether it has a bucket."""
+    chooser = BucketChooser(config)
+    usable = []
+    for held in pictures:
+        fits = chooser.buckets(held.sizes)[:, 0] > 0
+        for row in np.flatnonzero(~fits).tolist():
+            try:
+                chooser.bucket((int(held.sizes[row, 0]), int(held.sizes[row, 1])))
+            except ValueError as error:
+                findings.error(Kind.TOO_SMALL, held.path(row), f"{held.path(row)}: {error}.")
+        usable.append(fits)
+    return usable
+
+
+def _split(
+    config: DatasetConfig,
+    pictures: Sequence[Sequence[Pictures]],
+    usable: Sequence[Sequence[Flags]],
+    seed: int,
+    findings: Findings,
+) -> list[list[Flags]]:
+    """Say of each image whether it is held out; what one subset holds out is dropped from all others.
+
+    Args:
+        config: says how many.
+        pictures: by dataset and subset.
+        usable: of each, whether it can be trained on; those dropped are taken from it.
+        seed: of the run.
+        findings: receives the images that are dropped.
+    """
+    without = [[np.zeros(len(held), dtype=np.bool_) for held in own] for own in pictures]
+    stems: set[str] = set()
+    for number, position, subset in _subsets(config):
+        if subset.validation_split > 0 and not subset.is_reg:
+            held, rows = pictures[number][position], np.flatnonzero(usable[number][position]).tolist()
+            own_seed = seed if subset.validation_seed is None else subset.validation_seed
+            row_of = {held.path(row): row for row in rows}
+            chosen = [row_of[path] for path in held_out(list(row_of), subset.validation_split, own_seed)]
+            without[number][position][chosen] = True
+            stems.update(held.cache_stem(row) for row in chosen)
+    for number, position, subset in _subsets(config) if stems else ():
+        held, own = pictures[number][position], without[number][position]
+        for row in np.flatnonzero(usable[number][position] & ~own).tolist():
+            if held.cache_stem(row) in stems:
+                usable[number][position][row] = False
+                path = held.path(row)
+                findings.warning(Kind.HELD_OUT, path, f"{path} is not trained on as an image of {subset.source} either.")
+    return without
+
+
+def _subsets(config: DatasetConfig) -> Iterator[tuple[int, int, SubsetConfig]]:
+    for number, section in enumerate(config.sections):
+        for position, subset in enumerate(section.subsets):
+            yield number, position, subset
+
+
+@dataclass(frozen=True)
+class _Choices:
+    trained: Choice
+    held_out: Choice
+    counts: tuple[int, ...]
+
+
+def _choose(
+    config: SectionConfig, pictures: Sequence[Pictures], usable: Sequence[Flags], without: Sequence[Flags], findings: Findings
+) -> _Choices:
+    """Choose the items of a dataset: all training images, then as many regularisation images as balance them."""
+    order = sorted(range(len(config.subsets)), key=lambda subset: config.subsets[subset].is_reg)
+    trained = [
+        Choice.all_of(subset, np.flatnonzero(usable[subset] & ~without[subset]), config.subsets[subset].num_repeats)
+        for subset in order
+    ]
+    held = [Choice.all_of(subset, np.flatnonzero(without[subset]), 1) for subset in range(len(config.subsets))]
+    is_reg = [config.subsets[subset].is_reg for subset in order]
+    train = Choice.joined([part for part, reg in zip(trained, is_reg, strict=True) if not reg])
+    reg = Choice.joined([part for part, reg in zip(trained, is_reg, strict=True) if reg])
+    counts = {subset: len(part.rows) for subset, part in zip(order, trained, strict=True)}
+    return _Choices(
+        Choice.joined([train, _balanced(train, reg, pictures, findings)]),
+        Choice.joined(held),
+        tuple(counts[subset] for subset in range(len(config.subsets))),
+    )
+
+
+def _numbered(config: DatasetConfig, pictures: Sequence[Sequence[Pictures]], choices: Sequence[_Choices]) -> tuple[Section, ...]:
+    """Number all training items of the run, and behind them all that are held out."""
+    first, first_held = 0, sum(len(choice.trained.rows) for choice in choices)
+    sections = []
+    for number, (section, held, choice) in enumerate(zip(config.sections, pictures, choices, strict=True)):
+        items = Items(section, number, first, held, choice.trained)
+        without = Items(section, number, first_held, held, choice.held_out)
+        sections.append(Section(section, items, without, choice.counts))
+        first, first_held = first + len(items), first_held + len(without)
+    return tuple(sections)
+
+
+def _balanced(train: Choice, reg: Choice, pictures: Sequence[Pictures], findings: Findings) -> Choice:
+    num_train = int(train.repeats.sum())
+    uses = np.array(balance_regularisation(num_train, reg.repeats.tolist()), dtype=np.int32)
+    unused = [pictures[reg.subsets[entry]].path(reg.rows[entry]) for entry in np.flatnonzero(uses == 0).tolist()]
     if unused:
         told = (
-            f"{len(unused)} of {len(reg)} regularisation images are not used, because there are only {num_train} uses of training "
+            f"{len(unused)} of {len(uses)} regularisation images are not used, because there are only {num_train} uses of training "
             f"images: {_some(unused)}."
         )
         findings.warning(Kind.UNUSED_REG, os.path.dirname(unused[0]), told, count=len(unused), files=unused)
-    return kept
+    return replace(reg, repeats=uses).where(uses > 0)
 
 
 def _report_traits(facts: dict[str, ImageFacts], findings: Findings) -> None:
@@ -363,11 +367,11 @@ def _report_traits(facts: dict[str, ImageFacts], findings: Findings) -> None:
             findings.warning(kind, folder, f"{len(paths)} {what}: {_some(paths)}.", count=len(paths), files=paths)
 
 
-def _report_emptiness(config: DatasetConfig, found: Sequence[_Found], sections: Sequence[Section], findings: Findings) -> None:
+def _report_emptiness(config: DatasetConfig, has_images: bool, has_items: bool, findings: Findings) -> None:
     folders = ", ".join(subset.source for section in config.sections for subset in section.subsets)
-    if not found and not findings.has_errors:
+    if not has_images and not findings.has_errors:
         findings.error(Kind.NO_IMAGES, folders, f"There are no images in {folders}. {_what_counts().capitalize()}")
-    elif found and not any(section.items for section in sections) and not findings.has_errors:
+    elif has_images and not has_items and not findings.has_errors:
         told = "There are only regularisation images (is_reg). Add a subset of images to train on."
         findings.error(Kind.NO_IMAGES, folders, told)
 

@@ -14,7 +14,7 @@ from library.dataset.buckets import Geometry
 from library.dataset.cache_stamps import STAMP_FORMAT, CacheReport, Stamp, add_stamp, is_same_source, read_stamp, source_stamp
 from library.dataset.cached import LATENT_NAMES, LatentFiles, LatentsInMemory, size_suffix
 from library.dataset.dataset import Dataset
-from library.dataset.index import Item
+from library.dataset.items import Item
 from library.dataset.latent_encoder import EncodedImage, LatentEncoder, LatentJob
 from library.files.npz import Arrays, read_npz, write_npz
 from library.models.family import Family

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.dataset.images import fit, read_pixels, to_model_range
-from library.dataset.index import Item
+from library.dataset.items import Item
 from library.dataset.plan import posterior_seed
 from library.models.family import Family
 from library.options.errors import UserError

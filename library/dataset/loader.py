@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import cv2
@@ -24,8 +25,8 @@ from library.dataset.buckets import crop_top_left
 from library.dataset.cached import LatentsInMemory, TextFiles, TextsInMemory
 from library.dataset.dataset import Dataset, Draws
 from library.dataset.images import fit, read_pixels, to_model_range
-from library.dataset.index import Item
-from library.dataset.plan import Share
+from library.dataset.items import Item
+from library.dataset.plan import EpochPlan, Share
 from library.models.family import SizeConditioning, TextCond
 from library.options.errors import UserError
 
@@ -75,17 +76,14 @@ class Loader:
         total_updates: int = 0,
     ) -> None:
         self._dataset = dataset
-        self._accumulation = accumulation
-        self._total_updates = total_updates
-        self._process_index = process_index
         self._num_processes = num_processes
         self._pin = pin
-        self._requests: list[_Request] = []
+        self._requests = _Requests(process_index, num_processes, accumulation, total_updates)
         workers = _useful_workers(dataset, num_workers)
         self._loader: DataLoader[Any] = DataLoader(
             _Reader(dataset),  # type: ignore[arg-type]  # its indices are requests
             batch_size=None,
-            sampler=_CurrentRequests(self._requests),
+            sampler=self._requests,
             collate_fn=_as_it_is,
             num_workers=workers,
             persistent_workers=persistent and workers > 0,
@@ -105,17 +103,7 @@ class Loader:
         Raises:
             UserError: an image or cache file has become unreadable; it is named.
         """
-        plan = self._dataset.plan(epoch, self._num_processes)
-        updates_before = (epoch - 1) * -(-len(plan.batches) // self._accumulation)
-        self._requests[:] = [
-            _Request(
-                epoch,
-                plan.share(batch, self._process_index, self._num_processes),
-                updates_before + batch // self._accumulation,
-                self._total_updates,
-            )
-            for batch in range(start_batch, len(plan.batches))
-        ]
+        self._requests.choose(self._dataset.plan(epoch, self._num_processes), start_batch)
         for loaded in self._loader:
             if isinstance(loaded, _Failure):
                 raise UserError(loaded.message)
@@ -207,17 +195,31 @@ class _Reader:
         return {"_dataset": slim}
 
 
-class _CurrentRequests:
-    """The sampler: whatever the list holds when an epoch begins."""
+class _Requests:
+    """The sampler: what one process loads of the epoch that was chosen last."""
 
-    def __init__(self, requests: list[_Request]) -> None:
-        self._requests = requests
+    def __init__(self, process_index: int, num_processes: int, accumulation: int, total_updates: int) -> None:
+        self._process_index = process_index
+        self._num_processes = num_processes
+        self._accumulation = accumulation
+        self._total_updates = total_updates
+        self._plan = EpochPlan(1, ())
+        self._start = 0
+
+    def choose(self, plan: EpochPlan, start: int) -> None:
+        """Set the epoch, and the batch to begin with."""
+        self._plan, self._start = plan, start
 
     def __iter__(self) -> Iterator[_Request]:
-        return iter(list(self._requests))
+        return map(partial(self._request, self._plan), range(self._start, len(self._plan.batches)))
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return len(self._plan.batches) - self._start
+
+    def _request(self, plan: EpochPlan, batch: int) -> _Request:
+        updates_before = (plan.epoch - 1) * -(-len(plan.batches) // self._accumulation)
+        update = updates_before + batch // self._accumulation
+        return _Request(plan.epoch, plan.share(batch, self._process_index, self._num_processes), update, self._total_updates)
 
 
 def _useful_workers(dataset: Dataset, wanted: int) -> int:

@@ -1,10 +1,14 @@
 """Which images are trained on together, in which order, and with which random draws: a function of (seed, epoch) alone."""
 
 import hashlib
-import random
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+
+from library.dataset.columns import Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,12 +22,46 @@ class Share:
     0 for the filler of a process left without an image."""
 
 
+class Batches(Sequence[tuple[int, ...]]):
+    """The batches of an epoch.
+
+    Args:
+        uses: of all batches, one after the other.
+        starts: where each batch begins, and where the last one ends.
+    """
+
+    def __init__(self, uses: Ints, starts: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
+        self._uses = uses
+        self._starts = starts
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[tuple[int, ...]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, ...] | Sequence[tuple[int, ...]]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        return tuple(self._uses[self._starts[position] : self._starts[position + 1]].tolist())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Batches):
+            return NotImplemented
+        return np.array_equal(self._uses, other._uses) and np.array_equal(self._starts, other._starts)
+
+    def __hash__(self) -> int:
+        return hash((self._uses.tobytes(), self._starts.tobytes()))
+
+
 @dataclass(frozen=True)
 class EpochPlan:
     """The batches of one epoch, over all processes."""
 
     epoch: int
-    batches: tuple[tuple[int, ...], ...]
+    batches: Sequence[tuple[int, ...]]
     """Uses of images, of one dataset and one bucket each; up to batch size times processes."""
 
     def share(self, batch: int, process_index: int, num_processes: int) -> Share:
@@ -37,7 +75,7 @@ class EpochPlan:
         return Share(own, num_processes * len(own) / len(uses))
 
 
-def plan_epoch(groups: Sequence[Sequence[int]], sizes: Sequence[int], seed: int, epoch: int) -> EpochPlan:
+def plan_epoch(groups: Sequence[Sequence[int] | Ints], sizes: Sequence[int], seed: int, epoch: int) -> EpochPlan:
     """Shuffle each group, cut it into batches, and shuffle the batches. Every use occurs exactly once.
 
     Args:
@@ -46,14 +84,28 @@ def plan_epoch(groups: Sequence[Sequence[int]], sizes: Sequence[int], seed: int,
         seed: of the run.
         epoch: counted from 1.
     """
-    rng = random.Random(draw_seed(seed, epoch, -1))
-    batches: list[tuple[int, ...]] = []
-    for group, size in zip(groups, sizes, strict=True):
-        order = list(group)
-        rng.shuffle(order)
-        batches += [tuple(order[start : start + size]) for start in range(0, len(order), size)]
-    rng.shuffle(batches)
-    return EpochPlan(epoch, tuple(batches))
+    numbers = np.random.Philox(key=draw_seed(seed, epoch, -1))
+    shuffled = [np.asarray(group, dtype=np.int32)[_order(numbers, len(group))] for group in groups]
+    lengths = [_batch_lengths(len(group), size) for group, size in zip(groups, sizes, strict=True)]
+    uses, counts = np.concatenate(shuffled), np.concatenate(lengths)
+    starts = np.cumsum(counts) - counts
+    order = _order(numbers, len(counts))
+    ends = np.cumsum(counts[order])
+    # Where each use goes: the new start of its batch, plus its place in it.
+    sources = np.arange(len(uses)) + np.repeat(starts[order] - (ends - counts[order]), counts[order])
+    return EpochPlan(epoch, Batches(uses[sources], np.concatenate([[0], ends])))
+
+
+def _order(numbers: np.random.Philox, count: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """Draw a permutation: raw bits are the same in every version of numpy, its own shuffles need not be."""
+    return np.argsort(numbers.random_raw(count), kind="stable")
+
+
+def _batch_lengths(count: int, size: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    lengths = np.full(-(-count // size), size, dtype=np.int64)
+    if count % size:
+        lengths[-1] = count % size
+    return lengths
 
 
 def draw_seed(seed: int, epoch: int, use: int) -> int:

@@ -15,7 +15,7 @@ from library.dataset.cache_stamps import STAMP_FORMAT, CacheReport, Stamp, add_s
 from library.dataset.cached import TextFiles, TextsInMemory
 from library.dataset.caption_files import find_caption_file
 from library.dataset.dataset import Dataset
-from library.dataset.index import Item
+from library.dataset.items import Item
 from library.files.npz import Arrays, read_npz, write_npz
 from library.models.family import Family, TextCond
 from library.options.errors import UserError

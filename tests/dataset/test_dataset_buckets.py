@@ -1,5 +1,6 @@
 """Buckets against tables computed with sd-scripts' classes."""
 
+import numpy as np
 import pytest
 from dataset_samples import section
 from hypothesis import given
@@ -193,3 +194,16 @@ def test_without_buckets_every_image_gets_the_resolution() -> None:
     assert geometry.bucket == (512, 768)
     assert geometry.resized == (768, 768)
     assert geometry.crop == (128, 0)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), max_size=30))
+def test_buckets_of_many_images_are_those_of_each(name: str, sizes: list[tuple[int, int]]) -> None:
+    chooser = BucketChooser(setting(name))
+    found = chooser.buckets(np.array(sizes, dtype=np.int32).reshape(-1, 2)).tolist()
+    for size, bucket in zip(sizes, found, strict=True):
+        if bucket == [0, 0]:
+            with pytest.raises(ValueError, match="too small"):
+                chooser.choose(size)
+        else:
+            assert chooser.choose(size).bucket == tuple(bucket)
