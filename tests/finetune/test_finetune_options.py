@@ -16,6 +16,7 @@ SCRIPTS = [
     "finetune/clean_captions_and_tags.py",
     "finetune/merge_captions_to_metadata.py",
     "finetune/merge_dd_tags_to_metadata.py",
+    "tools/resize_images_to_resolution.py",
 ]
 OURS: dict[str, set[str]] = {}
 """Options that sd-scripts does not have."""
