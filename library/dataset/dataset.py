@@ -14,6 +14,7 @@ from library.dataset.buckets import Placement
 from library.dataset.cached import LatentFiles, LatentsInMemory, TextFiles, TextsInMemory
 from library.dataset.captions import caption_for_use, fixed_caption, settled_caption
 from library.dataset.columns import Ints
+from library.dataset.findings import Findings, Kind
 from library.dataset.index import Section, build_index
 from library.dataset.items import Item, Items, JoinedItems
 from library.dataset.plan import EpochPlan, draw_seed, plan_epoch, posterior_seed
@@ -42,17 +43,21 @@ class Dataset:
     Args:
         config: checked by `load_dataset_config`.
         seed: of the run; the same in all processes.
+        findings: receives what is wrong or odd. Without it, errors are raised and warnings logged here.
 
     Raises:
-        UserError: images or caption files cannot be used; all of them are named.
+        UserError: images or caption files cannot be used, and there are no `findings` to take them; all of them are named.
     """
 
-    def __init__(self, config: DatasetConfig, seed: int) -> None:
+    def __init__(self, config: DatasetConfig, seed: int, findings: Findings | None = None) -> None:
         for warning in config.warnings:
-            logger.warning("%s", warning)
+            if findings is None:
+                logger.warning("%s", warning)
+            else:
+                findings.warning(Kind.CONFIG, "", warning)
         self.config = config
         self.seed = seed
-        self.sections: tuple[Section, ...] = build_index(config, seed=seed)
+        self.sections: tuple[Section, ...] = build_index(config, findings, seed=seed)
         self.items: Sequence[Item] = JoinedItems([section.items for section in self.sections])
         """Images that are trained on."""
         self.held_out: Sequence[Item] = JoinedItems([section.held_out for section in self.sections])

@@ -131,6 +131,9 @@ class Family(Protocol):
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Turn B texts into token ids, on the CPU."""
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each text has, without those of begin and end, and before anything is cut off."""
+
     def encode_text(self, tokens: Tokens, encoders: Sequence[nn.Module | None]) -> TextCond:
         """Run every encoder that is not None on the device and in the dtype it has; gradients flow where they are enabled."""
 

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from library.dataset.dataset import Dataset
 from library.dataset.facts import num_reg_images, num_train_uses
 from library.dataset.loader import Loader
 from library.diffusion.objective import DdpmObjective
@@ -37,6 +36,7 @@ from library.training.logs import RunSummary, TrainingLog
 from library.training.loop import TrainingRun, train
 from library.training.outputs import RunLength, SavePlan
 from library.training.position import Position
+from library.training.preflight import open_dataset
 from library.training.preparation import TextSide, prepare_latents, prepare_text
 from library.training.preview_plan import PreviewPlan
 from library.training.previews import Previews
@@ -143,7 +143,7 @@ def make_setting(
     dtypes = DTypes.of(options.precision, options.cache.no_half_vae, options.output.save_precision)
     family = open_family(model_source(options))
     warn_of_other_prediction(family, options.model.v_parameterization)
-    dataset = Dataset(data, seed)
+    dataset = open_dataset(options, data, seed, family, accelerator.num_processes)
     batches_per_epoch = dataset.batches_per_epoch(accelerator.num_processes)
     times = options.length
     length = RunLength.of(batches_per_epoch, times.gradient_accumulation_steps, times.max_train_steps, times.max_train_epochs)

@@ -1,0 +1,155 @@
+"""Everything about a dataset that can be known before a model is loaded, checked in one go.
+
+The index has looked at every file; here its images are looked at together, as training will use them.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from library.dataset.dataset import Dataset
+from library.dataset.duplicates import same_contents, same_files
+from library.dataset.findings import NAMES_SHOWN, Findings, Kind
+from library.dataset.index import Section
+from library.dataset.survey import Survey, survey
+from library.dataset.token_counts import CountTokens, TokenCounter
+from library.options.dataset_config import SubsetConfig
+
+NOTABLE_ENLARGEMENT = 1.1
+NOTABLE_CUT = 0.2
+_MOST_COMPARED = 2000
+"""Files of equal size that are compared at every start; more only where a report is asked for."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the dataset is held against."""
+
+    count_tokens: CountTokens
+    """Of the model family."""
+    max_tokens: int
+    """That the text encoders read of a caption."""
+    num_processes: int = 1
+    compares_all: bool = False
+    """Whether files of equal size are compared however many there are."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A dataset after all checks."""
+
+    dataset: Dataset
+    survey: Survey
+    findings: Findings
+    limits: Limits
+    copies: list[list[str]]
+    """Groups of files with the same content."""
+
+
+def check_dataset(dataset: Dataset, findings: Findings, limits: Limits) -> Checked:
+    """Add to the findings what the index cannot see: captions too long, sizes that do not suit, copies, buckets not filled."""
+    surveyed = survey(dataset, TokenCounter(limits.count_tokens, limits.max_tokens))
+    _check_captions(dataset, surveyed, findings, limits.max_tokens)
+    copies = []
+    for number, section in enumerate(dataset.sections):
+        _check_sizes(dataset, number, surveyed, findings)
+        _check_stems(dataset, number, surveyed, findings)
+        copies += _check_copies(section, findings, limits.compares_all)
+    _check_buckets(dataset, findings, limits.num_processes)
+    return Checked(dataset, surveyed, findings, limits, copies)
+
+
+def section_label(section: Section, number: int) -> str:
+    """Return what a dataset of the file is called: its position, counted from 1, and its size."""
+    width, height = section.config.resolution
+    return f"dataset {number + 1} ({width}x{height})"
+
+
+def largest(values: np.ndarray[Any, Any], chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> list[int]:
+    """Return the numbers of the chosen items, that of the largest value first."""
+    numbers = np.flatnonzero(chosen)
+    order: list[int] = numbers[np.argsort(-values[numbers], kind="stable")].tolist()
+    return order
+
+
+def _check_captions(dataset: Dataset, surveyed: Survey, findings: Findings, limit: int) -> None:
+    tokens = surveyed.tokens
+    for subset, own in _subsets(dataset, surveyed):
+        too_long = largest(tokens, own & (tokens > limit))
+        if too_long:
+            names, paths = _examples(dataset, too_long, lambda number: f"{tokens[number]} tokens")
+            told = f"{len(too_long)} of {own.sum()} captions of {subset.source} are longer than {limit} tokens: {names}."
+            findings.warning(Kind.LONG_CAPTION, subset.source, told, count=len(too_long), files=paths)
+
+
+def _check_sizes(dataset: Dataset, section: int, surveyed: Survey, findings: Findings) -> None:
+    own, label = surveyed.section == section, section_label(dataset.sections[section], section)
+    enlarged = largest(surveyed.enlargement, own & (surveyed.enlargement > NOTABLE_ENLARGEMENT))
+    if enlarged:
+        names, paths = _examples(dataset, enlarged, lambda number: f"{surveyed.enlargement[number]:.1f} times")
+        told = f"{len(enlarged)} of {own.sum()} images of {label} are enlarged: {names}."
+        findings.warning(Kind.UPSCALED, label, told, count=len(enlarged), files=paths)
+    cut = largest(surveyed.cut_off, own & (surveyed.cut_off > NOTABLE_CUT))
+    if cut:
+        names, paths = _examples(dataset, cut, lambda number: f"{surveyed.cut_off[number]:.0%}")
+        told = f"{len(cut)} of {own.sum()} images of {label} lose more than {NOTABLE_CUT:.0%} of their area: {names}."
+        findings.warning(Kind.CROPPED, label, told, count=len(cut), files=paths)
+
+
+def _check_stems(dataset: Dataset, section: int, surveyed: Survey, findings: Findings) -> None:
+    later = np.flatnonzero(surveyed.shares_stem & (surveyed.section == section)).tolist()
+    if later:
+        label = section_label(dataset.sections[section], section)
+        names, paths = _examples(dataset, later)
+        told = f"{len(later)} images of {label} have the name of another image, but for the ending: {names}."
+        findings.warning(Kind.SAME_STEM, label, told, count=len(later), files=paths)
+
+
+def _check_copies(section: Section, findings: Findings, compares_all: bool) -> list[list[str]]:
+    """Look for images of one dataset that are the same; the same image in several datasets is how to train it at several sizes."""
+    paths: dict[str, None] = {}
+    for item in section.items:
+        if item.path in paths:
+            findings.warning(Kind.DUPLICATE_PATH, item.path, f"{item.path} is listed by two subsets of one dataset.")
+        paths[item.path] = None
+    listed_twice, same_size = same_files(paths)
+    for group in listed_twice:
+        told = f"{group[1]} is the same file as {group[0]}."
+        findings.warning(Kind.DUPLICATE_PATH, group[1], told, count=len(group) - 1, files=group)
+    if not compares_all and sum(map(len, same_size)) > _MOST_COMPARED:
+        return listed_twice
+    copies = same_contents(same_size)
+    for group in copies:
+        told = f"{', '.join(group[1 : NAMES_SHOWN + 1])} {'has' if len(group) == 2 else 'have'} the same content as {group[0]}."
+        findings.warning(Kind.SAME_CONTENT, group[1], told, count=len(group) - 1, files=group)
+    return listed_twice + copies
+
+
+def _check_buckets(dataset: Dataset, findings: Findings, num_processes: int) -> None:
+    for (number, bucket), uses in dataset.buckets.items():
+        section = dataset.sections[number]
+        wanted = section.config.batch_size * num_processes
+        if len(uses) < wanted:
+            label = section_label(section, number)
+            told = f"{label}: the bucket {bucket[0]}x{bucket[1]} has {len(uses)} of the {wanted} images of a batch."
+            findings.warning(Kind.SMALL_BUCKET, f"{label}: {bucket[0]}x{bucket[1]}", told)
+
+
+def _subsets(dataset: Dataset, surveyed: Survey) -> Iterator[tuple[SubsetConfig, np.ndarray[Any, np.dtype[np.bool_]]]]:
+    """Yield each subset, with whether each item belongs to it."""
+    for number, section in enumerate(dataset.sections):
+        for position, subset in enumerate(section.config.subsets):
+            yield subset, (surveyed.section == number) & (surveyed.subset == position)
+
+
+def _examples(dataset: Dataset, numbers: list[int], detail: Callable[[int], str] | None = None) -> tuple[str, list[str]]:
+    """Return the first few items for a sentence, and the paths of all."""
+    paths = [dataset.items[number].path for number in numbers]
+    names = [os.path.basename(path) for path in paths[:NAMES_SHOWN]]
+    if detail is not None:
+        names = [f"{name} ({detail(number)})" for name, number in zip(names, numbers, strict=False)]
+    more = f" and {len(paths) - NAMES_SHOWN} more" if len(paths) > NAMES_SHOWN else ""
+    return ", ".join(names) + more, paths

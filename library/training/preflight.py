@@ -1,0 +1,45 @@
+"""Check the data of a run before any model is loaded."""
+
+import logging
+
+from library.dataset.dataset import Dataset
+from library.dataset.findings import Findings
+from library.dataset.preflight import Checked, Limits, check_dataset
+from library.models.family import Family
+from library.options.dataset_config import DatasetConfig
+from library.options.scripts import TrainingOptions
+
+log = logging.getLogger(__name__)
+
+
+def open_dataset(options: TrainingOptions, data: DatasetConfig, seed: int, family: Family, num_processes: int) -> Dataset:
+    """List the images of a run and check everything about them that can be known without a model.
+
+    Args:
+        options: of the run.
+        data: the dataset definition, checked.
+        seed: of the run.
+        family: of the base model, which is opened, not loaded.
+        num_processes: that share each batch.
+
+    Returns:
+        The dataset; what is odd about it is logged.
+
+    Raises:
+        UserError: names everything that keeps the run from starting.
+    """
+    checked = checked_dataset(options, data, seed, family, num_processes, compares_all=False)
+    checked.findings.raise_errors()
+    if warnings := checked.findings.warning_text():
+        log.warning("%s", warnings)
+    return checked.dataset
+
+
+def checked_dataset(
+    options: TrainingOptions, data: DatasetConfig, seed: int, family: Family, num_processes: int, *, compares_all: bool
+) -> Checked:
+    """List the images of a run and check them; nothing is raised or logged. See `open_dataset`."""
+    findings = Findings()
+    dataset = Dataset(data, seed, findings)
+    limits = Limits(family.count_tokens, options.model.max_token_length or 75, num_processes, compares_all)
+    return check_dataset(dataset, findings, limits)
