@@ -1,6 +1,5 @@
 """Read and atomically write safetensors files with their metadata."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -11,17 +10,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from library.files.atomic import atomic_write
+from library.files.safetensors_header import parse_header
 from library.files.safetensors_layout import DTYPES, TensorInfo, data_chunks, header_bytes, stored_info
 from library.options.errors import UserError
-
-_LARGEST_HEADER = 100_000_000
-"""The limit of the safetensors library in bytes; a larger number means that the file is something else."""
-
-_FOREIGN_STARTS = (
-    (b"PK\x03\x04", "a PyTorch pickle file; rename it to .ckpt or .pt"),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
-    (b"<", "a web page, probably of a failed download; download the file again"),
-)
 
 
 class TensorFile(Mapping[str, Tensor]):
@@ -134,39 +125,8 @@ def save_safetensors(
 
 def _parse(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], dict[str, int], int]:
     """Return infos, metadata, each tensor's begin within the data part, and where the data part begins in the file."""
-    if not path.is_file():
-        raise UserError(f"{path} is a folder, not a file." if path.is_dir() else f"{path} does not exist. Check the path.")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > _LARGEST_HEADER:
-            raise _not_safetensors(path, start + file.read(32))
-        text = file.read(length)
-    if len(text) < length:
-        raise _cut_short(path, size, None) if text.startswith(b"{") else _not_safetensors(path, start + text[:32])
-    try:
-        header = json.loads(text)
-        metadata = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
-        infos = {name: TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()}
-        begins = {name: int(entry["data_offsets"][0]) for name, entry in header.items()}
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise _not_safetensors(path, start + text[:32]) from error
-    if 8 + length + end > size:
-        raise _cut_short(path, size, 8 + length + end)
-    return infos, metadata, begins, 8 + length
-
-
-def _cut_short(path: Path, size: int, expected: int | None) -> UserError:
-    of = "" if expected is None else f" of {expected:,}"
-    return UserError(f"{path} is cut short: it has {size:,}{of} bytes. Download or copy it again.")
-
-
-def _not_safetensors(path: Path, start: bytes) -> UserError:
-    if not start:
-        return UserError(f"{path} is empty. Download or copy it again.")
-    for signature, what in _FOREIGN_STARTS:
-        if start.startswith(signature):
-            return UserError(f"{path} is not a safetensors file but {what}.")
-    return UserError(f"{path} is not a safetensors file, or it is damaged: its header cannot be read. Download or copy it again.")
+    tensors, metadata, data_start = parse_header(path)
+    if unknown := {tensor.dtype for tensor in tensors.values()} - DTYPES.keys():
+        raise UserError(f"{path} has tensors of a number type that is not known here: {', '.join(sorted(unknown))}.")
+    infos = {name: TensorInfo(DTYPES[tensor.dtype], tensor.shape) for name, tensor in tensors.items()}
+    return infos, metadata, {name: tensor.begin for name, tensor in tensors.items()}, data_start

@@ -131,6 +131,13 @@ def test_a_file_that_is_something_else_is_named_for_what_it_is(tmp_path, content
         read_header(tmp_path / "a.safetensors")
 
 
+def test_a_number_type_from_the_future_is_named(tmp_path):
+    header = json.dumps({"a": {"dtype": "F2", "shape": [8], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"12")
+    with pytest.raises(UserError, match="number type that is not known here: F2"):
+        read_header(tmp_path / "a.safetensors")
+
+
 def test_a_header_whose_tensors_overlap_is_damaged(tmp_path):
     header = json.dumps({name: {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]} for name in "ab"}).encode()
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"12")

@@ -17,8 +17,9 @@ SCRIPTS = [
     "finetune/merge_captions_to_metadata.py",
     "finetune/merge_dd_tags_to_metadata.py",
     "tools/resize_images_to_resolution.py",
+    "tools/show_metadata.py",
 ]
-OURS: dict[str, set[str]] = {}
+OURS = {"tools/show_metadata.py": {"raw"}}
 """Options that sd-scripts does not have."""
 
 
@@ -47,7 +48,7 @@ def command_line(script: str) -> argparse.ArgumentParser:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_names_types_and_defaults_are_those_of_sd_scripts(script: str) -> None:
     rows = {action.dest: row(action) for action in command_line(script)._actions if action.dest != "help"}
-    assert rows.keys() - {wanted["dest"] for wanted in TABLE[script]} == OURS.get(script, set())
+    assert rows.keys() - {wanted["dest"] for wanted in TABLE[script]} == OURS.get(script, set[str]())
     assert [rows[wanted["dest"]] for wanted in TABLE[script]] == TABLE[script]
     positionals = [action.dest for action in command_line(script)._actions if not action.option_strings]
     assert positionals == [wanted["dest"] for wanted in TABLE[script] if not wanted["flags"]]
