@@ -42,7 +42,8 @@ def cache_options(options: CacheTextEncoderOutputsOptions) -> CacheFileOptions:
 def cache(options: CacheTextEncoderOutputsOptions, definition: DatasetConfig) -> None:
     """Open the model, index the captions, and encode what is not cached."""
     from library.dataset.dataset import Dataset
-    from library.dataset.text_cache import TextEncoder, cache_text_outputs
+    from library.dataset.text_cache import cache_text_outputs
+    from library.dataset.text_encoder import TextEncoder
     from library.models.family import ModelSource
     from library.models.sdxl.family import SdxlFamily
     from library.training.accelerator import DTypes, make_accelerator, shared_seed

@@ -4,7 +4,8 @@ The files have the layout of sd-scripts. A latent file holds `latents` (C, h, w)
 an image that is trained at several sizes has them once more for each further size, with `_<h>x<w>` after the names.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from library.dataset.cache_stamps import STAMP_NAME
+from library.dataset.cache_stamps import STAMP_NAME, Stamp, read_stamp
 from library.dataset.items import Item
 from library.files.npz import Arrays, read_npz
 from library.models.family import LatentCacheSpec, TextCacheSpec, TextCond
@@ -88,28 +89,65 @@ class LatentsInMemory:
 class TextFiles:
     """Text outputs on disk, one file per image.
 
+    A file holds all texts its image can have: the first under the names sd-scripts reads, further ones with `_variant1` and so on
+    after the names. Which text is where stands in its stamp. The empty caption of uses that drop theirs is the same for all images:
+    it lies once in each folder, in a file that is named like an image's file without the image.
+
     Args:
         spec: how the family names and lays out the files.
+        dropping: (section, subset) of items that have the empty caption in some uses.
+        is_trusted: files are used that nobody looked into; one that has other texts gives its first.
     """
 
     spec: TextCacheSpec
+    dropping: frozenset[tuple[int, int]] = frozenset()
+    is_trusted: bool = False
 
     def path(self, item: Item) -> str:
         """Return the file of an item."""
         return item.cache_stem + self.spec.suffix
 
-    def read(self, item: Item) -> TextCond:
-        """Return an item's text outputs without a batch axis; numbers with a fraction are float32.
+    def empty_path(self, item: Item) -> str:
+        """Return the file of the empty caption in the item's folder."""
+        return os.path.join(os.path.dirname(item.cache_stem), self.spec.suffix)
+
+    def read(self, item: Item, caption: str) -> TextCond:
+        """Return the outputs of one of an item's captions without a batch axis; numbers with a fraction are float32.
 
         Raises:
-            UserError: the file is gone or damaged.
+            UserError: the file is gone or damaged, or does not hold the caption.
         """
-        path = self.path(item)
-        arrays = read_npz(path, keys=self.spec.required_keys)
-        missing = self.spec.required_keys - arrays.keys()
+        is_dropped = not caption and (item.section, item.subset) in self.dropping
+        path = self.empty_path(item) if is_dropped else self.path(item)
+        stamp = read_stamp(path)
+        texts = stored_texts(stamp) if stamp else ()
+        if texts and caption not in texts and not self.is_trusted:
+            raise UserError(f"{path} does not hold the caption {caption!r}. Delete it, and it will be made again.")
+        suffix = variant_suffix(texts.index(caption) if caption in texts else 0)
+        names = {name: name + suffix for name in self.spec.required_keys}
+        found = read_npz(path, keys=set(names.values()))
+        missing = set(names.values()) - found.keys()
         if missing:
             raise UserError(f"{path} lacks {', '.join(sorted(missing))}. Delete it, and it will be made again.")
+        arrays = {name: found[stored] for name, stored in names.items()}
         return {name: value.float() if value.is_floating_point() else value for name, value in self.spec.unpack(arrays).items()}
+
+    def read_all(self, path: str, texts: Collection[str]) -> dict[str, Arrays]:
+        """Return the arrays of some texts of a file, under their plain names.
+
+        Raises:
+            UserError: the file is gone or damaged, or does not hold all of them.
+        """
+        stamp = read_stamp(path)
+        stored = stored_texts(stamp) if stamp else ()
+        if not set(texts) <= set(stored):
+            raise UserError(f"{path} was changed by another program while captions were encoded. Start again when it is done.")
+        arrays = read_npz(path)
+        return {
+            text: {name: arrays[name + variant_suffix(position)] for name in self.spec.required_keys}
+            for position, text in enumerate(stored)
+            if text in texts
+        }
 
 
 class TextsInMemory:
@@ -130,3 +168,13 @@ class TextsInMemory:
 def size_suffix(shape: tuple[int, int]) -> str:
     """Return what follows the names of arrays that belong to one of several sizes."""
     return f"_{shape[0]}x{shape[1]}"
+
+
+def stored_texts(stamp: Stamp) -> tuple[str, ...]:
+    """Return the texts of a text file, in the order of their suffixes."""
+    return (stamp.get("caption", ""), *stamp.get("variants", ()))
+
+
+def variant_suffix(position: int) -> str:
+    """Return what follows the names of the arrays of the text at a position; nothing for the first, so that sd-scripts reads it."""
+    return f"_variant{position}" if position else ""

@@ -28,28 +28,16 @@ def caption_for_use(
         update: optimizer updates before the one the caption is for; decides how far the warm-up of tags has come.
         total_updates: of the whole run, for a warm-up whose length is a fraction of it.
     """
-    if _is_dropped(rules, epoch, rng):
+    if is_dropped(rules, epoch, rng):
         return ""
     caption = _with_prefix_and_suffix(_one_line(text, rules, rng), rules)
     if rules.enable_wildcard:
         caption = replace_wildcards(caption, rng)
     if rules.moves_tags:
-        caption = _rearranged(caption, rules, rng, _warmed_up(rules, update, total_updates))
+        caption = _rearranged(caption, rules, rng, warmed_up(rules, update, total_updates))
     if rules.secondary_separator:
         caption = caption.replace(rules.secondary_separator, rules.caption_separator)
     return caption
-
-
-def fixed_caption(text: str, rules: CaptionRules) -> str:
-    """Return the caption of rules under which it never varies: what is encoded once and cached.
-
-    Raises:
-        ValueError: the rules vary the caption.
-    """
-    varying = rules.varying()
-    if varying:
-        raise ValueError(f"the caption varies with {', '.join(varying)}")
-    return caption_for_use(text, rules, epoch=1, rng=random.Random(0))
 
 
 def settled_caption(text: str, rules: CaptionRules) -> str:
@@ -77,7 +65,8 @@ def replace_wildcards(text: str, rng: random.Random) -> str:
     return text.replace(_OPEN, "{").replace(_CLOSE, "}")
 
 
-def _is_dropped(rules: CaptionRules, epoch: int, rng: random.Random) -> bool:
+def is_dropped(rules: CaptionRules, epoch: int, rng: random.Random) -> bool:
+    """Say whether a use in an epoch (counted from 1) has no caption; draws only where there is a rate."""
     by_chance = rules.caption_dropout_rate > 0 and rng.random() < rules.caption_dropout_rate
     every = rules.caption_dropout_every_n_epochs
     return by_chance or (every > 0 and epoch % every == 0)
@@ -95,8 +84,8 @@ def _with_prefix_and_suffix(caption: str, rules: CaptionRules) -> str:
     return prefix + caption + suffix
 
 
-def _warmed_up(rules: CaptionRules, update: int, total_updates: int) -> tuple[int, int] | None:
-    """Return the update and the length of the warm-up of tags, or None when it is over."""
+def warmed_up(rules: CaptionRules, update: int, total_updates: int) -> tuple[int, int] | None:
+    """Return the update and the length, in updates, of the warm-up of tags, or None when it is over."""
     length = rules.token_warmup_step
     length = int(length * total_updates) if length < 1 else int(length)
     return (update, length) if update < length else None

@@ -1,6 +1,7 @@
 """The images of a run, their uses in an epoch, and the draws each use makes."""
 
 import logging
+import os
 import random
 from array import array
 from collections.abc import Mapping, Sequence
@@ -12,13 +13,14 @@ import numpy as np
 from library.dataset.augmentation import ColorChange
 from library.dataset.buckets import Placement
 from library.dataset.cached import LatentFiles, LatentsInMemory, TextFiles, TextsInMemory
-from library.dataset.captions import caption_for_use, fixed_caption, settled_caption
+from library.dataset.caption_variants import CaptionVariants
+from library.dataset.captions import caption_for_use, settled_caption
 from library.dataset.columns import Ints
 from library.dataset.findings import Findings, Kind
 from library.dataset.index import Section, build_index
 from library.dataset.items import Item, Items, JoinedItems
 from library.dataset.plan import EpochPlan, draw_seed, plan_epoch, posterior_seed
-from library.options.dataset_config import DatasetConfig
+from library.options.dataset_config import CaptionRules, DatasetConfig
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,8 @@ class Dataset:
         """Set by `cache_latents`."""
         self.texts: TextFiles | TextsInMemory | None = None
         """Set by `cache_text_outputs`."""
+        self.text_variants: int | None = None
+        """Set by `cache_text_outputs`: the variants each caption was expanded into; None where captions are made for each use."""
 
     @property
     def num_images(self) -> int:
@@ -126,12 +130,11 @@ class Dataset:
         item = self.item_of(use)
         if self.is_held_out(item):
             seed = posterior_seed(self.seed, item.path, flipped=False)
-            return Draws(seed, False, item.geometry.placement, None, self.fixed_caption(item))
-        rules = self.sections[item.section].subset(item).captions
+            return Draws(seed, False, item.geometry.placement, None, settled_caption(item.caption, self.caption_rules(item)))
         seed = draw_seed(self.seed, epoch, use)
         rng = random.Random(seed)
         flipped = self.is_mirrored(item) and rng.random() < 0.5
-        caption = caption_for_use(item.caption, rules, epoch, rng, update=update, total_updates=total_updates)
+        caption = self._caption(item, epoch, rng, update, total_updates)
         return Draws(seed, flipped, item.geometry.placement, None, caption)
 
     def is_held_out(self, item: Item) -> bool:
@@ -146,10 +149,25 @@ class Dataset:
         """Return the resampling method of an item; None chooses by direction."""
         return self.sections[item.section].interpolation(item)
 
-    def fixed_caption(self, item: Item) -> str:
-        """Return the caption an item always has; the subset of an item that is trained on must not vary captions."""
-        rules = self.sections[item.section].subset(item).captions
-        return settled_caption(item.caption, rules) if self.is_held_out(item) else fixed_caption(item.caption, rules)
+    def caption_rules(self, item: Item) -> CaptionRules:
+        """Return the caption settings of an item."""
+        return self.sections[item.section].subset(item).captions
+
+    def cached_texts(self, item: Item) -> tuple[str, ...]:
+        """Return every text an item can have where texts are cached, but the empty one of dropped captions."""
+        if self.is_held_out(item):
+            return (settled_caption(item.caption, self.caption_rules(item)),)
+        return self._variants(item, self.text_variants or 1).texts()
+
+    def _caption(self, item: Item, epoch: int, rng: random.Random, update: int, total_updates: int) -> str:
+        rules, count = self.caption_rules(item), self.text_variants
+        if count is None:
+            return caption_for_use(item.caption, rules, epoch, rng, update=update, total_updates=total_updates)
+        return self._variants(item, count).for_use(epoch, rng, update=update, total_updates=total_updates)
+
+    def _variants(self, item: Item, count: int) -> CaptionVariants:
+        name = os.path.basename(item.cache_stem)  # stays when the folder is moved
+        return CaptionVariants(item.caption, self.caption_rules(item), name, count)
 
     def _global_batch_sizes(self, num_processes: int) -> list[int]:
         return [self.sections[section].config.batch_size * num_processes for section, _ in self.buckets]

@@ -156,7 +156,7 @@ def load_batch(dataset: Dataset, epoch: int, share: Share, *, update: int = 0, t
         images=None if latents else torch.stack([_image(dataset, item, draw) for item, draw in pairs]),
         latents=torch.stack([latents.read(item, flipped=draw.flipped) for item, draw in pairs]) if latents else None,
         captions=[draw.caption for draw in draws],
-        text_cond=stack_cond([texts.read(item) for item in items]) if texts else None,
+        text_cond=stack_cond([texts.read(item, draw.caption) for item, draw in pairs]) if texts else None,
         sizes=_sizes(items, draws),
         loss_weights=torch.tensor([share.weight * (prior if item.is_reg else 1.0) for item in items], dtype=torch.float32),
         draw_seeds=[draw.seed for draw in draws],

@@ -120,5 +120,10 @@ def posterior_seed(seed: int, image_key: str, *, flipped: bool) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") >> 1
 
 
+def variant_seed(image: str, number: int) -> int:
+    """Return the seed of a numbered variant of an image's caption, the same in every run."""
+    return int.from_bytes(hashlib.blake2b(f"{number}\0{image}".encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
 def _as_int64(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63

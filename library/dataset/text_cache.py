@@ -1,71 +1,32 @@
-"""Encode every caption once: find which text outputs are cached and still right, and make the others."""
+"""Encode every text that captions become once: find which outputs are cached and still right, and make the others."""
 
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from library.dataset.cache_stamps import STAMP_FORMAT, CacheReport, Stamp, add_stamp, read_stamp
-from library.dataset.cached import TextFiles, TextsInMemory
+from library.dataset.cached import TextFiles, TextsInMemory, stored_texts, variant_suffix
 from library.dataset.caption_files import find_caption_file
 from library.dataset.dataset import Dataset
-from library.dataset.items import Item
+from library.dataset.text_cost import TextCost
+from library.dataset.text_encoder import TextEncoder
 from library.files.npz import Arrays, read_npz, write_npz
-from library.models.family import Family, TextCond
+from library.models.family import TextCond
 from library.options.errors import UserError
 from library.options.groups.cache import CacheFileOptions
 
 logger = logging.getLogger(__name__)
 
+_CHECKING_THREADS = 8
+
 Progress = Callable[[int, int], None]
-"""Called with the number of captions done and their total."""
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """The text encoders and how they are used.
-
-    Args:
-        family: knows how to call them.
-        encoders: on their device, in `dtype`.
-        device: where they compute.
-        dtype: of their weights.
-        max_token_length: to which the family cuts and pads captions; part of what makes an entry what it is.
-        batch_size: captions per call.
-    """
-
-    family: Family
-    encoders: Sequence[nn.Module | None]
-    device: torch.device
-    dtype: torch.dtype
-    max_token_length: int
-    batch_size: int = 1
-
-    @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> Iterator[tuple[str, TextCond]]:
-        """Yield each caption with its outputs, on the CPU, without a batch axis.
-
-        Raises:
-            UserError: outputs are not finite.
-        """
-        for start in range(0, len(captions), self.batch_size):
-            group = captions[start : start + self.batch_size]
-            tokens = {name: ids.to(self.device) for name, ids in self.family.tokenize(group).items()}
-            cond = {name: value.cpu() for name, value in self.family.encode_text(tokens, self.encoders).items()}
-            for position, caption in enumerate(group):
-                sample = {name: value[position].clone() for name, value in cond.items()}
-                if not all(value.isfinite().all() for value in sample.values() if value.is_floating_point()):
-                    raise UserError(
-                        f"The text encoders give values that are not finite for the caption {caption!r}. "
-                        f"They compute in {str(self.dtype).removeprefix('torch.')}; try --mixed_precision bf16 or no."
-                    )
-                yield caption, sample
+"""Called with the number of texts done and their total."""
 
 
 def cache_text_outputs(
@@ -78,71 +39,132 @@ def cache_text_outputs(
     num_processes: int = 1,
     progress: Progress | None = None,
 ) -> CacheReport:
-    """Give the dataset its text outputs; the captions must not vary (`load_dataset_config` sees to that).
+    """Give the dataset the outputs of every text its captions become, and of the empty caption where some uses drop theirs.
 
-    In memory, every process encodes all captions, each text once. On disk, each process checks and encodes its share, and all must
-    wait for each other before they read.
+    In memory, every process encodes all texts, each once. On disk, each process checks and encodes its share of the files, and all
+    must wait for each other before they read.
 
     Args:
-        dataset: receives the outputs.
+        dataset: receives the outputs; from then on its captions are those texts.
         encoder: makes them.
-        options: memory or disk, and whether existing files are looked into.
+        options: memory or disk, how many variants, and whether existing files are looked into.
         trust_foreign: use files of other programs. They are right for diffusers folders; for single-file checkpoints sd-scripts
             applies the projection of the pooled output the wrong way round.
         process_index: of this process.
         num_processes: that share the files.
-        progress: told of each caption.
+        progress: told of each text.
 
     Raises:
-        UserError: one image has two captions but one file, outputs are not finite, or the disk is full.
+        UserError: outputs are not finite, or the disk is full.
     """
     report = CacheReport("Captions")
-    if options.cache_text_encoder_outputs_to_disk:
-        files = TextFiles(encoder.family.text_cache)
-        jobs = _disk_jobs(dataset, files)[process_index::num_processes]
-        _fill_files(jobs, _Checker(dataset, files, encoder, options.skip_cache_check, trust_foreign), report, progress)
+    dataset.text_variants = options.text_cache_variants
+    on_disk = options.cache_text_encoder_outputs_to_disk
+    cost = TextCost(dataset, options, encoder.batch_size, num_processes if on_disk else 1)
+    if on_disk:
+        files = TextFiles(encoder.family.text_cache, _dropping(dataset), is_trusted=options.skip_cache_check)
+        jobs = _jobs(dataset, files)[process_index::num_processes]
+        _fill_files(jobs, _Checker(dataset, files, encoder, options.skip_cache_check, trust_foreign), report, cost, progress)
         dataset.texts = files
     else:
-        captions = list(dict.fromkeys(dataset.fixed_caption(item) for item in dataset.encoded_items))
-        report.made["kept in memory"] = len(captions)
-        dataset.texts = TextsInMemory(dict(_counted(encoder.encode(captions), len(captions), progress)))
+        texts = _all_texts(dataset)
+        report.made["kept in memory"] = len(texts)
+        outputs = cost.watched(encoder.encode(texts), len(texts), len(texts))
+        dataset.texts = TextsInMemory(dict(_counted(outputs, len(texts), progress)))
     logger.info("%s", report.sentence())
     return report
 
 
 @dataclass(frozen=True)
 class _Job:
-    item: Item
+    """A file, and the numbers of the items whose texts it holds; none for the empty caption."""
+
     path: str
-    caption: str
+    items: list[int] = field(default_factory=list)
 
 
-def _disk_jobs(dataset: Dataset, files: TextFiles) -> list[_Job]:
+def _jobs(dataset: Dataset, files: TextFiles) -> list[_Job]:
     jobs: dict[str, _Job] = {}
+    empty: dict[str, _Job] = {}
     for item in dataset.encoded_items:
-        job = _Job(item, files.path(item), dataset.fixed_caption(item))
-        other = jobs.setdefault(job.path, job)
-        if other.caption != job.caption:
-            raise UserError(
-                f"{item.path} is used with two captions, {other.caption!r} and {job.caption!r}, but {job.path} holds one. "
-                f"Give both datasets the same caption settings, or use --cache_text_encoder_outputs without _to_disk."
-            )
-    return list(jobs.values())
+        path = files.path(item)
+        jobs.setdefault(path, _Job(path)).items.append(item.number)
+        if (item.section, item.subset) in files.dropping:
+            path = files.empty_path(item)
+            empty.setdefault(path, _Job(path))
+    return [*jobs.values(), *empty.values()]
 
 
-def _fill_files(jobs: Sequence[_Job], checker: "_Checker", report: CacheReport, progress: Progress | None) -> None:
-    stale: dict[str, list[_Job]] = {}
-    for job in jobs:
-        reason = checker.reason(job)
-        if reason is None:
-            report.kept += 1
-            continue
-        report.made[reason] += 1
-        stale.setdefault(job.caption, []).append(job)
-    for caption, cond in _counted(checker.encoder.encode(list(stale)), len(stale), progress):
-        arrays = add_stamp(checker.encoder.family.text_cache.pack(cond), checker.stamp(caption))
-        for job in stale[caption]:
-            write_npz(job.path, arrays)
+def _dropping(dataset: Dataset) -> frozenset[tuple[int, int]]:
+    """Return (section, subset) of images with uses that have no caption."""
+    return frozenset(
+        (number, position)
+        for number, section in enumerate(dataset.config.sections)
+        for position, subset in enumerate(section.subsets)
+        if subset.captions.drops_captions
+    )
+
+
+def _texts(dataset: Dataset, job: _Job) -> tuple[str, ...]:
+    """Return the texts of a file, in their order."""
+    if not job.items:
+        return ("",)
+    items = dataset.encoded_items
+    return tuple(dict.fromkeys(text for number in job.items for text in dataset.cached_texts(items[number])))
+
+
+def _all_texts(dataset: Dataset) -> list[str]:
+    texts = dict.fromkeys(text for item in dataset.encoded_items for text in dataset.cached_texts(item))
+    return list(texts | ({"": None} if _dropping(dataset) else {}))
+
+
+@dataclass
+class _Unfinished:
+    """A file some of whose texts are being encoded."""
+
+    job: _Job
+    texts: tuple[str, ...]
+    found: frozenset[str]
+    """Texts that stay as they are in the file."""
+    made: dict[str, Arrays] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[str]:
+        return [text for text in self.texts if text not in self.found]
+
+
+def _fill_files(jobs: Sequence[_Job], checker: "_Checker", report: CacheReport, cost: TextCost, progress: Progress | None) -> None:
+    unfinished: list[_Unfinished] = []
+    total = 0
+    with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
+        for job, verdict in zip(jobs, pool.map(checker.verdict, jobs), strict=True):
+            total += len(verdict.texts)
+            missing = len(verdict.texts) - len(verdict.found)
+            report.kept += len(verdict.found)
+            if missing:
+                report.made[verdict.reason] += missing
+                unfinished.append(_Unfinished(job, verdict.texts, verdict.found))
+    waiting: dict[str, list[_Unfinished]] = {}
+    for file in unfinished:
+        for text in file.missing:
+            waiting.setdefault(text, []).append(file)
+    if jobs and not waiting:
+        cost.tell(total, sum(os.path.getsize(job.path) for job in jobs), None)
+    outputs = cost.watched(checker.encoder.encode(list(waiting)), len(waiting), total)
+    for text, cond in _counted(outputs, len(waiting), progress):
+        arrays = checker.encoder.family.text_cache.pack(cond)
+        for file in waiting.pop(text):
+            file.made[text] = arrays
+            if len(file.made) == len(file.texts) - len(file.found):
+                _write(file, checker)
+                file.made.clear()
+
+
+def _write(file: _Unfinished, checker: "_Checker") -> None:
+    """Write a file with the texts that were made and those that were found in it."""
+    by_text = file.made | (checker.files.read_all(file.job.path, file.found) if file.found else {})
+    arrays = {name + variant_suffix(i): array for i, text in enumerate(file.texts) for name, array in by_text[text].items()}
+    write_npz(file.job.path, add_stamp(arrays, checker.stamp(file.texts)))
 
 
 def _counted(encoded: Iterator[tuple[str, TextCond]], total: int, progress: Progress | None) -> Iterator[tuple[str, TextCond]]:
@@ -157,9 +179,18 @@ _REASONS = {
     "text_encoders": "of other text encoders",
     "dtype": "in another precision",
     "max_token_length": "of another --max_token_length",
-    "caption": "of a caption that changed",
 }
-"""By part of the stamp: why an entry is made again, in the order in which the parts are compared."""
+"""By part of the stamp: why the texts of a file are encoded again, in the order in which the parts are compared."""
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What a file has of what it should have."""
+
+    texts: tuple[str, ...]
+    found: frozenset[str]
+    reason: str
+    """Why the others have to be made."""
 
 
 class _Checker:
@@ -167,10 +198,12 @@ class _Checker:
 
     def __init__(self, dataset: Dataset, files: TextFiles, encoder: TextEncoder, trust_existing: bool, trust_foreign: bool) -> None:
         self.encoder = encoder
+        self.files = files
         self._dataset = dataset
-        self._files = files
         self._trust_existing = trust_existing
         self._trust_foreign = trust_foreign
+        self._lock = Lock()
+        self._known_shapes: dict[str, tuple[int, ...]] | None = None
         self._common: Stamp = {
             "format": STAMP_FORMAT,
             "text_encoders": encoder.family.fingerprint("text_encoders"),
@@ -178,44 +211,56 @@ class _Checker:
             "max_token_length": encoder.max_token_length,
         }
 
-    def stamp(self, caption: str) -> Stamp:
-        return self._common | {"caption": caption}
+    def stamp(self, texts: Sequence[str]) -> Stamp:
+        """Return what is noted in a file with these texts."""
+        return self._common | {"caption": texts[0], "variants": list(texts[1:])}
 
-    def reason(self, job: _Job) -> str | None:
-        """Return why an entry has to be made; None keeps it."""
+    def verdict(self, job: _Job) -> _Verdict:
+        """Look into a file."""
+        texts = _texts(self._dataset, job)
         if not os.path.exists(job.path):
-            return "new"
+            return _Verdict(texts, frozenset(), "new")
         if self._trust_existing:
-            return None
+            return _Verdict(texts, frozenset(texts), "")
         try:
             stamp = read_stamp(job.path)
-            return self._foreign(read_npz(job.path), job) if stamp is None else self._difference(stamp, job.caption)
+            if stamp is None:
+                reason = self._foreign(read_npz(job.path), job, texts)
+                return _Verdict(texts, frozenset() if reason else frozenset(texts), reason or "")
+            return self._compared(stamp, texts)
         except UserError:
-            return "damaged"
+            return _Verdict(texts, frozenset(), "damaged")
 
-    def _difference(self, stamp: Stamp, caption: str) -> str | None:
-        wanted = self.stamp(caption)
-        return next((_REASONS[part] for part in _REASONS if stamp.get(part) != wanted[part]), None)
+    def _compared(self, stamp: Stamp, texts: tuple[str, ...]) -> _Verdict:
+        reason = next((_REASONS[part] for part in _REASONS if stamp.get(part) != self._common[part]), None)
+        found = frozenset() if reason else frozenset(texts) & frozenset(stored_texts(stamp))
+        return _Verdict(texts, found, reason or ("of further variants" if found else "of a caption that changed"))
 
-    def _foreign(self, arrays: Arrays, job: _Job) -> str | None:
+    def _foreign(self, arrays: Arrays, job: _Job, texts: tuple[str, ...]) -> str | None:
         """Judge a file of another program: it holds the caption as the file beside the image had it then."""
-        required = self._files.spec.required_keys
+        required = self.files.spec.required_keys
         if not required <= arrays.keys() or not _all_finite(arrays, required):
             return "damaged"
         if not self._trust_foreign:
             return "from another program, whose pooled output is not right for a single-file checkpoint"
-        if any(arrays[name].shape != shape for name, shape in self._shapes.items()):
+        if any(arrays[name].shape != shape for name, shape in self._shapes().items()):
             return "of another --max_token_length"
-        subset = self._dataset.sections[job.item.section].subset(job.item)
-        caption_file = find_caption_file(job.item.path, subset.caption_extension)
+        if not job.items:
+            return "of a caption that is not known"
+        item = self._dataset.encoded_items[job.items[0]]
+        subset = self._dataset.sections[item.section].subset(item)
+        caption_file = find_caption_file(item.path, subset.caption_extension)
         is_older = caption_file is not None and os.path.getmtime(job.path) < os.path.getmtime(caption_file)
-        return "of a caption that changed" if is_older or job.caption != job.item.caption else None
+        return "of a caption that changed" if is_older or texts != (item.caption,) else None
 
-    @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of outputs, found by encoding an empty caption the first time they are asked for."""
-        _, sample = next(self.encoder.encode([""]))
-        return {name: array.shape for name, array in self.encoder.family.text_cache.pack(sample).items()}
+        """Return the shapes of outputs, found by encoding an empty caption the first time they are asked for."""
+        with self._lock:
+            if self._known_shapes is None:
+                _, sample = next(self.encoder.encode([""]))
+                packed = self.encoder.family.text_cache.pack(sample)
+                self._known_shapes = {name: array.shape for name, array in packed.items()}
+        return self._known_shapes
 
 
 def _all_finite(arrays: Mapping[str, np.ndarray[Any, Any]], names: frozenset[str]) -> bool:

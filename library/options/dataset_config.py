@@ -55,6 +55,15 @@ class CaptionRules:
         )
         return [name for name in names if getattr(self, name)]
 
+    def varying_text(self) -> list[str]:
+        """Return those of `varying` that change the text itself; the others decide whether there is any."""
+        return [name for name in self.varying() if not name.startswith("caption_dropout_")]
+
+    @property
+    def drops_captions(self) -> bool:
+        """Whether some uses of an image have no caption at all."""
+        return self.caption_dropout_rate > 0 or self.caption_dropout_every_n_epochs > 0
+
 
 @dataclass(frozen=True)
 class SubsetConfig:
@@ -138,7 +147,7 @@ def load_dataset_config(
         dataset: says which file or folders.
         caption: fallbacks of caption keys.
         image: fallbacks of size and augmentation keys.
-        cache: what is cached, which some caption settings exclude.
+        cache: what is cached.
         validation: fallbacks of the validation keys.
         size_multiple: sides of training images must be multiples of this many pixels.
 
@@ -154,8 +163,6 @@ def load_dataset_config(
         where = f"{reader.source}: dataset {number}" if dataset.dataset_config else reader.source
         reader.problems += section_problems(section, where, size_multiple)
         reader.warnings += section_warnings(section, where)
-        if cache.cache_text_encoder_outputs:
-            reader.problems += text_cache_problems(section, where)
     if reader.problems:
         raise UsageError(list(dict.fromkeys(reader.problems)))
     return DatasetConfig(
@@ -374,13 +381,3 @@ def section_warnings(section: SectionConfig, where: str) -> list[str]:
                 f"it has an effect with shuffle_caption, caption_tag_dropout_rate and token_warmup_step only."
             )
     return warnings
-
-
-def text_cache_problems(section: SectionConfig, where: str) -> list[str]:
-    """Return the caption settings that need another text at each use, which a text encoded once cannot give."""
-    return [
-        f"{where}: {name} of {subset.source} changes the caption from use to use; --cache_text_encoder_outputs encodes one. "
-        f"Switch one of them off."
-        for subset in section.subsets
-        for name in subset.captions.varying()
-    ]

@@ -92,7 +92,7 @@ class SdxlTrainOptions(TrainingOptions):
     script: ClassVar[str] = "sdxl_train.py"
     purpose: ClassVar[str] = "Fine-tune a whole SDXL model: the U-Net, and the text encoders if wanted."
     additions: ClassVar[frozenset[str]] = frozenset(
-        {"initial_epoch", "initial_step", "prior_loss_weight", "skip_until_initial_step", "strict_config"}
+        {"initial_epoch", "initial_step", "prior_loss_weight", "skip_until_initial_step", "strict_config", "text_cache_variants"}
     )
 
     precision: FinetunePrecisionOptions = field(default_factory=FinetunePrecisionOptions)
@@ -107,7 +107,7 @@ class SdxlTrainNetworkOptions(TrainingOptions):
     script: ClassVar[str] = "sdxl_train_network.py"
     purpose: ClassVar[str] = "Train a LoRA or another network on an SDXL model."
     additions: ClassVar[frozenset[str]] = frozenset(
-        {"fused_optimizer_groups", "text_encoder_lr1", "text_encoder_lr2", "strict_config"}
+        {"fused_optimizer_groups", "text_encoder_lr1", "text_encoder_lr2", "strict_config", "text_cache_variants"}
     )
 
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
@@ -120,7 +120,7 @@ class SdxlTrainNetworkOptions(TrainingOptions):
 class _CachingOptions(ScriptOptions):
     """What both caching tools take: the options of training, most of them without effect there."""
 
-    additions: ClassVar[frozenset[str]] = frozenset({"strict_config"})
+    additions: ClassVar[frozenset[str]] = frozenset({"strict_config", "text_cache_variants"})
 
     model: ModelOptions = field(default_factory=ModelOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from library.dataset.latent_cache import cache_latents
 from library.dataset.latent_encoder import LatentEncoder
-from library.dataset.text_cache import TextEncoder, cache_text_outputs
+from library.dataset.text_cache import cache_text_outputs
+from library.dataset.text_encoder import TextEncoder
 from library.generation.pipeline import EncodedPrompt, Pipeline
 from library.generation.request import ImageRequest
 from library.models.family import Components

@@ -10,6 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from library.dataset.cache_stamps import read_stamp
+from library.files.npz import read_npz
+from library.models.family import ModelSource
+from library.models.sdxl.family import SdxlFamily
 
 LATENTS, TEXTS = "tools/cache_latents.py", "tools/cache_text_encoder_outputs.py"
 
@@ -58,6 +64,35 @@ def test_a_cache_is_made_once_and_then_kept(
     second = run(project_root, script, *arguments)
     assert second.returncode == 0, second.stderr
     assert f"{name}: 3 taken from the cache, nothing to encode." in second.stderr
+
+
+def test_the_encoded_texts_are_the_processed_captions(project_root: Path, tiny_checkpoint: Path, data: Path) -> None:
+    fixed = 'caption_prefix = "P,"\ncaption_suffix = ", {x|y}"\n'
+    varying = "enable_wildcard = true\nshuffle_caption = true\ncaption_dropout_rate = 0.1\n"
+    data.write_text(data.read_text().replace("flip_aug = true\n", fixed + varying))
+    for path in (data.parent / "images").glob("*.txt"):
+        path.write_text("one, {two|three}\nfour, five, six\n")
+    options = ["--pretrained_model_name_or_path", tiny_checkpoint, "--dataset_config", data, "--text_cache_variants", "2"]
+    done = run(project_root, TEXTS, *options)
+    assert done.returncode == 0, done.stderr
+    family = SdxlFamily.open(ModelSource(str(tiny_checkpoint)))
+    encoders = family.load_text_encoders(torch.float32, torch.device("cpu"))
+    files = sorted((data.parent / "images").glob("*_te_outputs.npz"))
+    assert len(files) == 4
+    seen: set[str] = set()
+    for path in files:
+        arrays, stamp = read_npz(path), read_stamp(str(path))
+        assert stamp is not None
+        for position, text in enumerate([stamp["caption"], *stamp["variants"]]):
+            expected = family.text_cache.pack({k: v[0] for k, v in family.encode_text(family.tokenize([text]), encoders).items()})
+            for name, array in expected.items():
+                np.testing.assert_allclose(arrays[name + (f"_variant{position}" if position else "")], array, atol=1e-5)
+            seen.add(text)
+    assert "" in seen
+    tags = [sorted(text.split(", ")) for text in seen - {""}]
+    assert len(tags) > 3
+    lines = (["one", "two"], ["one", "three"], ["five", "four", "six"])
+    assert all(each in [sorted(["P", end, *line]) for line in lines for end in "xy"] for each in tags)
 
 
 def test_caches_of_a_metadata_file_are_those_of_the_folder_where_captions_are_the_same(

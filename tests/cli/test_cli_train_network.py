@@ -142,9 +142,7 @@ def test_two_processes_of_two_images_give_the_gradient_of_one_process_of_four(
 
 
 def test_sample_images_and_both_caches(dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    dataset.write_text(
-        "\n".join(line for line in dataset.read_text().splitlines() if "shuffle" not in line and "dropout" not in line)
-    )
+    dataset.write_text(dataset.read_text().replace("shuffle_caption", "caption_dropout_rate = 0.4\nshuffle_caption"))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("# two pictures\na red house --d 3 --s 2\na tree --w 96 --h 64 --s 2 --l 1\n", encoding="utf-8")
     more = [
@@ -157,6 +155,8 @@ def test_sample_images_and_both_caches(dataset: Path, tiny_checkpoint: Path, tmp
         "2",
         "--cache_latents_to_disk",
         "--cache_text_encoder_outputs_to_disk",
+        "--text_cache_variants",
+        "3",
         "--gradient_checkpointing",
         "--mixed_precision",
         "bf16",
@@ -168,6 +168,7 @@ def test_sample_images_and_both_caches(dataset: Path, tiny_checkpoint: Path, tmp
     done = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "out", *more))
     assert done.returncode == 0, done.stderr
     assert "the U-Net alone is trained" in done.stderr
+    assert "those of 5 images become 16 texts (--text_cache_variants 3)" in done.stderr
     pictures = sorted(path.name for path in (tmp_path / "out" / "sample").iterdir())
     assert [name[:14] for name in pictures] == [f"net_e00000{e}_0{i}" for e in range(3) for i in range(2)]
     assert pictures[0].endswith("_3.png")
@@ -176,7 +177,7 @@ def test_sample_images_and_both_caches(dataset: Path, tiny_checkpoint: Path, tmp
     found = weights(tmp_path / "out" / "net-000001.safetensors")
     assert {name.split("_")[1] for name in found} == {"unet"} and {tensor.dtype for tensor in found.values()} == {torch.float16}
     suffixes = sorted("_".join(path.name.split("_")[1:]) for path in (tmp_path / "images").glob("*.npz"))
-    assert len([name for name in suffixes if name.endswith("te_outputs.npz")]) == 5
+    assert len([name for name in suffixes if name.endswith("te_outputs.npz")]) == 6
     assert len([name for name in suffixes if name.endswith("sdxl.npz")]) == 5
 
 

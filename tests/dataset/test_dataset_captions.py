@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from library.dataset.caption_files import find_caption_file, read_caption
-from library.dataset.captions import caption_for_use, fixed_caption
+from library.dataset.captions import caption_for_use
 from library.options.dataset_config import CaptionRules
 from library.options.errors import UserError
 
@@ -110,16 +110,6 @@ def test_the_tag_warm_up_spares_kept_tags_and_comes_before_the_shuffling() -> No
 
 def test_a_dropped_caption_has_no_prefix() -> None:
     assert caption("a", caption_dropout_rate=1.0, caption_prefix="P") == ""
-
-
-def test_a_fixed_caption_has_prefix_suffix_and_separators_applied() -> None:
-    rules = CaptionRules(caption_prefix="P,", caption_suffix=", S", secondary_separator=";")
-    assert fixed_caption("a;b", rules) == "P, a,b , S"
-
-
-def test_a_varying_caption_cannot_be_fixed() -> None:
-    with pytest.raises(ValueError, match="shuffle_caption"):
-        fixed_caption("a", CaptionRules(shuffle_caption=True))
 
 
 @pytest.mark.parametrize(

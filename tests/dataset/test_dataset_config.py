@@ -316,16 +316,6 @@ def test_a_subset_without_repeats_is_skipped_and_a_dataset_of_nothing_else_refus
     assert "no folder is left" in problems(write(tmp_path, minimal(tmp_path, subset={"num_repeats": 0})))[0]
 
 
-@pytest.mark.parametrize("name", ["shuffle_caption", "enable_wildcard", "caption_dropout_rate", "caption_tag_dropout_rate",
-                                  "caption_dropout_every_n_epochs", "token_warmup_step"])  # fmt: skip
-def test_captions_that_vary_cannot_be_encoded_once(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path, minimal(tmp_path, subset={name: SAMPLES[name]}))
-    load(path)
-    (problem,) = problems(path, cache={"cache_text_encoder_outputs_to_disk": True})
-    assert name in problem
-    assert "--cache_text_encoder_outputs" in problem
-
-
 def test_a_separator_without_effect_is_warned_about(tmp_path: Path) -> None:
     path = write(tmp_path, minimal(tmp_path, subset={"keep_tokens_separator": "|||"}))
     assert any("'|||' stays in the captions" in warning for warning in load(path).warnings)

@@ -20,6 +20,9 @@ class CacheFileOptions(OptionGroup):
     cache_text_encoder_outputs_to_disk: bool = flag(
         "Keep the encoded captions on disk beside the images; implies --cache_text_encoder_outputs."
     )
+    text_cache_variants: int = option(
+        10, "Most texts each caption is encoded as where settings vary it, such as --shuffle_caption, and text is cached.", ge=1
+    )
     highvram: bool = flag("Do not empty the device's memory cache between batches while caching latents.")
 
     @model_validator(mode="before")
