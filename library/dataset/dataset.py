@@ -108,6 +108,8 @@ class Dataset:
 
     def held_out_batches(self) -> Sequence[tuple[int, ...]]:
         """Return the batches of held-out images, always the same ones, as uses that follow the registered ones."""
+        if not self.held_out:
+            return ()
         groups = _uses_by_bucket([section.held_out for section in self.sections], start=self.num_uses)
         sizes = [self.sections[section].config.batch_size for section, _ in groups]
         return plan_epoch(list(groups.values()), sizes, self.seed, epoch=0).batches

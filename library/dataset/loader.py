@@ -104,6 +104,21 @@ class Loader:
             UserError: an image or cache file has become unreadable; it is named.
         """
         self._requests.choose(self._dataset.plan(epoch, self._num_processes), start_batch)
+        yield from self._loaded()
+
+    def held_out(self, max_batches: int | None = None) -> Iterator[Batch]:
+        """Yield this process's batches of held-out images, always the same ones: every n-th, n being the number of processes.
+
+        Args:
+            max_batches: most batches over all processes; None loads all.
+
+        Raises:
+            UserError: an image or cache file has become unreadable; it is named.
+        """
+        self._requests.choose_whole(self._dataset.held_out_batches()[:max_batches])
+        yield from self._loaded()
+
+    def _loaded(self) -> Iterator[Batch]:
         for loaded in self._loader:
             if isinstance(loaded, _Failure):
                 raise UserError(loaded.message)
@@ -196,7 +211,7 @@ class _Reader:
 
 
 class _Requests:
-    """The sampler: what one process loads of the epoch that was chosen last."""
+    """The sampler: what one process loads of the epoch, or of the held-out images, that were chosen last."""
 
     def __init__(self, process_index: int, num_processes: int, accumulation: int, total_updates: int) -> None:
         self._process_index = process_index
@@ -205,10 +220,15 @@ class _Requests:
         self._total_updates = total_updates
         self._plan = EpochPlan(1, ())
         self._start = 0
+        self._shared = True
 
     def choose(self, plan: EpochPlan, start: int) -> None:
-        """Set the epoch, and the batch to begin with."""
-        self._plan, self._start = plan, start
+        """Set the epoch, of each batch of which every process gets a share, and the batch to begin with."""
+        self._plan, self._start, self._shared = plan, start, True
+
+    def choose_whole(self, batches: Sequence[tuple[int, ...]]) -> None:
+        """Set batches that go to the processes in turn, none of which is divided."""
+        self._plan, self._start, self._shared = EpochPlan(0, batches[self._process_index :: self._num_processes]), 0, False
 
     def __iter__(self) -> Iterator[_Request]:
         return map(partial(self._request, self._plan), range(self._start, len(self._plan.batches)))
@@ -219,7 +239,8 @@ class _Requests:
     def _request(self, plan: EpochPlan, batch: int) -> _Request:
         updates_before = (plan.epoch - 1) * -(-len(plan.batches) // self._accumulation)
         update = updates_before + batch // self._accumulation
-        return _Request(plan.epoch, plan.share(batch, self._process_index, self._num_processes), update, self._total_updates)
+        own = (self._process_index, self._num_processes) if self._shared else (0, 1)
+        return _Request(plan.epoch, plan.share(batch, *own), update, self._total_updates)
 
 
 def _useful_workers(dataset: Dataset, wanted: int) -> int:

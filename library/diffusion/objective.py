@@ -1,7 +1,7 @@
 """The training objective of DDPM families: from latents to noisy latents, from a prediction to a weighted loss per image."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,16 +53,20 @@ class DdpmObjective:
             self._weight = self._weight * term.table
         self._huber_c = HUBER_SCHEDULES[loss.huber_schedule](schedule, loss.huber_c, loss.huber_scale)
 
-    def sample(self, latents: Tensor, seeds: Sequence[int]) -> NoisySample:
+    def sample(self, latents: Tensor, seeds: Sequence[int], timestep: int | None = None) -> NoisySample:
         """Draw noise and timesteps and mix them with the latents.
 
         Args:
             latents: (B, C, h, w) in model units, on the device of the schedule; noise is made in float32 whatever their dtype.
             seeds: B seeds; an image's draw depends on its own seed alone.
+            timestep: of all images in place of those that are drawn; None draws.
         """
         latents = latents.float()
         channels, height, width = latents.shape[1:]
-        draws = draw(seeds, (channels, height, width), self.noise_options).to(latents.device)
+        draws = draw(seeds, (channels, height, width), self.noise_options)
+        if timestep is not None:
+            draws = replace(draws, timesteps=torch.full_like(draws.timesteps, timestep))
+        draws = draws.to(latents.device)
         noise = shape_noise(draws, latents, self.noise_options)
         perturbed = noise if draws.perturbation is None else noise + draws.perturbation
         return NoisySample(self.schedule.add_noise(latents, perturbed, draws.timesteps), noise, draws.timesteps)

@@ -65,6 +65,14 @@ def fraction(value: Any) -> float:
     return number
 
 
+def share_below_all(value: Any) -> float:
+    """Read a number from 0 to below 1."""
+    found = _number(value)
+    if found is None or not 0 <= found < 1:
+        raise NotThatType("a number from 0 to below 1: something has to be left to train on")
+    return found
+
+
 def number(minimum: float | None = None) -> Callable[[Any], float]:
     """Make a reader of numbers, whole ones included."""
 
@@ -137,7 +145,7 @@ _KEYS = (
     Key("bucket_no_upscale", as_bool, _ABOVE_SUBSET, False, option="bucket_no_upscale"),
     Key("network_multiplier", number(), _ABOVE_SUBSET, 1.0),
     Key("resize_interpolation", interpolation, _ALL, option="resize_interpolation"),
-    Key("validation_split", fraction, _ALL, 0.0, option="validation_split"),
+    Key("validation_split", share_below_all, _ALL, 0.0, option="validation_split"),
     Key("validation_seed", integer(0), _ALL, option="validation_seed"),
     Key("image_dir", as_str, (SUBSET,)),
     Key("metadata_file", as_str, (SUBSET,)),

@@ -7,7 +7,6 @@ from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 _MASKS = "the loss is not weighted by masks"
-_VALIDATION = "no images are held out for a validation loss"
 _UPLOAD = "files stay on this machine; upload them afterwards, for example with `hf upload`"
 _DEEPSPEED = "several processes train with DistributedDataParallel"
 _COMPILE = "models run without torch.compile"
@@ -33,8 +32,6 @@ NOT_BUILT: Mapping[str, str] = {
     **_refuse("brackets in captions are ordinary text", "weighted_captions"),
     **_refuse("colours are left as they are", "color_aug"),
     **_refuse("images are cropped at the centre", "random_crop", "face_crop_aug_range"),
-    **_refuse(_VALIDATION, "validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs"),
-    **_refuse(_VALIDATION, "max_validation_steps"),
     **_refuse(_UPLOAD, "huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token"),
     **_refuse(_UPLOAD, "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload"),
     **_refuse("a run is resumed from a folder on this machine", "resume_from_huggingface"),
@@ -69,8 +66,6 @@ NOT_BUILT_DATASET_KEYS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "face_crop_aug_range": ("cropping around faces is not supported yet", ()),
     "alpha_mask": ("masks from the alpha channel are not supported yet", (False,)),
     "custom_attributes": ("custom attributes are not supported yet", ({},)),
-    "validation_split": ("a validation split is not supported yet", (0,)),
-    "validation_seed": ("a validation split is not supported yet", ()),
     "cache_info": ("a metadata_cache.json is not supported yet; image headers are read at every start", (False,)),
     "network_multiplier": ("a network multiplier for each dataset is not supported yet", (1,)),
 }

@@ -75,6 +75,7 @@ class TrainingOptions(ScriptOptions):
     loss: LossOptions = field(default_factory=LossOptions)
     output: SavingOptions = field(default_factory=SavingOptions)
     state: StateOptions = field(default_factory=StateOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
     sample: SampleOptions = field(default_factory=SampleOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
     modelspec: ModelSpecOptions = field(default_factory=ModelSpecOptions)
@@ -93,6 +94,7 @@ class SdxlTrainOptions(TrainingOptions):
     purpose: ClassVar[str] = "Fine-tune a whole SDXL model: the U-Net, and the text encoders if wanted."
     additions: ClassVar[frozenset[str]] = frozenset(
         {"initial_epoch", "initial_step", "prior_loss_weight", "skip_until_initial_step", "strict_config", "text_cache_variants"}
+        | ValidationOptions.model_fields.keys()
     )
 
     precision: FinetunePrecisionOptions = field(default_factory=FinetunePrecisionOptions)
@@ -113,7 +115,6 @@ class SdxlTrainNetworkOptions(TrainingOptions):
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
-    validation: ValidationOptions = field(default_factory=ValidationOptions)
 
 
 @dataclass(frozen=True)

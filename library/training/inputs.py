@@ -9,7 +9,7 @@ from library.generation.sample_prompts import SampleDefaults, read_sample_prompt
 from library.options.checks_optimizer import check_optimizer_options
 from library.options.dataset_config import DatasetConfig, load_dataset_config
 from library.options.errors import problems_of
-from library.options.scripts import SdxlTrainNetworkOptions, TrainingOptions
+from library.options.scripts import TrainingOptions
 from library.training.outputs import output_problems
 from library.training.preview_plan import PreviewPlan
 
@@ -32,8 +32,7 @@ def input_problems(options: Options, *further: Callable[[Options], Any]) -> list
 
 def dataset_definition(options: TrainingOptions) -> DatasetConfig:
     """Read and check `--dataset_config`, or the folders given in its place."""
-    validation = options.validation if isinstance(options, SdxlTrainNetworkOptions) else None
-    return load_dataset_config(options.dataset, options.caption, options.image, options.cache, validation=validation)
+    return load_dataset_config(options.dataset, options.caption, options.image, options.cache, validation=options.validation)
 
 
 def sample_requests(options: TrainingOptions, size: tuple[int, int] = (1024, 1024)) -> list[ImageRequest]:

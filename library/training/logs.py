@@ -261,6 +261,11 @@ class TrainingLog:
         """Show what is still on its way."""
         self._show(self._feed.drain())
 
+    def average(self) -> float:
+        """Return the running loss; waits for losses on their way."""
+        self._show(self._feed.drain())
+        return self.losses.average
+
     def state_dict(self) -> dict[str, Any]:
         """Return the running loss for a saved state; waits for losses on their way."""
         self._show(self._feed.drain())

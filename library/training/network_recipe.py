@@ -178,7 +178,7 @@ def run_record(setting: Setting) -> RunRecord:
         seed=setting.seed,
         num_train_images=sum(num_train_uses(section) for section in sections),
         num_reg_images=sum(num_reg_images(section) for section in sections),
-        num_validation_images=0,
+        num_validation_images=len(setting.dataset.held_out),
         batches_per_epoch=setting.batches_per_epoch,
         num_epochs=setting.length.num_epochs,
         total_updates=setting.length.total_updates,

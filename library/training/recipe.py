@@ -47,6 +47,7 @@ from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
 from library.training.state import Resumable, load_state
 from library.training.step import ModelParts, NanWatch, TrainStep
 from library.training.trackers import RunLog
+from library.training.validation import Validation, ValidationPlan, validation_timesteps
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ def run_recipe(
     run.observers = [
         *run.observers,
         training_log,
+        *validation(setting, trained, saver.averaged, run, training_log, trackers),
         *previews(setting, trained, saver.averaged, parts, text, requests, trackers),
         saver,
     ]
@@ -200,7 +202,7 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
         trainable=trained.trainable,
         updater=make_updater(optimizer, prepared, parameters, options.optimizer, accelerator),
         schedule=schedule,
-        batches=make_loader(setting).epoch,
+        batches=make_loader(setting, persistent=options.dataset.persistent_data_loader_workers).epoch,
         batches_per_epoch=setting.batches_per_epoch,
         accumulation=options.length.gradient_accumulation_steps,
         max_updates=setting.length.total_updates,
@@ -221,15 +223,20 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
     return run, saver
 
 
-def make_loader(setting: Setting) -> Loader:
-    """Make the loader of this process's share of every batch."""
+def make_loader(setting: Setting, *, persistent: bool) -> Loader:
+    """Make a loader of this process's share of every batch.
+
+    Args:
+        setting: of the run.
+        persistent: keep the worker processes between epochs.
+    """
     options, accelerator = setting.options.dataset, setting.accelerator
     return Loader(
         setting.dataset,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
         num_workers=options.max_data_loader_n_workers,
-        persistent=options.persistent_data_loader_workers,
+        persistent=persistent,
         pin=accelerator.device.type == "cuda",
         accumulation=setting.options.length.gradient_accumulation_steps,
         total_updates=setting.length.total_updates,
@@ -242,7 +249,7 @@ def report(setting: Setting, objective: DdpmObjective) -> None:
     summary = RunSummary(
         num_train_images=sum(num_train_uses(section) for section in sections),
         num_reg_images=sum(num_reg_images(section) for section in sections),
-        num_validation_images=0,
+        num_validation_images=len(setting.dataset.held_out),
         batches_per_epoch=setting.batches_per_epoch,
         num_epochs=setting.length.num_epochs,
         batch_sizes=[section.config.batch_size for section in sections],
@@ -260,6 +267,40 @@ def open_trackers(recipe: Recipe, setting: Setting) -> RunLog:
         return RunLog()
     options = setting.options
     return RunLog.open(options.logging, recipe.tracker_name, option_values(options), datetime.fromtimestamp(setting.started_at))
+
+
+def validation(
+    setting: Setting,
+    trained: Trained,
+    averaged: Callable[[], Any],
+    run: TrainingRun,
+    training_log: TrainingLog,
+    trackers: RunLog,
+) -> list[Validation]:
+    """Return the observer that measures the loss on held-out images, or nothing where none are held out."""
+    options, accelerator = setting.options.validation, setting.accelerator
+    if not setting.dataset.held_out:
+        if given := [f"--{name}" for name, value in options if value != type(options).model_fields[name].default]:
+            log.warning(
+                "No images are held out, so %s has no effect. Set validation_split, for example to 0.1; a folder needs two images.",
+                ", ".join(given),
+            )
+        return []
+    loader = make_loader(setting, persistent=False)
+    return [
+        Validation(
+            plan=ValidationPlan.of(options),
+            batches=lambda: loader.held_out(options.max_validation_steps),
+            step=accelerator.unwrap_model(run.step),
+            timesteps=validation_timesteps(setting.options.noise),
+            seed=setting.seed if options.validation_seed is None else options.validation_seed,
+            accelerator=accelerator,
+            trainable=trained.trainable,
+            averaged=averaged,
+            training_loss=training_log.average,
+            trackers=trackers,
+        )
+    ]
 
 
 def previews(

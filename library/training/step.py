@@ -5,13 +5,13 @@ Ho et al. 2020, "Denoising Diffusion Probabilistic Models", algorithm 1, with th
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from library.dataset.batch import Batch
-from library.diffusion.objective import DdpmObjective
+from library.diffusion.objective import DdpmObjective, NoisySample
 from library.diffusion.transfer import to_device
 from library.models.family import Family, TextCond
 from library.training.position import Position
@@ -55,10 +55,29 @@ class TrainStep(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the weighted loss of each image, float32 (B,), for a batch on the denoiser's device."""
-        parts = self.parts
-        latents = parts.family.to_model_units(self.cached_or_encoded_latents(batch))
-        cond = self.conditioning(batch)
+        latents = self.parts.family.to_model_units(self.cached_or_encoded_latents(batch))
         sample = self.objective.sample(latents, batch.draw_seeds)
+        return self._losses(batch, latents, self.conditioning(batch), sample)
+
+    def losses_at(
+        self, batch: Batch, timesteps: Sequence[int], seeds: Sequence[Sequence[int]], posterior_seeds: Sequence[int]
+    ) -> Tensor:
+        """Return the weighted loss of each image at each of some timesteps, float32 (timesteps, B).
+
+        Args:
+            batch: on the denoiser's device; its own seeds are not used.
+            timesteps: to measure at.
+            seeds: of the noise, for each timestep and image.
+            posterior_seeds: of the VAE's posterior, for each image.
+        """
+        batch = replace(batch, draw_seeds=list(posterior_seeds))
+        latents = self.parts.family.to_model_units(self.cached_or_encoded_latents(batch))
+        cond = self.conditioning(batch)
+        samples = (self.objective.sample(latents, own, timestep) for timestep, own in zip(timesteps, seeds, strict=True))
+        return torch.stack([self._losses(batch, latents, cond, sample) for sample in samples])
+
+    def _losses(self, batch: Batch, latents: Tensor, cond: TextCond, sample: NoisySample) -> Tensor:
+        parts = self.parts
         prediction = parts.family.predict(parts.denoiser, sample.noisy, sample.timesteps, cond, batch.sizes)
         return self.objective.loss(prediction, sample, latents, batch.loss_weights)
 

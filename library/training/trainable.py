@@ -152,10 +152,11 @@ def trained_tensors(family: Family, name: str, part: nn.Module) -> dict[str, Ten
 
 @contextlib.contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module in evaluation mode, and back in the mode it was in."""
-    was_training = module.training
+    """Put a module in evaluation mode, and each of its parts back in the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for part, was_training in modes:
+            part.training = was_training

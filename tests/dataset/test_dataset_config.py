@@ -62,7 +62,7 @@ SAMPLES: dict[str, Any] = {
     "caption_extension": "txt", "num_repeats": 4, "flip_aug": True, "shuffle_caption": True, "caption_separator": ";",
     "keep_tokens": 2, "keep_tokens_separator": "|||", "secondary_separator": ";;", "enable_wildcard": True, "caption_prefix": "p",
     "caption_suffix": "s", "caption_dropout_rate": 0.5, "caption_dropout_every_n_epochs": 2, "caption_tag_dropout_rate": 1,
-    "network_multiplier": 2, "validation_split": 1, "validation_seed": 7, "cache_info": True, "color_aug": True,
+    "network_multiplier": 2, "validation_split": 0.25, "validation_seed": 7, "cache_info": True, "color_aug": True,
     "random_crop": True, "face_crop_aug_range": [1, 2.5], "alpha_mask": True, "custom_attributes": {"a": {"b": [1]}},
     "token_warmup_min": 2, "token_warmup_step": 0.25,
 }  # fmt: skip
@@ -177,7 +177,7 @@ def test_a_resolution_may_be_a_number_a_pair_or_a_text(tmp_path: Path, written: 
         ("token_warmup_step", -0.5, "a number of at least 0"),
         ("token_warmup_step", True, "a number of at least 0"),
         ("network_multiplier", "strong", "a number"),
-        ("validation_split", 1.01, "a number from 0 to 1"),
+        ("validation_split", 1, "a number from 0 to below 1"),
         ("validation_seed", 1.5, "a whole number of at least 0"),
         ("face_crop_aug_range", [2.0, 1.0], "two numbers above 0"),
         ("face_crop_aug_range", [0, 1.0], "two numbers above 0"),

@@ -94,7 +94,14 @@ class FakeRun:
     """Everything a loop needs over the fake family, built the same way every time."""
 
     def __init__(
-        self, batches: list[Batch], *, updates: int, accumulation: int = 1, observers: Sequence[Any] = (), lr: float = 0.1
+        self,
+        batches: list[Batch],
+        *,
+        updates: int,
+        accumulation: int = 1,
+        observers: Sequence[Any] = (),
+        lr: float = 0.1,
+        optimizer_class: Any = torch.optim.AdamW,
     ) -> None:
         torch.manual_seed(0)
         denoiser = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)).requires_grad_(False)
@@ -102,7 +109,7 @@ class FakeRun:
         self.network = FakeNetwork(denoiser, encoders[0])
         objective = DdpmObjective(NoiseSchedule.make(), False, NoiseOptions(), LossOptions())
         step = TrainStep(self.network, ModelParts(FakeFamily(), denoiser, list(encoders), None), objective, train_text=True)
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=lr)
+        self.optimizer = optimizer = optimizer_class(self.network.parameters(), lr=lr)
         self.accelerator = Accelerator(cpu=True)
         self.trainable = NetworkTrainable(self.network, denoiser, encoders, None)
         self.losses: list[float] = []

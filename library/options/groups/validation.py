@@ -10,8 +10,10 @@ class ValidationOptions(OptionGroup):
 
     topic: ClassVar[str] = "Validation loss"
 
-    validation_split: float = option(0.0, "Fraction of the images that is held out.", ge=0, le=1)
-    validation_seed: int | None = option(None, "Seed of the choice of held-out images.", ge=0)
+    validation_split: float = option(0.0, "Fraction of each folder's images that is held out.", ge=0, lt=1)
+    validation_seed: int | None = option(
+        None, "Seed of the choice of held-out images and of their noise; --seed when left out.", ge=0
+    )
     validate_every_n_steps: Annotated[int | None, SameAsUnset(0)] = option(None, "Validate every N steps.", ge=1)
     validate_every_n_epochs: Annotated[int | None, SameAsUnset(0)] = option(
         None, "Validate every N epochs; every epoch when left out.", ge=1

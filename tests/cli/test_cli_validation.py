@@ -1,0 +1,92 @@
+"""Held-out images and their loss, as a person runs it with both training scripts."""
+
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.cli.training_commands import (
+    FINETUNE,
+    arguments,
+    assert_same_bits,
+    finetune_arguments,
+    run_command,
+    write_dataset,
+)
+
+SPLIT = ["--validation_split", "0.4", "--validation_seed", "3"]
+
+
+def scalars(logs: Path) -> dict[str, list[tuple[int, float]]]:
+    (folder,) = logs.glob("*/*")
+    events = EventAccumulator(str(folder)).Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def test_measuring_the_loss_changes_no_bit_of_the_network(tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, toy_images)
+    often = [*SPLIT, "--validate_every_n_steps", "1", "--logging_dir", str(tmp_path / "logs"), "--max_validation_steps", "1"]
+    measured = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "measured", "--max_train_steps", "3", *often))
+    assert measured.returncode == 0, measured.stderr
+    assert "training images × repeats: 3" in measured.stderr
+    assert "validation images: 2" in measured.stderr
+    rarely = [*SPLIT, "--validate_every_n_epochs", "99"]
+    unmeasured = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "unmeasured", "--max_train_steps", "3", *rarely))
+    assert unmeasured.returncode == 0, unmeasured.stderr
+    assert_same_bits(tmp_path / "measured" / "net.safetensors", tmp_path / "unmeasured" / "net.safetensors")
+
+    found = scalars(tmp_path / "logs")
+    averages = dict(found["loss/validation/step_average"])
+    assert list(averages) == [1, 2, 3]
+    assert len(set(averages.values())) == 3
+    training = dict(found["loss/average"])
+    for step, divergence in found["loss/validation/step_divergence"]:
+        assert divergence == pytest.approx(averages[step] - training[step], abs=1e-6)
+    (epoch,) = found["loss/validation/epoch_average"]
+    assert epoch == (1, averages[2])
+
+
+def test_two_processes_measure_what_one_measures(tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, toy_images, batch_size=1, count=8)
+    # The first update has the rate 0, so both measure the same weights.
+    more = [*SPLIT, "--max_train_steps", "1", "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "5"]
+    more += ["--validate_every_n_steps", "1", "--cache_latents"]
+    values = []
+    for name, launcher in {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}.items():
+        logs = ["--logging_dir", str(tmp_path / name / "logs")]
+        done = run_command(arguments(tiny_checkpoint, dataset, tmp_path / name, *more, *logs), launcher)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("Validation loss") == 1
+        ((step, value),) = scalars(tmp_path / name / "logs")["loss/validation/step_average"]
+        assert step == 1
+        values.append(value)
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_a_model_is_measured_too_and_what_holds_nothing_out_is_told(
+    tiny_checkpoint: Path, toy_images: Path, tmp_path: Path
+) -> None:
+    dataset = write_dataset(tmp_path, toy_images)
+    dataset.write_text(dataset.read_text().replace("[general]", "[general]\nvalidation_split = 0.4"), encoding="utf-8")
+    logs = ["--logging_dir", str(tmp_path / "logs"), "--max_train_steps", "2", "--validate_every_n_steps", "2"]
+    done = run_command(finetune_arguments(tiny_checkpoint, dataset, tmp_path / "out", *logs), script=FINETUNE)
+    assert done.returncode == 0, done.stderr
+    ((step, value),) = scalars(tmp_path / "logs")["loss/validation/step_average"]
+    assert step == 2 and 0 < value < 10
+
+    whole = write_dataset(tmp_path / "whole", toy_images, count=1)
+    more = ["--max_train_steps", "1", "--validate_every_n_steps", "2"]
+    done = run_command(finetune_arguments(tiny_checkpoint, whole, tmp_path / "out2", *more), script=FINETUNE)
+    assert done.returncode == 0, done.stderr
+    assert "No images are held out, so --validate_every_n_steps has no effect." in done.stderr
+
+
+def test_a_share_that_leaves_nothing_to_train_on_is_refused(tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, toy_images)
+    done = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "out", "--validation_split", "1"))
+    assert done.returncode == 2
+    assert "--validation_split" in done.stderr
+    dataset.write_text(dataset.read_text().replace("[general]", "[general]\nvalidation_split = 1.0"), encoding="utf-8")
+    done = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "out"))
+    assert done.returncode == 2
+    assert "validation_split" in done.stderr and "something has to be left to train on" in done.stderr
