@@ -31,7 +31,9 @@ def main(argv: Sequence[str]) -> None:
 
 def dataset_definition(options: CacheLatentsOptions) -> DatasetConfig:
     """Read and check `--dataset_config`, or the folders given in its place."""
-    return load_dataset_config(options.dataset, options.caption, options.image, cache_options(options))
+    return load_dataset_config(
+        options.dataset, options.caption, options.image, cache_options(options), masked_loss=options.loss.masked_loss
+    )
 
 
 def cache_options(options: CacheLatentsOptions) -> CacheOptions:

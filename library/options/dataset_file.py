@@ -3,14 +3,18 @@
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from library.options.dataset_keys import COMMAND_LINE_ONLY, DATASET, GENERAL, KEYS, RENAMED, SUBSET, NotThatType
+from library.options.dataset_keys import DATASET, GENERAL, KEYS, RENAMED, SUBSET, subset_kind
+from library.options.dataset_values import NotThatType
 from library.options.errors import UsageError
 from library.options.nearest import did_you_mean, nearest
 from library.options.not_built import NOT_BUILT_DATASET_KEYS
+from library.options.record import options_of
+from library.options.scripts import SCRIPTS
 
 Table = Mapping[str, Any]
 
@@ -67,7 +71,24 @@ def _dataset_tables(path: str, table: Table, where: str, problems: list[str]) ->
     places = [Place(f"{where}, subset {position}", subset) for position, subset in enumerate(subsets, start=1)]
     for place in places:
         problems += _complaints(path, place, SUBSET)
+    problems += [f"{path}: {complaint}" for complaint in _kind_complaints(own, places)]
     return DatasetTables(own, places)
+
+
+def _kind_complaints(own: Place, subsets: Sequence[Place]) -> Iterator[str]:
+    """Complain about subsets that do not go together, and about keys that say nothing about the images of a dataset."""
+    counts = Counter(subset_kind(subset.table) for subset in subsets)
+    if len(counts) > 1:
+        found = " and ".join(f"{count} with {kind}" for kind, count in sorted(counts.items()))
+        yield f"{own.where} mixes subsets, {found}. Give each kind a [[datasets]] of its own."
+        return
+    for kind in counts:
+        for level, place in ((DATASET, own), *((SUBSET, subset) for subset in subsets)):
+            written = [KEYS[name] for name, value in place.table.items() if name in KEYS and value is not None]
+            for key in written:
+                if kind not in key.kinds and level in key.levels:
+                    suitable = " or ".join(sorted(key.kinds))
+                    yield f"{place.where}: {key.name} is for subsets with {suitable}; these have {kind}. Remove it."
 
 
 def _parsed(path: str) -> dict[str, Any]:
@@ -127,7 +148,7 @@ def _key_complaint(name: str, value: Any, level: str) -> str | None:
     if value is None:
         return None
     try:
-        key.read(value)
+        key.type.read(value)
     except NotThatType as error:
         return f"{name} must be {error}, but it is {value!r}."
     return None
@@ -136,11 +157,12 @@ def _key_complaint(name: str, value: Any, level: str) -> str | None:
 def _unknown_key(name: str) -> str:
     if name in RENAMED:
         return f"{name} is called {RENAMED[name]} in a dataset file."
-    if name in COMMAND_LINE_ONLY:
+    if any(name in options_of(script) for script in SCRIPTS):
         return f"{name} is a setting of the whole run: give --{name} on the command line or in --config_file."
-    near = nearest(name, [*KEYS, *NOT_BUILT_DATASET_KEYS])
-    levels = f" It is allowed in {' or '.join(KEYS[near].levels)}." if near in KEYS else ""
-    return f"unknown key {name}." + (f" Did you mean {near}?{levels}" if near else " Remove it.")
+    near = nearest(name, KEYS)
+    if near is None:
+        return f"unknown key {name}. Remove it."
+    return f"unknown key {name}. Did you mean {near}? It is allowed in {' or '.join(KEYS[near].levels)}."
 
 
 def _unknown_top_level(name: str) -> str:

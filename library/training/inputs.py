@@ -32,7 +32,14 @@ def input_problems(options: Options, *further: Callable[[Options], Any]) -> list
 
 def dataset_definition(options: TrainingOptions) -> DatasetConfig:
     """Read and check `--dataset_config`, or the folders given in its place."""
-    return load_dataset_config(options.dataset, options.caption, options.image, options.cache, validation=options.validation)
+    return load_dataset_config(
+        options.dataset,
+        options.caption,
+        options.image,
+        options.cache,
+        validation=options.validation,
+        masked_loss=options.loss.masked_loss,
+    )
 
 
 def sample_requests(options: TrainingOptions, size: tuple[int, int] = (1024, 1024)) -> list[ImageRequest]:

@@ -8,32 +8,19 @@ from typing import Any
 
 import pytest
 import toml
+from dataset_files import load, problems
 
 from library.options import dataset_file
-from library.options.dataset_config import DatasetConfig, load_dataset_config
-from library.options.dataset_keys import DATASET, GENERAL, KEYS, SUBSET
+from library.options.dataset_config import DatasetConfig, bucket_limits, load_dataset_config
+from library.options.dataset_keys import KEYS, SUBSET
 from library.options.errors import UsageError
 from library.options.groups.cache import CacheOptions
 from library.options.groups.caption import CaptionOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.image import ImageOptions
-from library.options.groups.validation import ValidationOptions
 from library.options.not_built import NOT_BUILT_DATASET_KEYS
 
 Content = dict[str, Any]
-
-
-def load(path: Path, cache: dict[str, Any] | None = None, **options: Any) -> DatasetConfig:
-    def group(kind: type, **more: Any) -> Any:
-        return kind(**{name: value for name, value in options.items() if name in kind.model_fields}, **more)
-
-    return load_dataset_config(
-        group(DatasetOptions, dataset_config=path),
-        group(CaptionOptions),
-        group(ImageOptions),
-        CacheOptions(**(cache or {})),
-        validation=group(ValidationOptions),
-    )
 
 
 def write(tmp_path: Path, content: Content, name: str = "data.toml") -> Path:
@@ -48,12 +35,6 @@ def minimal(
     (tmp_path / "images").mkdir(exist_ok=True)
     folder = {"image_dir": str(tmp_path / "images")} | (subset or {})
     return {"general": general or {}, "datasets": [{"resolution": 512, "subsets": [folder]} | (dataset or {})]}
-
-
-def problems(path: Path, **options: Any) -> list[str]:
-    with pytest.raises(UsageError) as caught:
-        load(path, **options)
-    return list(caught.value.problems)
 
 
 SAMPLES: dict[str, Any] = {
@@ -75,30 +56,6 @@ def effective(config: DatasetConfig, name: str) -> Any:
         if hasattr(record, name):
             return getattr(record, name)
     raise AssertionError(name)
-
-
-def test_every_key_has_a_sample() -> None:
-    assert set(SAMPLES) == set(KEYS) - {"image_dir", "metadata_file", "conditioning_data_dir"}
-
-
-@pytest.mark.parametrize("name", SAMPLES)
-@pytest.mark.parametrize("level", [GENERAL, DATASET, SUBSET])
-def test_a_key_works_where_it_is_allowed_and_is_refused_elsewhere(
-    tmp_path: Path, name: str, level: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(dataset_file, "NOT_BUILT_DATASET_KEYS", {})
-    tables: dict[str, Content] = {GENERAL: {}, DATASET: {}, SUBSET: {}}
-    tables[level] = {name: SAMPLES[name]}
-    content = minimal(tmp_path, tables[GENERAL], tables[DATASET], tables[SUBSET])
-    if name == "resolution" and level == GENERAL:
-        del content["datasets"][0]["resolution"]
-    path = write(tmp_path, content)
-    if level in KEYS[name].levels:
-        assert effective(load(path), name) == READ[name]
-    else:
-        (problem,) = problems(path)
-        assert f"{name} does not belong in {level}. Put it in {' or '.join(KEYS[name].levels)}." in problem
-        assert str(path) in problem
 
 
 def test_the_innermost_value_that_is_set_wins_and_zero_counts_as_set(tmp_path: Path) -> None:
@@ -238,8 +195,8 @@ def test_settings_of_the_whole_run_are_sent_to_the_command_line(tmp_path: Path, 
 @pytest.mark.parametrize("name", NOT_BUILT_DATASET_KEYS)
 def test_keys_without_their_feature_are_refused_by_name_unless_switched_off(tmp_path: Path, name: str) -> None:
     level = "subset" if SUBSET in KEYS[name].levels else "dataset"
-    (problem,) = problems(write(tmp_path, minimal(tmp_path, **{level: {name: "on"}})))
-    assert f"{name} cannot be used: " in problem
+    told = "\n".join(problems(write(tmp_path, minimal(tmp_path, **{level: {name: "on"}}))))
+    assert f"{name} cannot be used: " in told
     for harmless in NOT_BUILT_DATASET_KEYS[name][1]:
         load(write(tmp_path, minimal(tmp_path, **{level: {name: harmless}})))
 
@@ -297,6 +254,17 @@ def test_bucket_limits_are_rounded_outwards_with_a_warning(tmp_path: Path) -> No
     assert "from 256 to 1024" in warnings
 
 
+def test_the_smallest_side_of_a_bucket_is_one_step(tmp_path: Path) -> None:
+    dataset = {"enable_bucket": True, "min_bucket_reso": 32}
+    (section,) = load(write(tmp_path, minimal(tmp_path, dataset=dataset))).sections
+    assert bucket_limits(section) == (64, 1024)
+
+
+def test_limits_that_are_not_used_are_not_checked_against_the_resolution(tmp_path: Path) -> None:
+    dataset = {"enable_bucket": True, "bucket_no_upscale": True, "resolution": 1280}
+    assert any("not used with bucket_no_upscale" in w for w in load(write(tmp_path, minimal(tmp_path, dataset=dataset))).warnings)
+
+
 def test_a_limit_at_the_resolution_is_warned_about(tmp_path: Path) -> None:
     dataset = {"enable_bucket": True, "resolution": 1024}
     assert any("2048 is usual" in warning for warning in load(write(tmp_path, minimal(tmp_path, dataset=dataset))).warnings)
@@ -313,7 +281,7 @@ def test_one_folder_by_two_names_is_used_once_in_a_dataset_but_may_stand_in_two(
 
 
 def test_a_subset_without_repeats_is_skipped_and_a_dataset_of_nothing_else_refused(tmp_path: Path) -> None:
-    assert "no folder is left" in problems(write(tmp_path, minimal(tmp_path, subset={"num_repeats": 0})))[0]
+    assert "no images are left" in problems(write(tmp_path, minimal(tmp_path, subset={"num_repeats": 0})))[0]
 
 
 def test_a_separator_without_effect_is_warned_about(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_in_json_takes_the_place_of_folders_with_repeats(images: Path, tmp_path:
 
 def test_what_goes_with_in_json_is_told(tmp_path: Path) -> None:
     file = write(tmp_path / "m.json", {})
-    with pytest.raises(UsageError, match="needs --train_data_dir FOLDER, the folder of its images"):
+    with pytest.raises(UsageError, match="needs --train_data_dir FOLDER, the folder of the images"):
         load(in_json=file)
     data = load(in_json=file, train_data_dir=str(tmp_path), reg_data_dir=str(tmp_path))
     assert data.warnings == ("--reg_data_dir is ignored because --in_json names the images.",)
@@ -185,11 +185,11 @@ def write_config(tmp_path: Path, *subsets: str) -> Path:
 @pytest.mark.parametrize(
     ("subsets", "words"),
     [
-        (("metadata_file = 'm.json'", "image_dir = '.'"), "1 of 2 subsets have a metadata_file"),
+        (("metadata_file = 'm.json'", "image_dir = '.'"), "mixes subsets, 1 with a metadata_file and 1 with an image_dir alone"),
         (("metadata_file = 'missing.json'",), "there is no metadata_file missing.json"),
         (
             ("metadata_file = 'm.json'\nclass_tokens = 'x'\nis_reg = true",),
-            "class_tokens, is_reg is for folders with caption files",
+            "is_reg is for subsets with an image_dir alone; these have a metadata_file. Remove it.",
         ),
         (("metadata_file = 'm.json'\nimage_dir = 'missing'",), "image_dir missing is not a folder"),
     ],
