@@ -7,6 +7,7 @@ The options of training may stay on the command line; those without influence he
 an interrupted run continues where it stopped.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,39 +47,16 @@ def cache_options(options: CacheLatentsOptions) -> CacheOptions:
 def cache(options: CacheLatentsOptions, definition: DatasetConfig) -> None:
     """Open the model, index the images, and encode what is not cached."""
     from library.dataset.dataset import Dataset
-    from library.dataset.latent_cache import cache_latents
-    from library.dataset.latent_encoder import LatentEncoder
-    from library.models.family import ModelSource
     from library.models.sdxl.family import SdxlFamily
     from library.training.accelerator import DTypes, make_accelerator, shared_seed
-    from library.training.preparation import caching_bar
+    from library.training.preparation import fill_latents, model_source
 
-    model = options.model
-    family = SdxlFamily.open(
-        ModelSource(
-            path=model.pretrained_model_name_or_path or "",
-            vae=model.vae,
-            mmap=not model.disable_mmap_load_safetensors,
-            prefer_fp16_variant=options.precision.mixed_precision == "fp16",
-        )
-    )
+    family = SdxlFamily.open(model_source(options.model, options.precision))
     accelerator = make_accelerator(options.precision, options.distributed)
     dataset = Dataset(definition, shared_seed(accelerator, options.length.seed))
     dtype = DTypes.of(options.precision, options.cache.no_half_vae, None).vae
-    vae = family.load_vae(dtype, accelerator.device)
-    settings = cache_options(options)
-    encoder = LatentEncoder(family, vae, accelerator.device, dtype, dataset.seed, settings.vae_batch_size, settings.highvram)
-    with caching_bar("latents", accelerator) as progress:
-        cache_latents(
-            dataset,
-            family,
-            encoder,
-            settings,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            progress=progress,
-        )
-    accelerator.wait_for_everyone()
+    load = functools.cache(lambda: family.load_vae(dtype, accelerator.device))
+    fill_latents(dataset, family, load, dtype, cache_options(options), accelerator)
 
 
 if __name__ == "__main__":

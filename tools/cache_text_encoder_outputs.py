@@ -7,6 +7,7 @@ The options of training may stay on the command line; those without influence he
 an interrupted run continues where it stopped.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,41 +45,17 @@ def cache_options(options: CacheTextEncoderOutputsOptions) -> CacheFileOptions:
 def cache(options: CacheTextEncoderOutputsOptions, definition: DatasetConfig) -> None:
     """Open the model, index the captions, and encode what is not cached."""
     from library.dataset.dataset import Dataset
-    from library.dataset.text_cache import cache_text_outputs
-    from library.dataset.text_encoder import TextEncoder
-    from library.models.family import ModelSource
     from library.models.sdxl.family import SdxlFamily
     from library.training.accelerator import DTypes, make_accelerator, shared_seed
-    from library.training.preparation import caching_bar
+    from library.training.preparation import fill_texts, model_source
 
-    model = options.model
-    path, max_token_length = model.pretrained_model_name_or_path or "", model.max_token_length or 75
-    family = SdxlFamily.open(
-        ModelSource(
-            path=path,
-            mmap=not model.disable_mmap_load_safetensors,
-            prefer_fp16_variant=options.precision.mixed_precision == "fp16",
-            tokenizer_cache_dir=model.tokenizer_cache_dir,
-            max_token_length=max_token_length,
-        )
-    )
+    family = SdxlFamily.open(model_source(options.model, options.precision))
     accelerator = make_accelerator(options.precision, options.distributed)
     dataset = Dataset(definition, shared_seed(accelerator, options.length.seed))
     dtype = DTypes.of(options.precision, False, None).compute
-    encoders = family.load_text_encoders(dtype, accelerator.device)
+    load = functools.cache(lambda: family.load_text_encoders(dtype, accelerator.device))
     batch_size = options.dataset.train_batch_size
-    encoder = TextEncoder(family, encoders, accelerator.device, dtype, max_token_length, batch_size)
-    with caching_bar("captions", accelerator) as progress:
-        cache_text_outputs(
-            dataset,
-            encoder,
-            cache_options(options),
-            trust_foreign=Path(path).is_dir(),
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            progress=progress,
-        )
-    accelerator.wait_for_everyone()
+    fill_texts(dataset, family, load, dtype, options.model, cache_options(options), accelerator, batch_size)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import os
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ STAMP_NAME = "atelier_stamp"
 """The array that holds a stamp; programs that do not know it ignore it."""
 
 STAMP_FORMAT = 1
+
+_Made = TypeVar("_Made")
 
 Stamp = dict[str, Any]
 """What an entry was made from, and the checksums of its arrays."""
@@ -78,6 +80,20 @@ def is_same_source(stamp: Any, path: str) -> bool:
     return stamp.get("mtime_ns") == status.st_mtime_ns or stamp.get("sha256") == sha256_file(path)
 
 
+Progress = Callable[[int, int], None]
+"""Called with the number of entries done and their total."""
+
+
+def counted(made: Iterator[_Made], total: int, progress: Progress | None) -> Iterator[_Made]:
+    """Pass on entries that are made, and tell their number."""
+    if progress and total:
+        progress(0, total)
+    for done, entry in enumerate(made, start=1):
+        yield entry
+        if progress:
+            progress(done, total)
+
+
 @dataclass
 class CacheReport:
     """What caching did, in this process."""
@@ -90,9 +106,22 @@ class CacheReport:
     made: Counter[str] = field(default_factory=Counter)
     """Entries made, by reason."""
 
+    @classmethod
+    def sum(cls, reports: Sequence["CacheReport"]) -> "CacheReport":
+        """Add up what several processes did."""
+        made: Counter[str] = sum((report.made for report in reports), Counter())
+        return cls(reports[0].kind, sum(report.kept for report in reports), sum(report.foreign for report in reports), made)
+
     def sentence(self) -> str:
         """Return the account in one line."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.made.most_common())
         made = f"{self.made.total()} encoded ({reasons})" if self.made else "nothing to encode"
         kept = f"{self.kept} taken from the cache" if self.kept else "none in the cache"
         return f"{self.kind}: {kept}, {made}."
+
+    def foreign_sentence(self) -> str:
+        """Return a word on files of other programs that were kept."""
+        return (
+            f"{self.foreign} latent caches are from another program and do not say which VAE made them. "
+            "They fit the images and are used; delete them to have them made again."
+        )

@@ -1,9 +1,8 @@
 """Encode every image once: find which latents are cached and still right, and make the others."""
 
-import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,17 @@ from typing import Any
 import numpy as np
 
 from library.dataset.buckets import Geometry
-from library.dataset.cache_stamps import STAMP_FORMAT, CacheReport, Stamp, add_stamp, is_same_source, read_stamp, source_stamp
+from library.dataset.cache_stamps import (
+    STAMP_FORMAT,
+    CacheReport,
+    Progress,
+    Stamp,
+    add_stamp,
+    counted,
+    is_same_source,
+    read_stamp,
+    source_stamp,
+)
 from library.dataset.cached import LATENT_NAMES, LatentFiles, LatentsInMemory, size_suffix
 from library.dataset.dataset import Dataset
 from library.dataset.items import Item
@@ -21,12 +30,7 @@ from library.models.family import Family
 from library.options.errors import UserError
 from library.options.groups.cache import CacheFileOptions
 
-logger = logging.getLogger(__name__)
-
 _CHECKING_THREADS = 8
-
-Progress = Callable[[int, int], None]
-"""Called with the number of entries done and their total."""
 
 
 def cache_latents(
@@ -66,13 +70,6 @@ def cache_latents(
     else:
         report.made["kept in memory"] = len(jobs)
         dataset.latents = _in_memory(jobs, encoder, progress)
-    logger.info("%s", report.sentence())
-    if report.foreign:
-        logger.warning(
-            "%d latent caches are from another program and do not say which VAE made them. "
-            "They fit the images and are used; delete them to have them made again.",
-            report.foreign,
-        )
     return report
 
 
@@ -120,10 +117,8 @@ def _share(jobs: Sequence[_DiskJob], process_index: int, num_processes: int) -> 
 
 def _in_memory(jobs: Sequence[LatentJob], encoder: LatentEncoder, progress: Progress | None) -> LatentsInMemory:
     held = {}
-    for done, encoded in enumerate(encoder.encode(jobs), start=1):
+    for encoded in counted(encoder.encode(jobs), len(jobs), progress):
         held.update({item.number: (encoded.latents, encoded.mirrored) for item in encoded.job.items})
-        if progress:
-            progress(done, len(jobs))
     return LatentsInMemory(held)
 
 
@@ -143,10 +138,8 @@ def _fill_files(
     report.foreign = sum(verdict.is_foreign for verdict in verdicts)
     stale = {job.job: job for job, verdict in zip(jobs, verdicts, strict=True) if verdict.reason}
     report.made.update(verdict.reason for verdict in verdicts if verdict.reason)
-    for done, encoded in enumerate(encoder.encode(list(stale)), start=1):
+    for encoded in counted(encoder.encode(list(stale)), len(stale), progress):
         _write(stale[encoded.job], encoded, checker.stamp(encoded.job), files)
-        if progress:
-            progress(done, len(stale))
 
 
 def _common_stamp(family: Family, encoder: LatentEncoder) -> Stamp:

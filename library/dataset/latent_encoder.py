@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ class LatentEncoder:
 
     Args:
         family: knows how to call the VAE.
-        vae: on `device`, in `dtype`.
+        load_vae: gives the VAE, on `device` and in `dtype`; called when there is something to encode.
         device: where it computes.
         dtype: of its weights; part of what makes a cache entry what it is.
         seed: with the image file's name it decides the posterior sample.
@@ -58,7 +58,7 @@ class LatentEncoder:
     """
 
     family: Family
-    vae: nn.Module
+    load_vae: Callable[[], nn.Module]
     device: torch.device
     dtype: torch.dtype
     seed: int
@@ -94,7 +94,7 @@ class LatentEncoder:
 
     def _encode_images(self, group: Sequence[LatentJob], pixels: Tensor, *, flipped: bool) -> Tensor:
         noise = torch.stack([self._noise(job.item, flipped=flipped) for job in group]).to(self.device)
-        latents = self.family.encode_images(self.vae, pixels, noise).float().cpu()
+        latents = self.family.encode_images(self.load_vae(), pixels, noise).float().cpu()
         finite = latents.isfinite().flatten(1).all(dim=1)
         if not finite.all():
             bad = ", ".join(job.item.path for job, is_finite in zip(group, finite.tolist(), strict=True) if not is_finite)

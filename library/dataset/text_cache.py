@@ -1,8 +1,7 @@
 """Encode every text that captions become once: find which outputs are cached and still right, and make the others."""
 
-import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Lock
@@ -10,23 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from library.dataset.cache_stamps import STAMP_FORMAT, CacheReport, Stamp, add_stamp, read_stamp
+from library.dataset.cache_stamps import STAMP_FORMAT, CacheReport, Progress, Stamp, add_stamp, counted, read_stamp
 from library.dataset.cached import TextFiles, TextsInMemory, stored_texts, variant_suffix
 from library.dataset.caption_files import find_caption_file
 from library.dataset.dataset import Dataset
 from library.dataset.text_cost import TextCost
 from library.dataset.text_encoder import TextEncoder
 from library.files.npz import Arrays, read_npz, write_npz
-from library.models.family import TextCond
 from library.options.errors import UserError
 from library.options.groups.cache import CacheFileOptions
 
-logger = logging.getLogger(__name__)
-
 _CHECKING_THREADS = 8
-
-Progress = Callable[[int, int], None]
-"""Called with the number of texts done and their total."""
 
 
 def cache_text_outputs(
@@ -70,8 +63,7 @@ def cache_text_outputs(
         texts = _all_texts(dataset)
         report.made["kept in memory"] = len(texts)
         outputs = cost.watched(encoder.encode(texts), len(texts), len(texts))
-        dataset.texts = TextsInMemory(dict(_counted(outputs, len(texts), progress)))
-    logger.info("%s", report.sentence())
+        dataset.texts = TextsInMemory(dict(counted(outputs, len(texts), progress)))
     return report
 
 
@@ -151,7 +143,7 @@ def _fill_files(jobs: Sequence[_Job], checker: "_Checker", report: CacheReport, 
     if jobs and not waiting:
         cost.tell(total, sum(os.path.getsize(job.path) for job in jobs), None)
     outputs = cost.watched(checker.encoder.encode(list(waiting)), len(waiting), total)
-    for text, cond in _counted(outputs, len(waiting), progress):
+    for text, cond in counted(outputs, len(waiting), progress):
         arrays = checker.encoder.family.text_cache.pack(cond)
         for file in waiting.pop(text):
             file.made[text] = arrays
@@ -165,13 +157,6 @@ def _write(file: _Unfinished, checker: "_Checker") -> None:
     by_text = file.made | (checker.files.read_all(file.job.path, file.found) if file.found else {})
     arrays = {name + variant_suffix(i): array for i, text in enumerate(file.texts) for name, array in by_text[text].items()}
     write_npz(file.job.path, add_stamp(arrays, checker.stamp(file.texts)))
-
-
-def _counted(encoded: Iterator[tuple[str, TextCond]], total: int, progress: Progress | None) -> Iterator[tuple[str, TextCond]]:
-    for done, pair in enumerate(encoded, start=1):
-        yield pair
-        if progress:
-            progress(done, total)
 
 
 _REASONS = {

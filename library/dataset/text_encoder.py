@@ -1,6 +1,6 @@
 """Turn captions into text outputs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ class TextEncoder:
 
     Args:
         family: knows how to call them.
-        encoders: on their device, in `dtype`.
+        load: gives the encoders, on `device` and in `dtype`; called when there is something to encode.
         device: where they compute.
         dtype: of their weights.
         max_token_length: to which the family cuts and pads captions; part of what makes an entry what it is.
@@ -24,7 +24,7 @@ class TextEncoder:
     """
 
     family: Family
-    encoders: Sequence[nn.Module | None]
+    load: Callable[[], Sequence[nn.Module | None]]
     device: torch.device
     dtype: torch.dtype
     max_token_length: int
@@ -40,7 +40,7 @@ class TextEncoder:
         for start in range(0, len(captions), self.batch_size):
             group = captions[start : start + self.batch_size]
             tokens = {name: ids.to(self.device) for name, ids in self.family.tokenize(group).items()}
-            cond = {name: value.cpu() for name, value in self.family.encode_text(tokens, self.encoders).items()}
+            cond = {name: value.cpu() for name, value in self.family.encode_text(tokens, self.load()).items()}
             for position, caption in enumerate(group):
                 sample = {name: value[position].clone() for name, value in cond.items()}
                 if not all(value.isfinite().all() for value in sample.values() if value.is_floating_point()):

@@ -1,25 +1,38 @@
-"""Between the options and the loop: what can be encoded once is encoded once, and what is not needed any more is freed."""
+"""Between the options and the loop: what can be encoded once is encoded once, and what is not needed any more is freed.
+
+Models are loaded when something has to be encoded with them: where every cache entry is right, they never are.
+"""
 
 import gc
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm import tqdm
 
+from library.dataset.cache_stamps import CacheReport
+from library.dataset.dataset import Dataset
 from library.dataset.latent_cache import cache_latents
 from library.dataset.latent_encoder import LatentEncoder
 from library.dataset.text_cache import cache_text_outputs
 from library.dataset.text_encoder import TextEncoder
 from library.generation.pipeline import EncodedPrompt, Pipeline
 from library.generation.request import ImageRequest
-from library.models.family import Components
+from library.models.family import Components, Family, ModelSource
+from library.options.groups.cache import CacheFileOptions
+from library.options.groups.model import ModelOptions
+from library.options.groups.precision import WorkingPrecisionOptions
 from library.training.progress import bar_interval, messages_above_bars
 from library.training.setting import Setting
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -32,8 +45,20 @@ class TextSide:
     """The sample prompts' text, where the encoders are gone."""
 
 
+def model_source(model: ModelOptions, precision: WorkingPrecisionOptions) -> ModelSource:
+    """Say where the base model is and how its files are read."""
+    return ModelSource(
+        path=model.pretrained_model_name_or_path or "",
+        vae=model.vae,
+        mmap=not model.disable_mmap_load_safetensors,
+        prefer_fp16_variant=precision.mixed_precision == "fp16",
+        tokenizer_cache_dir=model.tokenizer_cache_dir,
+        max_token_length=model.max_token_length or 75,
+    )
+
+
 def prepare_text(setting: Setting, requests: Sequence[ImageRequest], dtype: torch.dtype) -> TextSide:
-    """Load the text encoders; where captions are cached, encode captions and sample prompts now and free the encoders.
+    """Load the text encoders, or cache what captions and sample prompts need of them and free them.
 
     Args:
         setting: of the run; its dataset gets the cached text.
@@ -41,44 +66,27 @@ def prepare_text(setting: Setting, requests: Sequence[ImageRequest], dtype: torc
         dtype: of the text encoders.
     """
     options, accelerator, family = setting.options, setting.accelerator, setting.family
-    encoders: list[nn.Module | None] = list(family.load_text_encoders(dtype, accelerator.device))
+    load = cache(lambda: list[nn.Module | None](family.load_text_encoders(dtype, accelerator.device)))
     if not (options.cache.cache_text_encoder_outputs or options.cache.cache_text_encoder_outputs_to_disk):
-        return TextSide(encoders, None)
-    encoder = TextEncoder(
-        family,
-        encoders,
-        accelerator.device,
-        dtype,
-        max_token_length=options.model.max_token_length or 75,
-        batch_size=options.dataset.train_batch_size,
-    )
-    with caching_bar("captions", accelerator) as progress:
-        cache_text_outputs(
-            setting.dataset,
-            encoder,
-            options.cache,
-            trust_foreign=Path(options.model.pretrained_model_name_or_path or "").is_dir(),
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            progress=progress,
-        )
-    accelerator.wait_for_everyone()
-    pipeline = Pipeline(
-        family,
-        Components(None, None, encoders),
-        device=accelerator.device,
-        style=setting.prompt_style,
-        autocast_dtype=setting.autocast_dtype,
-    )
-    prompts = pipeline.encode(requests)
-    del encoder, pipeline
-    encoders[:] = [None] * len(encoders)
+        return TextSide(load(), None)
+    batch_size = options.dataset.train_batch_size
+    fill_texts(setting.dataset, family, load, dtype, options.model, options.cache, accelerator, batch_size)
+    prompts: list[EncodedPrompt] = []
+    if requests:
+        prompts = Pipeline(
+            family,
+            Components(None, None, load()),
+            device=accelerator.device,
+            style=setting.prompt_style,
+            autocast_dtype=setting.autocast_dtype,
+        ).encode(requests)
+    load.cache_clear()
     free_memory()
-    return TextSide(encoders, prompts)
+    return TextSide([None] * len(family.encoder_names), prompts)
 
 
 def prepare_latents(setting: Setting, *, keep: bool) -> nn.Module | None:
-    """Load the VAE and cache latents where that was asked for.
+    """Load the VAE, or cache the latents that need it.
 
     Args:
         setting: of the run; its dataset gets the cached latents.
@@ -88,38 +96,114 @@ def prepare_latents(setting: Setting, *, keep: bool) -> nn.Module | None:
         The VAE: on the device where images are encoded while training, on the CPU where it only draws (on the device with
         `--lowram`), or None.
     """
-    cache, accelerator, family = setting.options.cache, setting.accelerator, setting.family
+    options, accelerator, family = setting.options, setting.accelerator, setting.family
     dtype = setting.dtypes.vae
-    vae = family.load_vae(dtype, accelerator.device)
-    if not (cache.cache_latents or cache.cache_latents_to_disk):
-        return vae
-    encoder = LatentEncoder(family, vae, accelerator.device, dtype, setting.seed, cache.vae_batch_size, cache.highvram)
-    with caching_bar("latents", accelerator) as progress:
-        cache_latents(
-            setting.dataset,
-            family,
-            encoder,
-            cache,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            progress=progress,
-        )
-    accelerator.wait_for_everyone()
+    load = cache(lambda: family.load_vae(dtype, accelerator.device))
+    if not (options.cache.cache_latents or options.cache.cache_latents_to_disk):
+        return load()
+    fill_latents(setting.dataset, family, load, dtype, options.cache, accelerator)
     if keep:
-        return vae if setting.options.model.lowram else vae.to("cpu")
-    del encoder, vae
+        return load() if options.model.lowram else load().to("cpu")
+    load.cache_clear()
     free_memory()
     return None
 
 
+def fill_texts(
+    dataset: Dataset,
+    family: Family,
+    load: Callable[[], Sequence[nn.Module | None]],
+    dtype: torch.dtype,
+    model: ModelOptions,
+    options: CacheFileOptions,
+    accelerator: Accelerator,
+    batch_size: int,
+) -> None:
+    """Give the dataset its cached text outputs; returns when all processes are done.
+
+    Args:
+        dataset: whose captions are encoded.
+        family: of the text encoders.
+        load: gives the text encoders; called if there is something to encode.
+        dtype: of the text encoders.
+        model: which, and to what length captions are cut.
+        options: memory or disk.
+        accelerator: knows the processes that share the work.
+        batch_size: captions per call of the encoders.
+    """
+    encoder = TextEncoder(family, load, accelerator.device, dtype, model.max_token_length or 75, batch_size)
+    on_disk = options.cache_text_encoder_outputs_to_disk
+    with caching_bar("captions", accelerator, is_shared=on_disk) as progress:
+        report = cache_text_outputs(
+            dataset,
+            encoder,
+            options,
+            trust_foreign=Path(model.pretrained_model_name_or_path or "").is_dir(),
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            progress=progress,
+        )
+    _tell(report, accelerator, is_shared=on_disk)
+
+
+def fill_latents(
+    dataset: Dataset,
+    family: Family,
+    load: Callable[[], nn.Module],
+    dtype: torch.dtype,
+    options: CacheFileOptions,
+    accelerator: Accelerator,
+) -> None:
+    """Give the dataset its cached latents; returns when all processes are done.
+
+    Args:
+        dataset: whose images are encoded.
+        family: of the VAE.
+        load: gives the VAE; called if there is something to encode.
+        dtype: of the VAE.
+        options: memory or disk.
+        accelerator: knows the processes that share the work.
+    """
+    encoder = LatentEncoder(family, load, accelerator.device, dtype, dataset.seed, options.vae_batch_size, options.highvram)
+    with caching_bar("latents", accelerator, is_shared=options.cache_latents_to_disk) as progress:
+        report = cache_latents(
+            dataset,
+            family,
+            encoder,
+            options,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            progress=progress,
+        )
+    _tell(report, accelerator, is_shared=options.cache_latents_to_disk)
+
+
+def _tell(report: CacheReport, accelerator: Accelerator, *, is_shared: bool) -> None:
+    """Wait for all processes and log what they did together; each alone has done everything where nothing is shared."""
+    accelerator.wait_for_everyone()
+    total = CacheReport.sum(gather_object([report])) if is_shared else report
+    log.info("%s", total.sentence())
+    if total.foreign:
+        log.warning("%s", total.foreign_sentence())
+
+
 @contextmanager
-def caching_bar(what: str, accelerator: Accelerator) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on the main process; gives the function that moves it."""
+def caching_bar(what: str, accelerator: Accelerator, *, is_shared: bool) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on the main process; gives the function that moves it.
+
+    Args:
+        what: is cached.
+        accelerator: knows the processes.
+        is_shared: whether each process does a part; the bar shows that of the first.
+    """
+    count = accelerator.num_processes
+    name = f"caching {what}" + (f" (process 1 of {count})" if is_shared and count > 1 else "")
     visible = accelerator.is_local_main_process
-    with messages_above_bars(), tqdm(desc=f"caching {what}", disable=not visible, mininterval=bar_interval()) as bar:
+    with messages_above_bars(), tqdm(desc=name, disable=not visible, mininterval=bar_interval()) as bar:
 
         def progress(done: int, total: int) -> None:
-            bar.total = total
+            if bar.total != total:
+                bar.reset(total)
             bar.update(done - bar.n)
 
         yield progress

@@ -37,7 +37,7 @@ from library.training.loop import TrainingRun, train
 from library.training.outputs import RunLength, SavePlan
 from library.training.position import Position
 from library.training.preflight import open_dataset
-from library.training.preparation import TextSide, prepare_latents, prepare_text
+from library.training.preparation import TextSide, model_source, prepare_latents, prepare_text
 from library.training.preview_plan import PreviewPlan
 from library.training.previews import Previews
 from library.training.progress import Progress
@@ -143,26 +143,13 @@ def make_setting(
     accelerator = make_accelerator(options.precision, options.distributed)
     seed = shared_seed(accelerator, options.length.seed, saved_seed)
     dtypes = DTypes.of(options.precision, options.cache.no_half_vae, options.output.save_precision)
-    family = open_family(model_source(options))
+    family = open_family(model_source(options.model, options.precision))
     warn_of_other_prediction(family, options.model.v_parameterization)
     dataset = open_dataset(options, data, seed, family, accelerator.num_processes)
     batches_per_epoch = dataset.batches_per_epoch(accelerator.num_processes)
     times = options.length
     length = RunLength.of(batches_per_epoch, times.gradient_accumulation_steps, times.max_train_steps, times.max_train_epochs)
     return Setting(options, accelerator, dtypes, seed, family, dataset, batches_per_epoch, length, started_at)
-
-
-def model_source(options: TrainingOptions) -> ModelSource:
-    """Say where the base model is and how its files are read."""
-    model = options.model
-    return ModelSource(
-        path=model.pretrained_model_name_or_path or "",
-        vae=model.vae,
-        mmap=not model.disable_mmap_load_safetensors,
-        prefer_fp16_variant=options.precision.mixed_precision == "fp16",
-        tokenizer_cache_dir=model.tokenizer_cache_dir,
-        max_token_length=model.max_token_length or 75,
-    )
 
 
 def warn_of_other_prediction(family: Family, v_parameterization: bool) -> None:

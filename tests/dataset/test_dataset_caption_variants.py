@@ -39,7 +39,7 @@ def dataset_of(folder: Path, seed: int = 1, repeats: int = 1, **rules: Any) -> D
 
 
 def cache(dataset: Dataset, family: FakeFamily, count: int = 10, where: Any = DISK, **more: Any) -> CacheReport:
-    encoder = TextEncoder(family, [None, None], torch.device("cpu"), torch.float32, family.max_token_length, batch_size=2)
+    encoder = TextEncoder(family, lambda: [None, None], torch.device("cpu"), torch.float32, family.max_token_length, batch_size=2)
     family.encoded_texts.clear()
     options = CacheOptions(**where | {"text_cache_variants": count})
     return cache_text_outputs(dataset, encoder, options, **{"trust_foreign": True} | more)

@@ -147,8 +147,8 @@ def test_caches_hold_held_out_images(many: Path, family: FakeFamily, vae: FakeVa
     dataset = Dataset(config(section(subset(many, validation_split=0.2))), seed=0)
     cpu = torch.device("cpu")
     options = CacheOptions(cache_latents=True, cache_text_encoder_outputs=True)
-    cache_latents(dataset, family, LatentEncoder(family, vae, cpu, torch.float32, seed=0), options)
-    cache_text_outputs(dataset, TextEncoder(family, [], cpu, torch.float32, 75), options, trust_foreign=True)
+    cache_latents(dataset, family, LatentEncoder(family, lambda: vae, cpu, torch.float32, seed=0), options)
+    cache_text_outputs(dataset, TextEncoder(family, list, cpu, torch.float32, 75), options, trust_foreign=True)
     assert vae.seen == 10
     assert sorted(family.encoded_texts) == sorted(item.caption for item in dataset.encoded_items)
     (uses,) = dataset.held_out_batches()

@@ -38,7 +38,7 @@ def cache(
     dtype: torch.dtype = torch.float32,
     **more: Any,
 ) -> CacheReport:
-    encoder = LatentEncoder(family, vae, torch.device("cpu"), dtype, dataset.seed, options.vae_batch_size)
+    encoder = LatentEncoder(family, lambda: vae, torch.device("cpu"), dtype, dataset.seed, options.vae_batch_size)
     return cache_latents(dataset, family, encoder, options, **more)
 
 
@@ -214,9 +214,7 @@ def test_one_image_resized_in_two_ways_does_not_fit_in_one_file(folder: Path, fa
     cache(Dataset(two, 1), family, vae, MEMORY)
 
 
-def test_files_of_sd_scripts_are_used_with_a_word_of_warning(
-    folder: Path, family: FakeFamily, vae: FakeVae, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_files_of_sd_scripts_are_used_with_a_word_of_warning(folder: Path, family: FakeFamily, vae: FakeVae) -> None:
     cache(dataset_of(folder), family, vae)
     marked = np.full((4, 8, 8), 3, np.float32)
     for path in folder.glob("*.npz"):
@@ -224,7 +222,7 @@ def test_files_of_sd_scripts_are_used_with_a_word_of_warning(
     dataset = dataset_of(folder)
     report = cache(dataset, family, vae)
     assert (report.kept, report.foreign) == (5, 5)
-    assert "5 latent caches are from another program" in caplog.text
+    assert "5 latent caches are from another program" in report.foreign_sentence()
     assert read_all(dataset)[0].unique().tolist() == [3]
 
 

@@ -35,7 +35,7 @@ def cache(
     dtype: Any = torch.float32,
     **more: Any,
 ) -> CacheReport:
-    encoder = TextEncoder(family, [None, None], torch.device("cpu"), dtype, family.max_token_length, batch_size=2)
+    encoder = TextEncoder(family, lambda: [None, None], torch.device("cpu"), dtype, family.max_token_length, batch_size=2)
     return cache_text_outputs(dataset, encoder, options, trust_foreign=trust_foreign, **more)
 
 

@@ -1,0 +1,106 @@
+"""What is encoded before training: models are loaded where they are needed, and no earlier."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from library.dataset.dataset import Dataset
+from library.options.groups.cache import CacheOptions
+from library.options.groups.model import ModelOptions
+from library.options.scripts import TrainingOptions
+from library.training import preparation
+from library.training.accelerator import DTypes
+from library.training.outputs import RunLength
+from library.training.preparation import prepare_latents, prepare_text
+from library.training.setting import Setting
+from tests.dataset.dataset_samples import FakeFamily, FakeVae, config, make_image, section, subset
+
+DISK = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
+MEMORY = {"cache_latents": True, "cache_text_encoder_outputs": True}
+
+
+class LoadingFamily(FakeFamily):
+    """Notes what is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+
+    def load_vae(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        self.loaded.append("vae")
+        return FakeVae()
+
+    def load_text_encoders(self, dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
+        self.loaded.append("text encoders")
+        return [nn.Identity(), nn.Identity()]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_image(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a picture\n")
+    return tmp_path
+
+
+def setting(folder: Path, family: LoadingFamily, **caching: Any) -> Setting:
+    options = TrainingOptions(cache=CacheOptions(**caching), model=ModelOptions(pretrained_model_name_or_path="x"))
+    dtypes = DTypes(torch.float32, torch.float32, torch.float32, None)
+    dataset = Dataset(config(section(subset(folder))), 1)
+    return Setting(options, Accelerator(cpu=True), dtypes, 1, family, dataset, 1, RunLength.of(1, 1, 1, None), 0.0)
+
+
+def test_without_caches_everything_is_loaded(folder: Path) -> None:
+    family = LoadingFamily()
+    plain = setting(folder, family)
+    assert len(prepare_text(plain, [], torch.float32).encoders) == 2
+    assert prepare_latents(plain, keep=False) is not None
+    assert family.loaded == ["text encoders", "vae"]
+
+
+@pytest.mark.parametrize(("caching", "second"), [(DISK, []), (MEMORY, ["text encoders", "vae"])])
+def test_nothing_is_loaded_where_every_entry_is_on_the_disk(folder: Path, caching: dict[str, bool], second: list[str]) -> None:
+    for expected in (["text encoders", "vae"], second):
+        family = LoadingFamily()
+        cached = setting(folder, family, **caching)
+        text = prepare_text(cached, [], torch.float32)
+        assert text.encoders == [None, None]
+        assert text.prompts == []
+        assert prepare_latents(cached, keep=False) is None
+        assert family.loaded == expected
+
+
+def test_sample_images_get_their_models_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FakePipeline:
+        def __init__(self, family: Any, components: Any, **more: Any) -> None:
+            self.components = components
+
+        def encode(self, requests: Any) -> list[Any]:
+            return [(request, len(self.components.text_encoders)) for request in requests]
+
+    monkeypatch.setattr(preparation, "Pipeline", FakePipeline)
+    for _ in range(2):
+        family = LoadingFamily()
+        cached = setting(folder, family, **DISK)
+        text = prepare_text(cached, ["a prompt"], torch.float32)  # type: ignore[list-item]
+        assert text.prompts == [("a prompt", 2)]
+        assert isinstance(prepare_latents(cached, keep=True), FakeVae)
+        assert family.loaded == ["text encoders", "vae"]
+
+
+def test_one_line_tells_what_was_done(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for _ in range(2):
+        cached = setting(folder, LoadingFamily(), **DISK)
+        prepare_text(cached, [], torch.float32)
+        prepare_latents(cached, keep=False)
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("library")] == [
+        "Captions: none in the cache, 1 encoded (1 new).",
+        "Latents: none in the cache, 1 encoded (1 new).",
+        "Captions: 1 taken from the cache, nothing to encode.",
+        "Latents: 1 taken from the cache, nothing to encode.",
+    ]
