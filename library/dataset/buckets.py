@@ -7,6 +7,7 @@ in the field depend on it.
 import math
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from library.dataset.columns import Ints
 from library.options.dataset_config import SectionConfig, bucket_limits
 
 Size = tuple[int, int]
+
+_MOST_CUT_OFF = 64
+"""Times the area of its bucket that a picture may have when it covers it; what is beyond is cut off, and costs memory before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +120,21 @@ def conditioning_crop(size: Size, bucket: Size) -> tuple[float, float, float, fl
     return left, top, left + fitted_width, top + fitted_height
 
 
+def _is_lost(ratio: Any, bucket_ratio: Any) -> Any:
+    """Say whether next to nothing is left of a picture of one width/height in a bucket of another; also of arrays of them."""
+    return (ratio > _MOST_CUT_OFF * bucket_ratio) | (bucket_ratio > _MOST_CUT_OFF * ratio)
+
+
 def crop_top_left(geometry: Geometry, flipped: bool) -> tuple[int, int]:
     """Return (top, left) for the conditioning; mirrored, left is counted from the other side."""
     left, top, right, _ = geometry.crop_ltrb
     return int(top), int(geometry.bucket[0] - right) if flipped else int(left)
+
+
+def true_crop_top_left(bucket: Size, placement: Placement, flipped: bool) -> tuple[int, int]:
+    """Return (top, left) of the crop that is made, in pixels of the resized, and where it is flipped mirrored, picture."""
+    left, top = placement.crop
+    return top, placement.resized[0] - bucket[0] - left if flipped else left
 
 
 class BucketChooser:
@@ -137,7 +152,8 @@ class BucketChooser:
         """Return the geometry of a picture.
 
         Raises:
-            ValueError: the picture is too small for a bucket without being enlarged; the text says what to do.
+            ValueError: the picture is too small for a bucket without being enlarged, or so narrow that hardly any of it would be
+                seen; the text says what to do.
         """
         return self.geometry(size, self.bucket(size))
 
@@ -148,7 +164,13 @@ class BucketChooser:
             ValueError: as of `choose`.
         """
         if not self._keeps_size:
-            return nearest_bucket(size, self._sizes)
+            bucket = nearest_bucket(size, self._sizes)
+            if _is_lost(size[0] / size[1], bucket[0] / bucket[1]):
+                raise ValueError(
+                    f"it is {size[0]}x{size[1]}, of which next to nothing is left in a bucket of {bucket[0]}x{bucket[1]}. "
+                    f"Remove it, or cut it into pieces"
+                )
+            return bucket
         step = self._section.bucket_reso_steps
         resized = shrunk_to_area(size, self._area, step)
         bucket = resized[0] // step * step, resized[1] // step * step
@@ -188,6 +210,7 @@ class BucketChooser:
             is_nearer = error < least
             nearest[is_nearer], least[is_nearer] = number, error[is_nearer]
         chosen: Ints = np.array(self._sizes, dtype=np.int32)[nearest]
+        chosen[_is_lost(ratios, chosen[:, 0] / chosen[:, 1])] = 0
         return chosen
 
     def _without_upscaling(self, sizes: Ints) -> Ints:

@@ -1,7 +1,8 @@
 """What was encoded once, as training reads it: latents and text outputs, in memory or in the files beside the images.
 
-The files have the layout of sd-scripts. A latent file holds `latents` (C, h, w), `latents_flipped`, `original_size`, `crop_ltrb`;
-an image that is trained at several sizes has them once more for each further size, with `_<h>x<w>` after the names.
+The files have the layout of sd-scripts. A latent file holds `latents` (C, h, w), `latents_flipped`, `original_size`, `crop_ltrb`,
+`alpha_mask` (H, W) in pixels; an image that is trained at several sizes has them once more for each further size, with `_<h>x<w>`
+after the names.
 """
 
 import os
@@ -19,7 +20,7 @@ from library.files.npz import Arrays, read_npz
 from library.models.family import LatentCacheSpec, TextCacheSpec, TextCond
 from library.options.errors import UserError
 
-LATENT_NAMES = ("latents", "latents_flipped", "original_size", "crop_ltrb", STAMP_NAME)
+LATENT_NAMES = ("latents", "latents_flipped", "original_size", "crop_ltrb", "alpha_mask", STAMP_NAME)
 """The arrays of one size of an image; the last is ours."""
 
 
@@ -68,21 +69,41 @@ class LatentFiles:
             raise UserError(f"{path} does not hold the {what}. Leave out --skip_cache_check, or delete it, to have it made again.")
         return torch.from_numpy(picked[name].astype(np.float32, copy=False))
 
+    def read_mask(self, item: Item) -> Tensor:
+        """Return the mask (H, W) of an item's pixels, float32 in [0, 1], not mirrored.
+
+        Raises:
+            UserError: the file is gone, damaged, or lacks the mask.
+        """
+        path, (width, height) = self.path(item), item.geometry.bucket
+        arrays = read_npz(path, keys={"alpha_mask", "alpha_mask" + size_suffix(self.shape(item))})
+        mask = next((array for array in arrays.values() if array.shape == (height, width)), None)
+        if mask is None:
+            what = f"alpha mask of {item.path} at {width}x{height}"
+            raise UserError(f"{path} does not hold the {what}. Leave out --skip_cache_check, or delete it, to have it made again.")
+        return torch.from_numpy(mask.astype(np.float32, copy=False))
+
 
 class LatentsInMemory:
     """Latents held by this process.
 
     Args:
         latents: by item number, upright and, where the subset mirrors, mirrored; (C, h, w) float32.
+        masks: by item number, where transparency masks the loss; (H, W) bytes.
     """
 
-    def __init__(self, latents: Mapping[int, tuple[Tensor, Tensor | None]]) -> None:
+    def __init__(self, latents: Mapping[int, tuple[Tensor, Tensor | None]], masks: Mapping[int, Tensor]) -> None:
         self._latents = latents
+        self._masks = masks
 
     def read(self, item: Item, *, flipped: bool) -> Tensor:
         """Return an item's latents (C, h, w), float32, in cache units."""
         upright, mirrored = self._latents[item.number]
         return mirrored if flipped and mirrored is not None else upright
+
+    def read_mask(self, item: Item) -> Tensor:
+        """Return the mask (H, W) of an item's pixels, float32 in [0, 1], not mirrored."""
+        return self._masks[item.number].float() / 255
 
 
 @dataclass(frozen=True)

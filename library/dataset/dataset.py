@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from library.dataset.augmentation import ColorChange
+from library.dataset.augmentation import ColorChange, draw_color_change, draw_placement
 from library.dataset.buckets import Placement
 from library.dataset.cached import LatentFiles, LatentsInMemory, TextFiles, TextsInMemory
 from library.dataset.caption_variants import CaptionVariants
@@ -133,11 +133,16 @@ class Dataset:
         if self.is_held_out(item):
             seed = posterior_seed(self.seed, item.path, flipped=False)
             return Draws(seed, False, item.geometry.placement, None, settled_caption(item.caption, self.caption_rules(item)))
+        section = self.sections[item.section]
+        subset = section.subset(item)
         seed = draw_seed(self.seed, epoch, use)
         rng = random.Random(seed)
-        flipped = self.is_mirrored(item) and rng.random() < 0.5
+        # in this order, each only where the subset asks for it: what is switched on leaves the draws before it as they were
+        flipped = subset.flip_aug and rng.random() < 0.5
+        placement = draw_placement(rng, item.path, item.size, item.geometry, subset, bucketed=section.config.enable_bucket)
+        color = draw_color_change(rng) if subset.color_aug else None
         caption = self._caption(item, epoch, rng, update, total_updates)
-        return Draws(seed, flipped, item.geometry.placement, None, caption)
+        return Draws(seed, flipped, placement, color, caption)
 
     def is_held_out(self, item: Item) -> bool:
         """Say whether an item is one the loss is measured on."""
@@ -146,6 +151,10 @@ class Dataset:
     def is_mirrored(self, item: Item) -> bool:
         """Say whether an item is mirrored in some of its uses."""
         return not self.is_held_out(item) and self.sections[item.section].subset(item).flip_aug
+
+    def is_masked(self, item: Item) -> bool:
+        """Say whether an item's transparency masks its loss."""
+        return self.sections[item.section].subset(item).alpha_mask
 
     def interpolation(self, item: Item) -> str | None:
         """Return the resampling method of an item; None chooses by direction."""

@@ -31,7 +31,7 @@ class Kind(Enum):
     UNRESOLVED = ("Entries of metadata files that lead to no image, or two to one", "")
     UNREADABLE_IMAGE = ("Images that cannot be read", "Repair or remove them.")
     FORMAT = ("Images in a format that another package reads", "Install it, or remove these images.")
-    TOO_SMALL = ("Images too small for their bucket", "Remove them, or switch bucket_no_upscale off.")
+    TOO_SMALL = ("Images too small or too narrow for their bucket", "")
     CONDITIONING = ("Control or mask images that are missing or do not fit", "")
     UNREADABLE_CAPTION = ("Captions that cannot be read", "")
     CACHE = ("Caches that cannot be made", "")

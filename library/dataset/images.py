@@ -1,27 +1,37 @@
 """Read pictures: check files without decoding them, decode, resize, crop.
 
-Pixels come out as sd-scripts has them, so that caches of either are the same; only the orientation that a camera noted (EXIF) is
-applied here and is not there.
+Pixels come out as sd-scripts has them, so that caches of either are the same, but for what is wrong there: the orientation that a
+camera noted (EXIF) is applied, transparent parts become white instead of whatever colour hides under them, and 16-bit grey is
+scaled instead of clipped.
+
+OpenCV resizes where sd-scripts does it with OpenCV: Pillow's box filter, the nearest to its area averages, differs from them by
+several levels, and caches would no longer be the same.
 """
 
 import os
 import struct
-import zlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Any, BinaryIO
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from library.dataset.buckets import Geometry, Size
+from library.dataset.buckets import Placement, Size
 from library.dataset.formats import teach_pillow
+from library.dataset.wholeness import is_whole
 from library.options.errors import UserError
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-"""(H, W, 3) RGB."""
+"""(H, W, 3) RGB, or (H, W, 4) with alpha."""
+
+WHITE, BLACK = 255, 0
+
+# Training images are the user's own, and large ones are usual; Pillow still refuses twice its limit.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _TURNS: dict[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,8 +43,8 @@ _TURNS: dict[int, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_READ_SIZE = 1 << 20
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises over damaged files."""
 
 
 class Trait(IntFlag):
@@ -76,48 +86,85 @@ def inspect_image(path: str) -> ImageFacts:
         teach_pillow(path)
         with Image.open(path) as image:
             traits = _traits(image)
-            is_whole = _WHOLENESS.get(image.format or "", _cannot_tell)
             with open(path, "rb") as file:
-                whole = is_whole(file)
-            if not whole:
-                image.load()
+                if not is_whole(file, image.format or ""):
+                    image.load()
             orientation = _orientation(image)
             size = image.size[::-1] if orientation in _SIDEWAYS else image.size
     except UnidentifiedImageError:
         raise UserError(f"{path} is not a picture, or is damaged at its beginning.") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{path} cannot be read: {_reason(error)}.") from None
     return ImageFacts((size[0], size[1]), orientation, traits)
 
 
-def read_pixels(path: str, orientation: int) -> Pixels:
-    """Decode a picture to upright RGB; transparency is dropped, 16-bit grey is scaled to 8 bits.
+def read_pixels(path: str, orientation: int | None = None, *, backdrop: int = WHITE) -> Pixels:
+    """Decode a picture to upright RGB, (H, W, 3).
+
+    Args:
+        path: the file.
+        orientation: its EXIF orientation; None takes it from the file.
+        backdrop: the grey on which transparent parts are put.
 
     Raises:
         UserError: the file cannot be decoded.
     """
-    try:
-        teach_pillow(path)
-        with Image.open(path) as image:
-            image.load()
-            upright = image if orientation == 1 else image.transpose(_TURNS[orientation])
-            return _as_rgb(upright)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read: {_reason(error)}.") from None
+    pixels = _decode(path, orientation)
+    if pixels.shape[-1] == 3:
+        return pixels
+    ground = Image.new("RGB", (pixels.shape[1], pixels.shape[0]), (backdrop,) * 3)
+    ground.paste(Image.fromarray(pixels[..., :3]), mask=Image.fromarray(pixels[..., 3]))
+    return np.asarray(ground)
 
 
-def fit(pixels: Pixels, geometry: Geometry, interpolation: str | None) -> Pixels:
-    """Resize and crop a picture to its bucket."""
-    resized = resize(pixels, geometry.resized, interpolation)
-    (left, top), (width, height) = geometry.crop, geometry.bucket
+def read_with_alpha(path: str, orientation: int | None = None) -> Pixels:
+    """Decode a picture to upright RGBA, (H, W, 4); transparent parts keep the colour that hides under them.
+
+    Raises:
+        UserError: the file cannot be decoded.
+    """
+    pixels = _decode(path, orientation)
+    return pixels if pixels.shape[-1] == 4 else np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
+
+
+def is_transparent(path: str) -> bool:
+    """Say whether any part of a picture is transparent.
+
+    Raises:
+        UserError: the file cannot be decoded.
+    """
+    pixels = _decode(path, 1)
+    return pixels.shape[-1] == 4 and int(pixels[..., 3].min()) < 255
+
+
+def fit(pixels: Pixels, bucket: Size, placement: Placement, interpolation: str | None) -> Pixels:
+    """Resize and crop a picture to its training size; transparency goes with it."""
+    resized = resize(pixels, placement.resized, interpolation)
+    (left, top), (width, height) = placement.crop, bucket
     return resized[top : top + height, left : left + width]
+
+
+def load_placed(
+    path: str, orientation: int, bucket: Size, placement: Placement, interpolation: str | None, *, with_mask: bool
+) -> tuple[Pixels, Pixels | None]:
+    """Decode a picture and bring it to its training size.
+
+    Returns:
+        RGB (H, W, 3), transparent parts white; with_mask, RGB as it is under transparent parts, and alpha (H, W).
+
+    Raises:
+        UserError: the file cannot be decoded.
+    """
+    pixels = read_with_alpha(path, orientation) if with_mask else read_pixels(path, orientation)
+    placed = fit(pixels, bucket, placement, interpolation)
+    return (placed[..., :3], placed[..., 3]) if with_mask else (placed, None)
 
 
 def resize(pixels: Pixels, size: Size, interpolation: str | None) -> Pixels:
     """Resize to (width, height).
 
     Args:
-        pixels: (H, W, 3).
+        pixels: (H, W, 3), or (H, W, 4) with alpha.
         size: the new width and height.
         interpolation: a name of `RESAMPLERS`; None takes `area` if no side grows, else `lanczos`.
     """
@@ -133,6 +180,11 @@ def to_model_range(pixels: Pixels) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Turn (H, W, 3) bytes into (3, H, W) float32 in [-1, 1]."""
     scaled = pixels.astype(np.float32) / np.float32(255)
     return np.ascontiguousarray(((scaled - np.float32(0.5)) / np.float32(0.5)).transpose(2, 0, 1))
+
+
+def to_mask(alpha: Pixels) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Turn alpha bytes (H, W) into float32 in [0, 1]."""
+    return alpha.astype(np.float32) / np.float32(255)
 
 
 def _with_pillow(filter_: Image.Resampling) -> Callable[[Pixels, Size], Pixels]:
@@ -180,55 +232,39 @@ def _traits(image: Image.Image) -> Trait:
     return traits
 
 
-def _as_rgb(image: Image.Image) -> Pixels:
+def _decode(path: str, orientation: int | None) -> Pixels:
+    """Return RGB, or RGBA where parts may be transparent."""
+    try:
+        teach_pillow(path)
+        with Image.open(path) as image:
+            image.load()
+            turn = _TURNS.get(_orientation(image) if orientation is None else orientation)
+            upright = image.transpose(turn) if turn is not None else image
+            return _as_bytes(upright)
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not a picture, or is damaged at its beginning.") from None
+    except _UNREADABLE as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}.") from None
+
+
+def _as_bytes(image: Image.Image) -> Pixels:
     if image.mode.startswith("I"):
-        grey = np.asarray(image, dtype=np.float64)
-        levels = np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8)
-        return np.repeat(levels[:, :, None], 3, axis=2)
-    return np.asarray(image.convert("RGB"))
+        return _deep_grey_as_bytes(image)
+    return np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
 
 
-def _png_is_whole(file: BinaryIO) -> bool:
-    """Walk the chunks, comparing each checksum, to the end chunk; EXIF data behind the pixels is left to the decoder."""
-    if file.read(len(_PNG_SIGNATURE)) != _PNG_SIGNATURE:
-        return False
-    has_pixels = False
-    while len(head := file.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        if kind == b"eXIf" and has_pixels:
-            return False
-        has_pixels = has_pixels or kind == b"IDAT"
-        checksum = zlib.crc32(kind)
-        for start in range(0, length, _READ_SIZE):
-            checksum = zlib.crc32(file.read(min(_READ_SIZE, length - start)), checksum)
-        if file.read(4) != struct.pack(">I", checksum) and kind[:1].isupper():  # lower case: text and the like, not pixels
-            raise OSError(f"its {kind.decode('latin-1')} chunk is damaged or cut off")
-        if kind == b"IEND":
-            return True
-    return False
-
-
-def _jpeg_is_whole(file: BinaryIO) -> bool:
-    file.seek(-2, os.SEEK_END)
-    return file.read(2) == b"\xff\xd9"
-
-
-def _webp_is_whole(file: BinaryIO) -> bool:
-    head = file.read(12)
-    file.seek(0, os.SEEK_END)
-    return file.tell() >= int(struct.unpack("<I", head[4:8])[0]) + 8
-
-
-def _cannot_tell(file: BinaryIO) -> bool:
-    del file
-    return False
-
-
-_WHOLENESS: dict[str, Callable[[BinaryIO], bool]] = {"PNG": _png_is_whole, "JPEG": _jpeg_is_whole, "WEBP": _webp_is_whole}
-"""By format: whether the file is whole, as far as can be told without decoding."""
+def _deep_grey_as_bytes(image: Image.Image) -> Pixels:
+    """Scale 16-bit grey, which Pillow would clip; one grey of a PNG may stand for transparent."""
+    grey = np.asarray(image, dtype=np.float64)
+    levels = np.clip(np.rint(grey / 257), 0, 255).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    alpha = [] if transparent is None else [np.where(grey == transparent, 0, 255).astype(np.uint8)]
+    return np.dstack([levels, levels, levels, *alpha])
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; shrink it"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__

@@ -10,6 +10,7 @@ import numpy as np
 
 from library.dataset.buckets import BucketChooser, Geometry, Size
 from library.dataset.columns import Flags, Ints, Pictures
+from library.dataset.images import Trait
 from library.options.dataset_config import SectionConfig
 
 
@@ -39,6 +40,8 @@ class Item:
     cache_stem: str
     """Path under which its caches lie, the same from whatever folder it is seen: without extension, but with it where two images
     differ in the extension alone."""
+    has_alpha: bool = False
+    """Whether parts of it may be transparent."""
     conditioning_path: str | None = None
     """The control or mask image that belongs to it."""
 
@@ -147,6 +150,7 @@ class Items(Sequence[Item]):
             is_reg=self._config.subsets[subset].is_reg,
             geometry=self._chooser.geometry(size, bucket),
             cache_stem=pictures.cache_stem(row),
+            has_alpha=bool(pictures.traits[row] & Trait.ALPHA),
             conditioning_path=(pictures.conditioning[row] or None) if pictures.conditioning is not None else None,
         )
 

@@ -23,6 +23,7 @@ from library.dataset.cache_stamps import (
 )
 from library.dataset.cached import LATENT_NAMES, LatentFiles, LatentsInMemory, size_suffix
 from library.dataset.dataset import Dataset
+from library.dataset.images import is_transparent, to_mask
 from library.dataset.items import Item
 from library.dataset.latent_encoder import EncodedImage, LatentEncoder, LatentJob
 from library.files.npz import Arrays, read_npz, write_npz
@@ -83,11 +84,18 @@ class _DiskJob:
 
 def _jobs(dataset: Dataset) -> list[LatentJob]:
     """Gather what has to be encoded; items that are the same image at the same geometry share it."""
-    by_recipe: dict[tuple[str, Geometry, str | None], list[Item]] = defaultdict(list)
+    by_recipe: dict[tuple[str, Geometry, str | None, bool], list[Item]] = defaultdict(list)
     for item in dataset.encoded_items:
-        by_recipe[item.cache_stem, item.geometry, dataset.interpolation(item)].append(item)
+        has_mask = item.has_alpha and dataset.is_masked(item)
+        by_recipe[item.cache_stem, item.geometry, dataset.interpolation(item), has_mask].append(item)
     return [
-        LatentJob(tuple(items), recipe[2], any(dataset.is_mirrored(item) for item in items)) for recipe, items in by_recipe.items()
+        LatentJob(
+            tuple(items),
+            recipe[2],
+            mirrored=any(dataset.is_mirrored(item) for item in items),
+            masked=any(dataset.is_masked(item) for item in items),
+        )
+        for recipe, items in by_recipe.items()
     ]
 
 
@@ -116,10 +124,12 @@ def _share(jobs: Sequence[_DiskJob], process_index: int, num_processes: int) -> 
 
 
 def _in_memory(jobs: Sequence[LatentJob], encoder: LatentEncoder, progress: Progress | None) -> LatentsInMemory:
-    held = {}
+    held, masks = {}, {}
     for encoded in counted(encoder.encode(jobs), len(jobs), progress):
         held.update({item.number: (encoded.latents, encoded.mirrored) for item in encoded.job.items})
-    return LatentsInMemory(held)
+        if encoded.mask is not None:
+            masks.update({item.number: encoded.mask for item in encoded.job.items if item.has_alpha})
+    return LatentsInMemory(held, masks)
 
 
 def _fill_files(
@@ -155,6 +165,7 @@ _REASONS = {
     "crop": "of another size",
     "interpolation": "resized in another way",
     "orientation": "turned in another way",
+    "transparency": "transparent in another way",
 }
 """By part of the stamp: why an entry is made again, in the order in which the parts are compared."""
 
@@ -183,6 +194,7 @@ class _Checker:
             "crop": list(geometry.crop),
             "interpolation": job.interpolation,
             "orientation": job.item.orientation,
+            "transparency": ("masked" if job.masked else "white") if job.item.has_alpha else None,
         }
 
     def verdict(self, job: _DiskJob) -> _Verdict:
@@ -203,10 +215,15 @@ class _Checker:
         reason = next((_REASONS[part] for part in _REASONS if stamp.get(part) != wanted[part]), None)
         if reason is None and job.mirrored and "latents_flipped" not in stamp["checksums"]:
             return "not mirrored yet"
+        if reason is None and job.masked and job.item.has_alpha and "alpha_mask" not in stamp["checksums"]:
+            return "without a mask yet"
         return reason or (None if is_same_source(stamp.get("source"), job.item.path) else "of an image that changed")
 
     def _foreign(self, arrays: Arrays, job: _DiskJob) -> _Verdict:
-        """Judge a file of another program, which sets no image upright and says nothing of where its latents are from."""
+        """Judge a file of another program, which says nothing of where its latents are from.
+
+        It sets no image upright, and keeps what hides under transparent parts.
+        """
         item = job.job.item
         entry = self.files.pick(arrays, self.files.shape(item))
         if entry is None or entry.get("original_size", np.zeros(0)).tolist() != list(item.size):
@@ -218,6 +235,10 @@ class _Checker:
             return _Verdict("turned in another way")
         if job.job.mirrored and "latents_flipped" not in entry:
             return _Verdict("not mirrored yet")
+        if job.job.masked and item.has_alpha and "alpha_mask" not in entry:
+            return _Verdict("without a mask yet")
+        if not job.job.masked and item.has_alpha and is_transparent(item.path):
+            return _Verdict("transparent in another way")
         if not all(np.isfinite(entry[name]).all() for name in ("latents", "latents_flipped") if name in entry):
             return _Verdict("not finite")
         if os.path.getmtime(job.path) < os.path.getmtime(item.path):
@@ -235,9 +256,12 @@ def _write(job: _DiskJob, encoded: EncodedImage, stamp: Stamp, files: LatentFile
     }
     if encoded.mirrored is not None:
         entry["latents_flipped"] = encoded.mirrored.numpy()
+    if encoded.mask is not None:
+        entry["alpha_mask"] = to_mask(encoded.mask.numpy())
     stamped = add_stamp(entry, stamp | {"source": source_stamp(item.path)})
     kept = _other_sizes(job.path, job.suffix, size_suffix(files.shape(item)))
-    write_npz(job.path, kept | {name + job.suffix: array for name, array in stamped.items()})
+    arrays = kept | {name + job.suffix: array for name, array in stamped.items()}
+    write_npz(job.path, arrays, compressed={name for name in arrays if name.startswith("alpha_mask")})
 
 
 def _other_sizes(path: str, suffix: str, own_size: str) -> Arrays:

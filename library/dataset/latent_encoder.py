@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from library.dataset.images import fit, read_pixels, to_model_range
+from library.dataset.images import load_placed, to_model_range
 from library.dataset.items import Item
 from library.dataset.plan import posterior_seed
 from library.models.family import Family
@@ -27,6 +27,8 @@ class LatentJob:
     interpolation: str | None
     mirrored: bool
     """Whether the mirrored image is encoded too."""
+    masked: bool = False
+    """Whether transparency becomes a mask; otherwise transparent parts are white."""
 
     @property
     def item(self) -> Item:
@@ -36,11 +38,20 @@ class LatentJob:
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """The latents of a job, (C, h, w) float32 on the CPU, in cache units."""
+    """The latents of a job, (C, h, w) float32 on the CPU, in cache units, and its mask, (H, W) bytes."""
 
     job: LatentJob
     latents: Tensor
     mirrored: Tensor | None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    pixels: Tensor
+    """(3, H, W) in [-1, 1]."""
+    mask: Tensor | None
+    """(H, W) bytes."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +93,18 @@ class LatentEncoder:
                 yield from self._encode_group(group, images)
 
     @torch.no_grad()
-    def _encode_group(self, group: Sequence[LatentJob], images: Sequence[Tensor]) -> list[EncodedImage]:
-        pixels = torch.stack(list(images)).to(self.device)
+    def _encode_group(self, group: Sequence[LatentJob], images: Sequence[_Decoded]) -> list[EncodedImage]:
+        pixels = torch.stack([image.pixels for image in images]).to(self.device)
         latents = self._encode_images(group, pixels, flipped=False)
         wanting = [position for position, job in enumerate(group) if job.mirrored]
         mirrored: dict[int, Tensor] = {}
         if wanting:
             flipped = self._encode_images([group[i] for i in wanting], pixels[wanting].flip(-1), flipped=True)
             mirrored = dict(zip(wanting, flipped, strict=True))
-        return [EncodedImage(job, latents[position].clone(), mirrored.get(position)) for position, job in enumerate(group)]
+        return [
+            EncodedImage(job, latents[position].clone(), mirrored.get(position), images[position].mask)
+            for position, job in enumerate(group)
+        ]
 
     def _encode_images(self, group: Sequence[LatentJob], pixels: Tensor, *, flipped: bool) -> Tensor:
         noise = torch.stack([self._noise(job.item, flipped=flipped) for job in group]).to(self.device)
@@ -126,9 +140,9 @@ def _in_groups(jobs: Sequence[LatentJob], batch_size: int) -> Iterator[list[Late
         yield group
 
 
-def _decoded_ahead(pool: ThreadPoolExecutor, groups: Iterator[list[LatentJob]]) -> Iterator[tuple[list[LatentJob], list[Tensor]]]:
+def _decoded_ahead(pool: ThreadPoolExecutor, groups: Iterator[list[LatentJob]]) -> Iterator[tuple[list[LatentJob], list[_Decoded]]]:
     """Yield each group with its images, always decoding enough further ones to keep all threads busy."""
-    waiting: deque[tuple[list[LatentJob], list[Future[Tensor]]]] = deque()
+    waiting: deque[tuple[list[LatentJob], list[Future[_Decoded]]]] = deque()
     try:
         for group in groups:
             waiting.append((group, [pool.submit(_decode, job) for job in group]))
@@ -144,6 +158,9 @@ def _decoded_ahead(pool: ThreadPoolExecutor, groups: Iterator[list[LatentJob]]) 
                 image.cancel()
 
 
-def _decode(job: LatentJob) -> Tensor:
-    pixels = fit(read_pixels(job.item.path, job.item.orientation), job.item.geometry, job.interpolation)
-    return torch.from_numpy(to_model_range(pixels))
+def _decode(job: LatentJob) -> _Decoded:
+    item = job.item
+    pixels, alpha = load_placed(
+        item.path, item.orientation, item.geometry.bucket, item.geometry.placement, job.interpolation, with_mask=job.masked
+    )
+    return _Decoded(torch.from_numpy(to_model_range(pixels)), None if alpha is None else torch.from_numpy(alpha.copy()))

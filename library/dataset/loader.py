@@ -17,17 +17,14 @@ from typing import Any
 
 import cv2
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from library.dataset.batch import Batch
-from library.dataset.buckets import crop_top_left
+from library.dataset.batch_images import load_images, size_conditioning
 from library.dataset.cached import LatentsInMemory, TextFiles, TextsInMemory
-from library.dataset.dataset import Dataset, Draws
-from library.dataset.images import fit, read_pixels, to_model_range
-from library.dataset.items import Item
+from library.dataset.dataset import Dataset
 from library.dataset.plan import EpochPlan, Share
-from library.models.family import SizeConditioning, TextCond
+from library.models.family import TextCond
 from library.options.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -163,19 +160,21 @@ def load_batch(dataset: Dataset, epoch: int, share: Share, *, update: int = 0, t
     """
     items = [dataset.item_of(use) for use in share.uses]
     draws = [dataset.draws(use, epoch, update=update, total_updates=total_updates) for use in share.uses]
-    latents = dataset.latents
     texts = dataset.texts if isinstance(dataset.texts, TextFiles) else None
     prior = dataset.config.prior_loss_weight
     pairs = list(zip(items, draws, strict=True))
+    pictures = load_images(dataset, pairs)
     return Batch(
-        images=None if latents else torch.stack([_image(dataset, item, draw) for item, draw in pairs]),
-        latents=torch.stack([latents.read(item, flipped=draw.flipped) for item, draw in pairs]) if latents else None,
+        images=pictures.images,
+        latents=pictures.latents,
         captions=[draw.caption for draw in draws],
         text_cond=stack_cond([texts.read(item, draw.caption) for item, draw in pairs]) if texts else None,
-        sizes=_sizes(items, draws),
+        sizes=size_conditioning(dataset, pairs),
         loss_weights=torch.tensor([share.weight * (prior if item.is_reg else 1.0) for item in items], dtype=torch.float32),
         draw_seeds=[draw.seed for draw in draws],
         image_keys=[item.path for item in items],
+        masks=pictures.masks,
+        conditioning=pictures.conditioning,
     )
 
 
@@ -263,17 +262,3 @@ def _prepare_worker(worker: int) -> None:
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _image(dataset: Dataset, item: Item, draws: Draws) -> Tensor:
-    pixels = fit(read_pixels(item.path, item.orientation), item.geometry, dataset.interpolation(item))
-    return torch.from_numpy(to_model_range(pixels[:, ::-1] if draws.flipped else pixels))
-
-
-def _sizes(items: Sequence[Item], draws: Sequence[Draws]) -> SizeConditioning:
-    crops = [crop_top_left(item.geometry, draw.flipped) for item, draw in zip(items, draws, strict=True)]
-    return SizeConditioning(
-        original_hw=torch.tensor([item.size[::-1] for item in items], dtype=torch.int64),
-        crop_top_left=torch.tensor(crops, dtype=torch.int64),
-        target_hw=torch.tensor([item.geometry.bucket[::-1] for item in items], dtype=torch.int64),
-    )

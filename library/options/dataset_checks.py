@@ -60,6 +60,17 @@ def section_warnings(section: SectionConfig, where: str) -> list[str]:
     return warnings
 
 
+def latent_cache_problems(section: SectionConfig, where: str) -> list[str]:
+    """Return the augmentations that need other pixels at each use, which an image encoded once cannot give."""
+    return [
+        f"{where}: {name} of {subset.source} changes the image from use to use; --cache_latents encodes it once. "
+        f"Switch one of them off."
+        for subset in section.subsets
+        for name in ("color_aug", "random_crop", "face_crop_aug_range")
+        if getattr(subset, name)
+    ]
+
+
 def mask_problems(sections: Sequence[SectionConfig], source: str, masked_loss: bool) -> list[str]:
     """Return what keeps masks from being used, or the loss from having any.
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from library.options.dataset_checks import bucket_limits, mask_problems, section_problems, section_warnings
+from library.options.dataset_checks import bucket_limits, latent_cache_problems, mask_problems, section_problems, section_warnings
 from library.options.dataset_file import Place, read_dataset_file
 from library.options.dataset_folders import SOURCE_OPTIONS, command_line_subsets
 from library.options.dataset_keys import KEYS, DatasetKind, Key, subset_kind
@@ -54,6 +54,8 @@ def load_dataset_config(
         where = f"{reader.source}: dataset {number}" if dataset.dataset_config else reader.source
         reader.problems += section_problems(section, where, size_multiple)
         reader.warnings += section_warnings(section, where)
+        if cache.cache_latents:
+            reader.problems += latent_cache_problems(section, where)
     if image.alpha_mask and any(subset.conditioning_data_dir for section in sections for subset in section.subsets):
         reader.warnings.append("--alpha_mask is not used for images with a conditioning_data_dir, whose images are the masks.")
     if is_sound:
@@ -65,6 +67,7 @@ def load_dataset_config(
         prior_loss_weight=dataset.prior_loss_weight,
         from_file=bool(dataset.dataset_config),
         warnings=tuple(dict.fromkeys(reader.warnings)),
+        true_crop_conditioning=image.true_crop_conditioning,
     )
 
 

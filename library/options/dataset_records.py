@@ -117,3 +117,5 @@ class DatasetConfig:
     from_file: bool
     warnings: tuple[str, ...] = ()
     """What is odd but not wrong, for the log."""
+    true_crop_conditioning: bool = False
+    """Whether SDXL is told the crop that is made instead of what sd-scripts tells it."""

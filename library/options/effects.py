@@ -44,7 +44,9 @@ _EFFECTIVE: dict[type[ScriptOptions], frozenset[str]] = {
             "alpha_mask",
             "bucket_no_upscale",
             "bucket_reso_steps",
+            "color_aug",
             "enable_bucket",
+            "face_crop_aug_range",
             "flip_aug",
             "highvram",
             "max_bucket_reso",
@@ -53,6 +55,7 @@ _EFFECTIVE: dict[type[ScriptOptions], frozenset[str]] = {
             "random_crop",
             "resize_interpolation",
             "seed",
+            "true_crop_conditioning",
             "vae",
             "vae_batch_size",
         }

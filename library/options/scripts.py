@@ -94,6 +94,7 @@ class SdxlTrainOptions(TrainingOptions):
     purpose: ClassVar[str] = "Fine-tune a whole SDXL model: the U-Net, and the text encoders if wanted."
     additions: ClassVar[frozenset[str]] = frozenset(
         {"initial_epoch", "initial_step", "prior_loss_weight", "skip_until_initial_step", "strict_config", "text_cache_variants"}
+        | {"true_crop_conditioning"}
         | ValidationOptions.model_fields.keys()
     )
 
@@ -110,6 +111,7 @@ class SdxlTrainNetworkOptions(TrainingOptions):
     purpose: ClassVar[str] = "Train a LoRA or another network on an SDXL model."
     additions: ClassVar[frozenset[str]] = frozenset(
         {"fused_optimizer_groups", "text_encoder_lr1", "text_encoder_lr2", "strict_config", "text_cache_variants"}
+        | {"true_crop_conditioning"}
     )
 
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
@@ -121,7 +123,7 @@ class SdxlTrainNetworkOptions(TrainingOptions):
 class _CachingOptions(ScriptOptions):
     """What both caching tools take: the options of training, most of them without effect there."""
 
-    additions: ClassVar[frozenset[str]] = frozenset({"strict_config", "text_cache_variants"})
+    additions: ClassVar[frozenset[str]] = frozenset({"strict_config", "text_cache_variants", "true_crop_conditioning"})
 
     model: ModelOptions = field(default_factory=ModelOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)

@@ -125,7 +125,7 @@ def test_an_image_that_became_unreadable_is_named(folder: Path, workers: int) ->
     (folder / "im3.png").write_bytes(b"broken")
     with pytest.raises(UserError) as caught:
         list(make_loader(dataset, 1, num_workers=workers))
-    assert "im3.png cannot be read" in str(caught.value)
+    assert "im3.png is not a picture" in str(caught.value)
     assert "Traceback" not in str(caught.value)
 
 

@@ -27,6 +27,7 @@ class ImageOptions(OptionGroup):
         None, "Crop around the face named in the file name, by a factor between low,high."
     )
     alpha_mask: bool = flag("Use the alpha channel of an image as a mask of its loss.")
+    true_crop_conditioning: bool = flag("Tell SDXL the crop that is made, instead of the value that sd-scripts computes.")
 
     @field_validator("face_crop_aug_range")
     @classmethod
