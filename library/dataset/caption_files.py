@@ -1,8 +1,11 @@
 """Find and read the caption beside an image."""
 
 import os
+import re
 
 from library.options.errors import UserError
+
+_LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def find_caption_file(image_path: str, extension: str) -> str | None:
@@ -34,10 +37,15 @@ def read_caption(path: str, *, multiline: bool) -> str:
         raise UserError(
             f"{path} is an empty caption file. Write a caption into it, or a blank line if none is meant, or delete it."
         )
-    lines = text.splitlines()
+    lines = lines_of(text)
     if multiline:
         return "\n".join(line.strip() for line in lines if line.strip())
-    return lines[0].strip() if lines else ""
+    return lines[0].strip()
+
+
+def lines_of(text: str) -> list[str]:
+    """Return the lines of a caption, at least one; only what editors take for the end of a line ends one, not U+2028."""
+    return _LINE_END.split(text)
 
 
 def read_text(path: str) -> str:

@@ -1,7 +1,9 @@
 """From the text beside an image to the caption of one use of it.
 
 The order of the steps is fixed: dropout, choice of line, prefix and suffix, wildcards, tags, secondary separator. All randomness
-comes from the generator that is passed in.
+comes from the generator that is passed in, and is drawn in that order, as in sd-scripts. Two things differ from it. Prefix and
+suffix belong to whichever line is chosen, not to the first and the last. And a keep_tokens_separator is a mark that does its work
+and goes, also where no tag moves; there the words around it would be trained with it.
 """
 
 import random
@@ -33,7 +35,7 @@ def caption_for_use(
     caption = _with_prefix_and_suffix(_one_line(text, rules, rng), rules)
     if rules.enable_wildcard:
         caption = replace_wildcards(caption, rng)
-    if rules.moves_tags:
+    if rules.moves_tags or (rules.keep_tokens_separator and rules.keep_tokens_separator in caption):
         caption = _rearranged(caption, rules, rng, warmed_up(rules, update, total_updates))
     if rules.secondary_separator:
         caption = caption.replace(rules.secondary_separator, rules.caption_separator)

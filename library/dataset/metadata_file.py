@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from library.dataset.caption_files import lines_of
 from library.dataset.findings import Findings, Kind
 from library.options.errors import UserError
 
@@ -100,8 +101,8 @@ def caption_of(entry: Entry, separator: str, *, multiline: bool) -> str:
     """
     if not multiline:
         return separator.join(text for text in (entry.caption, entry.tags) if text).split("\n")[0]
-    tags = separator.join(line.strip() for line in entry.tags.splitlines() if line.strip())
-    lines = [line.strip() for line in entry.caption.splitlines() if line.strip()] or [""]
+    tags = separator.join(line.strip() for line in lines_of(entry.tags) if line.strip())
+    lines = [line.strip() for line in lines_of(entry.caption) if line.strip()] or [""]
     return "\n".join(separator.join(text for text in (line, tags) if text) for line in lines)
 
 

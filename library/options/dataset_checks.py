@@ -50,13 +50,6 @@ def section_warnings(section: SectionConfig, where: str) -> list[str]:
                 f"{where}: max_bucket_reso is {highest}, so images that are not square are trained at a smaller area "
                 f"than the resolution. {2 * highest} is usual."
             )
-    for subset in section.subsets:
-        rules = subset.captions
-        if rules.keep_tokens_separator and not rules.moves_tags:
-            warnings.append(
-                f"{where}: keep_tokens_separator {rules.keep_tokens_separator!r} stays in the captions of {subset.source}: "
-                f"it has an effect with shuffle_caption, caption_tag_dropout_rate and token_warmup_step only."
-            )
     return warnings
 
 

@@ -37,6 +37,12 @@ def _as_text(value: Any) -> str:
     raise NotThatType("a text in quotes")
 
 
+def _as_separator(value: Any) -> str:
+    if isinstance(value, str) and value:
+        return value
+    raise NotThatType("a text in quotes of at least one character")
+
+
 def _as_extension(value: Any) -> str:
     text = _as_text(value)
     return text if text.startswith(".") else f".{text}"
@@ -127,6 +133,7 @@ _PAIR = r"^\s*0*[1-9][0-9]*\s*(,\s*0*[1-9][0-9]*\s*)?$"
 
 BOOL = ValueType(_as_bool, {"type": "boolean"})
 TEXT = ValueType(_as_text, {"type": "string"})
+SEPARATOR = ValueType(_as_separator, {"type": "string", "minLength": 1})
 EXTENSION = ValueType(_as_extension, {"type": "string"})
 FRACTION = ValueType(_as_fraction, {"type": "number", "minimum": 0, "maximum": 1})
 SHARE = ValueType(_as_share, {"type": "number", "minimum": 0, "exclusiveMaximum": 1})

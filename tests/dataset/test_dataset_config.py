@@ -129,6 +129,7 @@ def test_a_resolution_may_be_a_number_a_pair_or_a_text(tmp_path: Path, written: 
         ("caption_dropout_rate", 1.5, "a number from 0 to 1"),
         ("caption_dropout_rate", True, "a number from 0 to 1"),
         ("caption_separator", 5, "a text in quotes"),
+        ("caption_separator", "", "a text in quotes of at least one character"),
         ("keep_tokens", -1, "a whole number of at least 0"),
         ("keep_tokens", True, "a whole number of at least 0"),
         ("token_warmup_step", -0.5, "a number of at least 0"),
@@ -282,11 +283,6 @@ def test_one_folder_by_two_names_is_used_once_in_a_dataset_but_may_stand_in_two(
 
 def test_a_subset_without_repeats_is_skipped_and_a_dataset_of_nothing_else_refused(tmp_path: Path) -> None:
     assert "no images are left" in problems(write(tmp_path, minimal(tmp_path, subset={"num_repeats": 0})))[0]
-
-
-def test_a_separator_without_effect_is_warned_about(tmp_path: Path) -> None:
-    path = write(tmp_path, minimal(tmp_path, subset={"keep_tokens_separator": "|||"}))
-    assert any("'|||' stays in the captions" in warning for warning in load(path).warnings)
 
 
 def folders(tmp_path: Path, *names: str, **options: Any) -> DatasetConfig:
