@@ -33,6 +33,7 @@ from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes, make_accelerator, shared_seed
 from library.training.interrupt import StopRequest
 from library.training.logs import RunSummary, TrainingLog
+from library.training.looking import look, only_looks
 from library.training.loop import TrainingRun, train
 from library.training.outputs import RunLength, SavePlan
 from library.training.position import Position
@@ -75,7 +76,7 @@ def run_recipe(
     data: DatasetConfig,
     requests: Sequence[ImageRequest],
 ) -> None:
-    """Carry out a training run.
+    """Carry out a training run, or look at its data where `--dataset_report` or `--debug_dataset` asks for that instead.
 
     Args:
         recipe: of the script.
@@ -89,6 +90,9 @@ def run_recipe(
         SystemExit: the run was stopped by a signal, after it was saved.
     """
     saved = saved_place(options.state)
+    if only_looks(options):
+        look(open_family, options, data, saved.seed if saved else None)
+        return
     setting = make_setting(open_family, options, data, saved.seed if saved else None)
     accelerator, length = setting.accelerator, setting.length
     start = start_position(options.state, saved, length, setting.batches_per_epoch, options.length.gradient_accumulation_steps)
