@@ -10,6 +10,7 @@ what else is in the file stays. Latents that are right are kept, so an interrupt
 """
 
 import argparse
+import functools
 import logging
 import os
 import sys
@@ -26,7 +27,6 @@ from library.options.entry import run_script
 from library.options.errors import UsageError, problems_of
 from library.options.groups.console import ConsoleOptions
 from library.options.metadata_tools import folder_problems, source_problems, target_problems
-from library.options.not_built import NOT_BUILT
 
 if TYPE_CHECKING:
     from library.dataset.dataset import Dataset
@@ -91,8 +91,6 @@ def read_command_line(argv: Sequence[str]) -> argparse.Namespace:
         problems.append(f"There is no file or folder {arguments.model_name_or_path}. Name an SDXL checkpoint.")
     if arguments.recursive and not arguments.full_path:
         problems.append("--recursive needs --full_path: images in different folders may have the same name. Add it.")
-    if arguments.alpha_mask and "alpha_mask" in NOT_BUILT:
-        problems.append(f"--alpha_mask is not built yet in this version: {NOT_BUILT['alpha_mask']}. Leave it out.")
     counts = ("batch_size", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
     wrong = [name for name in counts if getattr(arguments, name) < 1]
     problems += [f"--{name} must be at least 1, not {getattr(arguments, name)}." for name in wrong]
@@ -145,16 +143,14 @@ def prepare(arguments: argparse.Namespace, definition: "DatasetConfig") -> None:
         UserError: the metadata, the model or images cannot be read, or the disk is full.
     """
     from library.dataset.dataset import Dataset
-    from library.dataset.latent_cache import cache_latents
-    from library.dataset.latent_encoder import LatentEncoder
     from library.dataset.metadata_edit import images_in, read_entries, write_entries
     from library.models.family import ModelSource
     from library.models.sdxl.family import SdxlFamily
-    from library.options.groups.cache import CacheFileOptions
+    from library.options.groups.cache import CacheOptions
     from library.options.groups.distributed import ProcessGroupOptions
     from library.options.groups.precision import WorkingPrecisionOptions
     from library.training.accelerator import DTypes, make_accelerator
-    from library.training.preparation import caching_bar
+    from library.training.preparation import fill_latents
 
     entries = read_entries(arguments.in_json)
     precision = WorkingPrecisionOptions(mixed_precision=arguments.mixed_precision)
@@ -169,19 +165,11 @@ def prepare(arguments: argparse.Namespace, definition: "DatasetConfig") -> None:
         sys.stdout.write(f"Wrote {arguments.out_json}.\n")
         sys.stdout.flush()
     dtype = DTypes.of(precision, arguments.no_half_vae, None).vae
-    vae = family.load_vae(dtype, accelerator.device)
-    encoder = LatentEncoder(family, vae, accelerator.device, dtype, dataset.seed, arguments.batch_size)
-    with caching_bar("latents", accelerator) as progress:
-        cache_latents(
-            dataset,
-            family,
-            encoder,
-            CacheFileOptions(cache_latents_to_disk=True, skip_cache_check=arguments.skip_existing),
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            progress=progress,
-        )
-    accelerator.wait_for_everyone()
+    load = functools.cache(lambda: family.load_vae(dtype, accelerator.device))
+    options = CacheOptions(
+        cache_latents_to_disk=True, vae_batch_size=arguments.batch_size, skip_cache_check=arguments.skip_existing
+    )
+    fill_latents(dataset, family, load, dtype, options, accelerator)
 
 
 def of_folders(definition: "DatasetConfig", images: Sequence[str]) -> "DatasetConfig":

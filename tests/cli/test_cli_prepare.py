@@ -41,10 +41,11 @@ def test_captions_become_metadata_sizes_and_a_trained_model(tiny_checkpoint: Pat
         width, height = entry["train_resolution"]
         assert np.load(cache)["latents"].shape == (4, height // 8, width // 8)
 
-    sources = ["--in_json", str(ready), "--train_data_dir", str(images), "--resolution", "64", "--enable_bucket", *SIZES, "--flip_aug"]
+    sources = ["--in_json", str(ready), "--train_data_dir", str(images)]
+    settings = ["--resolution", "64", "--enable_bucket", *SIZES, "--flip_aug"]
     model = finetune_arguments(tiny_checkpoint, tmp_path, tmp_path / "out", "--max_train_steps", "2", "--cache_latents_to_disk")
     at = model.index("--dataset_config")
-    trained = run_command([*model[:at], *model[at + 2 :], *sources], script=FINETUNE)
+    trained = run_command([*model[:at], *model[at + 2 :], *sources, *settings], script=FINETUNE)
     assert trained.returncode == 0, trained.stderr
     assert "Latents: 4 taken from the cache, nothing to encode." in trained.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -52,7 +53,7 @@ def test_captions_become_metadata_sizes_and_a_trained_model(tiny_checkpoint: Pat
 
 def test_two_processes_share_the_encoding(tiny_checkpoint: Path, images: Path, tmp_path: Path) -> None:
     (tmp_path / "meta.json").write_text("{}")
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
     paths = [str(path) for path in (images, tmp_path / "meta.json", tmp_path / "ready.json", tiny_checkpoint)]
     script = str(ROOT / "finetune" / "prepare_buckets_latents.py")
     done = run_command([*paths, "--max_resolution", "64,64", *SIZES], launcher, script)

@@ -98,6 +98,17 @@ def test_mirrored_latents_and_the_number_type_can_be_asked_for(folder: Path, tin
     assert np.array_equal(np.load(folder / "a_0128x0128_sdxl.npz")["latents"], plain["latents"])
 
 
+def test_any_text_asks_for_masks(folder: Path, tiny_checkpoint: Path) -> None:
+    alpha = np.tile(np.arange(128, dtype=np.uint8), (128, 1))
+    with Image.open(folder / "a.png") as image:
+        image.putalpha(Image.fromarray(alpha))
+        image.save(folder / "a.png")
+    prepare(folder, tiny_checkpoint)
+    assert "alpha_mask" not in np.load(folder / "a_0128x0128_sdxl.npz")
+    prepare(folder, tiny_checkpoint, "--alpha_mask", "no")
+    assert np.allclose(np.load(folder / "a_0128x0128_sdxl.npz")["alpha_mask"], alpha / 255)
+
+
 def test_another_vae_can_be_given(folder: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -208,7 +219,6 @@ def test_all_wrong_options_are_told_together_before_torch_is_imported(tmp_path: 
     [
         (["--max_resolution", "big"], "--max_resolution big cannot be used: a size in pixels is one whole number or two"),
         (["--max_resolution", "2048,2048"], "max_bucket_reso 256 is below the resolution 2048x2048"),
-        (["--alpha_mask", "yes"], "--alpha_mask is not built yet"),
         (["--bucket_reso_steps", "8"], "bucket_reso_steps is 8, but it must be a multiple of 32"),
     ],
 )
