@@ -88,7 +88,9 @@ class TrainingOptions(ScriptOptions):
     config: ConfigOptions = field(default_factory=ConfigOptions)
 
 
-_TRAINING_ADDITIONS = frozenset({"dataset_report", "strict_config", "text_cache_variants", "true_crop_conditioning"})
+_TRAINING_ADDITIONS = frozenset(
+    {"dataset_report", "masked_loss_normalize", "strict_config", "text_cache_variants", "true_crop_conditioning"}
+)
 
 
 @dataclass(frozen=True)

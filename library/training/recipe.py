@@ -31,6 +31,7 @@ from library.options.dataset_config import DatasetConfig
 from library.options.record import option_values
 from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes, make_accelerator, shared_seed
+from library.training.data_terms import describe_data_terms
 from library.training.interrupt import StopRequest
 from library.training.logs import RunSummary, TrainingLog
 from library.training.looking import look, only_looks
@@ -184,7 +185,14 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
     noise_schedule = NoiseSchedule.make(zero_terminal_snr=options.noise.zero_terminal_snr, device=accelerator.device)
     objective = DdpmObjective(noise_schedule, options.model.v_parameterization, options.noise, options.loss)
     report(setting, objective)
-    step = TrainStep(trained.trainable.module, parts, objective, train_text=trained.trains_text)
+    step = TrainStep(
+        trained.trainable.module,
+        parts,
+        objective,
+        train_text=trained.trains_text,
+        set_strength=trained.trainable.set_strength,
+        masks_from_control=options.loss.masked_loss,
+    )
     prepared_step, prepared = accelerator.prepare(step, optimizer)
     parameters = [parameter for group in trained.groups for parameter in group["params"]]
     run = TrainingRun(
@@ -247,7 +255,7 @@ def report(setting: Setting, objective: DdpmObjective) -> None:
         num_processes=setting.accelerator.num_processes,
         accumulation=setting.options.length.gradient_accumulation_steps,
         total_updates=setting.length.total_updates,
-        loss_terms=objective.describe(),
+        loss_terms=objective.describe() + describe_data_terms(setting.dataset.config, setting.options.loss),
     )
     log.info("Training\n%s", "\n".join(summary.lines()))
 
