@@ -42,7 +42,7 @@ def load_images(dataset: Dataset, pairs: Pairs) -> BatchImages:
         images = [_image(dataset, item, draw) for item, draw in pairs]
         masks = torch.stack([mask for _, mask in images]) if masked else None
         return BatchImages(torch.stack([image for image, _ in images]), None, masks, conditioning)
-    read = [latents.read(item, flipped=draw.flipped) for item, draw in pairs]
+    read = [latents.read(item, flipped=draw.flipped, seed=draw.seed) for item, draw in pairs]
     masks = torch.stack([_cached_mask(dataset, item, draw) for item, draw in pairs]) if masked else None
     return BatchImages(None, torch.stack(read), masks, conditioning)
 

@@ -2,7 +2,7 @@
 
 The files have the layout of sd-scripts. A latent file holds `latents` (C, h, w), `latents_flipped`, `original_size`, `crop_ltrb`,
 `alpha_mask` (H, W) in pixels; an image that is trained at several sizes has them once more for each further size, with `_<h>x<w>`
-after the names.
+after the names. `latents_posterior` (2C, h, w), the mean in front of the log-variance, is ours.
 """
 
 import os
@@ -16,12 +16,16 @@ from torch import Tensor
 
 from library.dataset.cache_stamps import STAMP_NAME, Stamp, read_stamp
 from library.dataset.items import Item
+from library.diffusion.posterior import posterior_noise, sample_posterior
 from library.files.npz import Arrays, read_npz
 from library.models.family import LatentCacheSpec, TextCacheSpec, TextCond
 from library.options.errors import UserError
 
-LATENT_NAMES = ("latents", "latents_flipped", "original_size", "crop_ltrb", "alpha_mask", STAMP_NAME)
-"""The arrays of one size of an image; the last is ours."""
+LATENT_NAMES = (
+    "latents", "latents_flipped", "original_size", "crop_ltrb", "alpha_mask",
+    "latents_posterior", "latents_flipped_posterior", STAMP_NAME,
+)  # fmt: skip
+"""The arrays of one size of an image; those of the second line are ours."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,15 @@ class LatentFiles:
 
     Args:
         spec: how the family names the files.
+        channels: of latents, C.
         stride: pixels per latent position.
+        posterior: read mean and log-variance, and draw latents from them.
     """
 
     spec: LatentCacheSpec
+    channels: int
     stride: int
+    posterior: bool = False
 
     def path(self, item: Item) -> str:
         """Return the file of an item: its caching name, its size as width x height of at least four digits, the family's suffix."""
@@ -50,24 +58,35 @@ class LatentFiles:
         """Return the arrays of one size under their plain names, or None if the file does not hold it."""
         for suffix in (size_suffix(shape), ""):
             latents = arrays.get(f"latents{suffix}")
-            if latents is not None and latents.shape[-2:] == shape:
+            if latents is not None and latents.shape == (self.channels, *shape):
                 return {name: arrays[name + suffix] for name in LATENT_NAMES if name + suffix in arrays}
         return None
 
-    def read(self, item: Item, *, flipped: bool) -> Tensor:
+    def read(self, item: Item, *, flipped: bool, seed: int = 0) -> Tensor:
         """Return an item's latents (C, h, w), float32, in cache units.
+
+        Args:
+            item: the image.
+            flipped: give the mirrored ones.
+            seed: of the use they are for; decides the draw where the posterior is cached.
 
         Raises:
             UserError: the file is gone, damaged, or lacks the size or the mirrored latents.
         """
         path, shape = self.path(item), self.shape(item)
-        name = "latents_flipped" if flipped else "latents"
-        arrays = read_npz(path, keys={name, name + size_suffix(shape), "latents", "latents" + size_suffix(shape)})
-        picked = self.pick(arrays, shape)
-        if picked is None or name not in picked:
-            what = f"{'mirrored ' if flipped else ''}latents of {item.path} at {item.geometry.bucket[0]}x{item.geometry.bucket[1]}"
-            raise UserError(f"{path} does not hold the {what}. Leave out --skip_cache_check, or delete it, to have it made again.")
-        return torch.from_numpy(picked[name].astype(np.float32, copy=False))
+        name = ("latents_flipped" if flipped else "latents") + ("_posterior" if self.posterior else "")
+        arrays = read_npz(path, keys={name, name + size_suffix(shape)})
+        wanted = (self.channels * (1 + self.posterior), *shape)
+        array = next((each for key in (name + size_suffix(shape), name) if (each := arrays.get(key)) is not None
+                      and each.shape == wanted), None)  # fmt: skip
+        if array is None:
+            what = f"{'posterior of the ' if self.posterior else ''}{'mirrored ' if flipped else ''}latents"
+            width, height = item.geometry.bucket
+            raise UserError(
+                f"{path} does not hold the {what} of {item.path} at {width}x{height}. "
+                "Leave out --skip_cache_check, or delete it, to have it made again."
+            )
+        return _drawn(torch.from_numpy(array.astype(np.float32, copy=False)), seed, posterior=self.posterior)
 
     def read_mask(self, item: Item) -> Tensor:
         """Return the mask (H, W) of an item's pixels, float32 in [0, 1], not mirrored.
@@ -88,18 +107,22 @@ class LatentsInMemory:
     """Latents held by this process.
 
     Args:
-        latents: by item number, upright and, where the subset mirrors, mirrored; (C, h, w) float32.
+        latents: by item number, upright and, where the subset mirrors, mirrored; (C, h, w) float32, or (2C, h, w) of posteriors.
         masks: by item number, where transparency masks the loss; (H, W) bytes.
+        posterior: the latents are posteriors, mean in front of log-variance, to be drawn from.
     """
 
-    def __init__(self, latents: Mapping[int, tuple[Tensor, Tensor | None]], masks: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self, latents: Mapping[int, tuple[Tensor, Tensor | None]], masks: Mapping[int, Tensor], *, posterior: bool = False
+    ) -> None:
         self._latents = latents
         self._masks = masks
+        self._posterior = posterior
 
-    def read(self, item: Item, *, flipped: bool) -> Tensor:
-        """Return an item's latents (C, h, w), float32, in cache units."""
+    def read(self, item: Item, *, flipped: bool, seed: int = 0) -> Tensor:
+        """Return an item's latents (C, h, w), float32, in cache units; see `LatentFiles.read`."""
         upright, mirrored = self._latents[item.number]
-        return mirrored if flipped and mirrored is not None else upright
+        return _drawn(mirrored if flipped and mirrored is not None else upright, seed, posterior=self._posterior)
 
     def read_mask(self, item: Item) -> Tensor:
         """Return the mask (H, W) of an item's pixels, float32 in [0, 1], not mirrored."""
@@ -184,6 +207,14 @@ class TextsInMemory:
     def read(self, caption: str) -> TextCond:
         """Return the outputs of a caption, without a batch axis."""
         return self._outputs[caption]
+
+
+def _drawn(latents: Tensor, seed: int, *, posterior: bool) -> Tensor:
+    """Draw latents with the noise that images encoded while training get, so that both give the same."""
+    if not posterior:
+        return latents
+    channels, height, width = latents.shape
+    return sample_posterior(latents, posterior_noise([seed], (channels // 2, height, width))[0])
 
 
 def size_suffix(shape: tuple[int, int]) -> str:

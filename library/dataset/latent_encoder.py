@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from library.dataset.images import load_placed, to_model_range
 from library.dataset.items import Item
 from library.dataset.plan import posterior_seed
+from library.diffusion.posterior import sample_posterior
 from library.models.family import Family
 from library.options.errors import UserError
 
@@ -37,12 +38,22 @@ class LatentJob:
 
 
 @dataclass(frozen=True)
+class Latents:
+    """What the VAE gives for an image, float32 on the CPU, in cache units."""
+
+    sample: Tensor
+    """(C, h, w)."""
+    posterior: Tensor | None
+    """(2C, h, w), the mean in front of the log-variance."""
+
+
+@dataclass(frozen=True)
 class EncodedImage:
-    """The latents of a job, (C, h, w) float32 on the CPU, in cache units, and its mask, (H, W) bytes."""
+    """The latents of a job and its mask, (H, W) bytes."""
 
     job: LatentJob
-    latents: Tensor
-    mirrored: Tensor | None
+    upright: Latents
+    mirrored: Latents | None
     mask: Tensor | None = None
 
 
@@ -66,6 +77,7 @@ class LatentEncoder:
         seed: with the image file's name it decides the posterior sample.
         batch_size: images per call.
         keep_device_memory: leave freed memory with torch as long as the image size stays.
+        posterior: give the posterior too.
     """
 
     family: Family
@@ -75,6 +87,7 @@ class LatentEncoder:
     seed: int
     batch_size: int = 1
     keep_device_memory: bool = False
+    posterior: bool = False
 
     def encode(self, jobs: Sequence[LatentJob]) -> Iterator[EncodedImage]:
         """Yield the latents of all jobs, in an order that keeps images of a bucket together.
@@ -95,25 +108,29 @@ class LatentEncoder:
     @torch.no_grad()
     def _encode_group(self, group: Sequence[LatentJob], images: Sequence[_Decoded]) -> list[EncodedImage]:
         pixels = torch.stack([image.pixels for image in images]).to(self.device)
-        latents = self._encode_images(group, pixels, flipped=False)
+        upright = self._encode_images(group, pixels, flipped=False)
         wanting = [position for position, job in enumerate(group) if job.mirrored]
-        mirrored: dict[int, Tensor] = {}
+        mirrored: dict[int, Latents] = {}
         if wanting:
             flipped = self._encode_images([group[i] for i in wanting], pixels[wanting].flip(-1), flipped=True)
             mirrored = dict(zip(wanting, flipped, strict=True))
-        return [
-            EncodedImage(job, latents[position].clone(), mirrored.get(position), images[position].mask)
-            for position, job in enumerate(group)
-        ]
+        return [EncodedImage(job, upright[i], mirrored.get(i), images[i].mask) for i, job in enumerate(group)]
 
-    def _encode_images(self, group: Sequence[LatentJob], pixels: Tensor, *, flipped: bool) -> Tensor:
+    def _encode_images(self, group: Sequence[LatentJob], pixels: Tensor, *, flipped: bool) -> list[Latents]:
         noise = torch.stack([self._noise(job.item, flipped=flipped) for job in group]).to(self.device)
-        latents = self.family.encode_images(self.load_vae(), pixels, noise).float().cpu()
-        finite = latents.isfinite().flatten(1).all(dim=1)
+        posteriors: Sequence[Tensor | None] = [None] * len(group)
+        if self.posterior:
+            moments = self.family.encode_posterior(self.load_vae(), pixels).float()
+            samples = sample_posterior(moments, noise.to(moments)).cpu()
+            posteriors = moments.cpu().unbind()
+        else:
+            samples = self.family.encode_images(self.load_vae(), pixels, noise).float().cpu()
+        finite = samples.isfinite().flatten(1).all(dim=1)
         if not finite.all():
             bad = ", ".join(job.item.path for job, is_finite in zip(group, finite.tolist(), strict=True) if not is_finite)
             raise UserError(f"The VAE gives latents that are not finite for {bad}. {self._advice()}")
-        return latents
+        pairs = zip(samples, posteriors, strict=True)  # copies, or each would keep the whole group in memory
+        return [Latents(sample.clone(), None if posterior is None else posterior.clone()) for sample, posterior in pairs]
 
     def _advice(self) -> str:
         if self.dtype == torch.float32:

@@ -153,6 +153,14 @@ class Family(Protocol):
             noise: (B, C, h, w) standard normal draws of the posterior, so that the caller owns the randomness.
         """
 
+    def encode_posterior(self, vae: nn.Module, images: Tensor) -> Tensor:
+        """Return what `encode_images` samples from, in cache units: (B, 2C, h, w) float32, the mean in front of the log-variance.
+
+        Args:
+            vae: as `load_vae` gives it.
+            images: (B, 3, H, W) in [-1, 1].
+        """
+
     def to_model_units(self, latents: Tensor) -> Tensor:
         """Cache units to what the denoiser sees (SDXL: times 0.13025)."""
 

@@ -68,6 +68,9 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
     yield from _sample_problems(options.sample)
     yield from _logging_problems(options.logging)
     yield from _start_problems(options)
+    cache = options.cache
+    if cache.cache_latents_posterior and not cache.cache_latents:
+        yield "--cache_latents_posterior needs --cache_latents or --cache_latents_to_disk."
     if options.dataset.persistent_data_loader_workers and options.dataset.max_data_loader_n_workers == 0:
         yield "--persistent_data_loader_workers needs workers, but --max_data_loader_n_workers is 0. Leave one of them out."
 

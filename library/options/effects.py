@@ -44,6 +44,7 @@ _EFFECTIVE: dict[type[ScriptOptions], frozenset[str]] = {
             "alpha_mask",
             "bucket_no_upscale",
             "bucket_reso_steps",
+            "cache_latents_posterior",
             "color_aug",
             "enable_bucket",
             "face_crop_aug_range",

@@ -164,7 +164,16 @@ def fill_latents(
         options: memory or disk.
         accelerator: knows the processes that share the work.
     """
-    encoder = LatentEncoder(family, load, accelerator.device, dtype, dataset.seed, options.vae_batch_size, options.highvram)
+    encoder = LatentEncoder(
+        family,
+        load,
+        accelerator.device,
+        dtype,
+        dataset.seed,
+        batch_size=options.vae_batch_size,
+        keep_device_memory=options.highvram,
+        posterior=options.cache_latents_posterior,
+    )
     with caching_bar("latents", accelerator, is_shared=options.cache_latents_to_disk) as progress:
         report = cache_latents(
             dataset,

@@ -1,5 +1,6 @@
 """Small datasets of real files, and a family whose encoders are arithmetic."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from library.models.family import LatentCacheSpec, TextCacheSpec, TextCond, Tokens
 from library.options.dataset_config import CaptionRules, DatasetConfig, SectionConfig, SubsetConfig
+
+POSTERIOR_STD = 0.01
+"""Of the fake VAE's posterior, everywhere."""
 
 
 def make_image(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0, **save: Any) -> Path:
@@ -89,10 +93,17 @@ class FakeFamily:
         }
 
     def encode_images(self, vae: FakeVae, images: Tensor, noise: Tensor) -> Tensor:
+        latents = self._mean(vae, images) + POSTERIOR_STD * noise
+        return latents * float("inf") if vae.poison else latents
+
+    def encode_posterior(self, vae: FakeVae, images: Tensor) -> Tensor:
+        mean = self._mean(vae, images)
+        return torch.cat([mean, torch.full_like(mean, 2 * math.log(POSTERIOR_STD))], dim=1)
+
+    def _mean(self, vae: FakeVae, images: Tensor) -> Tensor:
         vae.seen += len(images)
         small = torch.nn.functional.avg_pool2d(images, 8)
-        latents = torch.cat([small, small.mean(1, keepdim=True)], dim=1) + 0.01 * noise
-        return latents * float("inf") if vae.poison else latents
+        return torch.cat([small, small.mean(1, keepdim=True)], dim=1)
 
 
 _NAMES = {"hidden1": "hidden_state1", "hidden2": "hidden_state2", "pool2": "pool2"}

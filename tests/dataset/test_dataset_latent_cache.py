@@ -292,12 +292,17 @@ def test_latents_that_are_not_finite_stop_caching_with_the_name_and_the_way_out(
 
 
 def test_what_was_written_before_an_interruption_is_kept(folder: Path, family: FakeFamily, vae: FakeVae) -> None:
-    def interrupt(done: int, total: int) -> None:
-        if done == 3:
-            raise KeyboardInterrupt
+    encode = family.encode_images
 
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        if vae.seen == 3:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    family.encode_images = interrupted
     with pytest.raises(KeyboardInterrupt):
-        cache(dataset_of(folder), family, vae, progress=interrupt)
+        cache(dataset_of(folder), family, vae, DISK.model_copy(update={"vae_batch_size": 1}))
+    family.encode_images = encode
     report = cache(dataset_of(folder), family, vae)
     assert (report.kept, report.made.total()) == (3, 2)
     assert not list(folder.glob(".*"))
@@ -333,3 +338,13 @@ def test_batches_carry_cached_latents_mirrored_where_flipped(
         assert torch.allclose(cached.latents[:, :3], pooled, atol=0.06)
         assert cached.latents.dtype == torch.float32
         assert torch.equal(cached.sizes.crop_top_left, live.sizes.crop_top_left)
+
+
+def test_going_back_and_forth_between_sizes_encodes_each_once(folder: Path, family: FakeFamily, vae: FakeVae) -> None:
+    assert cache(dataset_of(folder), family, vae).made == {"new": 5}
+    assert cache(dataset_of(folder, resolution=(96, 96)), family, vae).made == {"of another size": 5}
+    with np.load(folder / "im0_0064x0064_sdxl.npz") as archive:
+        assert archive["latents"].shape == (4, 12, 12)  # what sd-scripts reads is the size that was cached last
+        assert archive["latents_8x8"].shape == (4, 8, 8)
+    assert cache(dataset_of(folder), family, vae).kept == 5
+    assert cache(dataset_of(folder, resolution=(96, 96)), family, vae).kept == 5

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from library.diffusion.posterior import sample_posterior
 from library.models.sdxl.build import build_part
 from library.models.sdxl.single_file import single_file_vae
 from library.models.sdxl.sizes import SdxlSizes, vae_sizes
@@ -61,6 +62,9 @@ def test_encoding_and_decoding_equal_diffusers(family, pipeline) -> None:
         posterior = pipeline.vae.encode(images).latent_dist
         latents = family.encode_images(ours, images, noise)
         torch.testing.assert_close(latents, posterior.mean + posterior.std * noise, rtol=1e-5, atol=1e-5)
+        moments = family.encode_posterior(ours, images)
+        torch.testing.assert_close(moments, torch.cat([posterior.mean, posterior.logvar], dim=1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sample_posterior(moments, noise), latents, rtol=1e-5, atol=1e-5)
         units = family.to_model_units(latents)
         torch.testing.assert_close(units, latents * 0.13025)
         decoded = family.decode_latents(ours, units)

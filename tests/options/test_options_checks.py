@@ -31,6 +31,7 @@ REFUSED = [
     ("--dim_from_weights", "needs --network_weights"),
     ("--network_weights missing.safetensors", "there is no file missing.safetensors"),
     ("--network_train_unet_only --network_train_text_encoder_only", "leave nothing to train"),
+    ("--cache_latents_posterior", "--cache_latents_posterior needs --cache_latents"),
     ("--network_train_text_encoder_only --cache_text_encoder_outputs_to_disk", "excludes --cache_text_encoder_outputs"),
     ("--unet_lr 0 --text_encoder_lr 0", "so nothing is trained"),
     ("--text_encoder_lr 1 2 3", "one for each of the two text encoders, not 3"),

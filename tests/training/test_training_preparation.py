@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -90,6 +91,17 @@ def test_sample_images_get_their_models_all_the_same(folder: Path, monkeypatch: 
         assert text.prompts == [("a prompt", 2)]
         assert isinstance(prepare_latents(cached, keep=True), FakeVae)
         assert family.loaded == ["text encoders", "vae"]
+
+
+def test_the_posterior_is_cached_where_it_is_asked_for(folder: Path) -> None:
+    for posterior in (False, True):
+        cached = setting(folder, LoadingFamily(), cache_latents_posterior=posterior, **DISK)
+        prepare_latents(cached, keep=False)
+        with np.load(folder / "a_0064x0064_sdxl.npz") as archive:
+            assert ("latents_posterior" in archive.files) == posterior
+    latents, item = cached.dataset.latents, cached.dataset.items[0]
+    assert latents is not None
+    assert not torch.equal(latents.read(item, flipped=False, seed=1), latents.read(item, flipped=False, seed=2))
 
 
 def test_one_line_tells_what_was_done(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from library.diffusion.posterior import posterior_noise
 from library.training.position import Position
-from library.training.step import ModelParts, NanWatch, TrainStep, posterior_noise
+from library.training.step import ModelParts, NanWatch, TrainStep
 from tests.training.fake_run import FakeFamily, FakeRun, dataset
 
 

@@ -133,12 +133,15 @@ class SdxlFamily:
         Returns:
             (B, 4, H/8, W/8) float32.
         """
-        weight = next(vae.parameters())
-        with torch.autocast(weight.device.type, enabled=False):
-            posterior = cast(Any, vae).encode(images.to(weight.device, weight.dtype)).latent_dist
+        posterior = _posterior(vae, images)
         mean: Tensor = posterior.mean.float()
         sample: Tensor = mean + posterior.std.float() * noise.to(mean)
         return sample
+
+    def encode_posterior(self, vae: nn.Module, images: Tensor) -> Tensor:
+        """Return the VAE posterior's mean and log-variance, unscaled; see `Family.encode_posterior`."""
+        posterior = _posterior(vae, images)
+        return torch.cat([posterior.mean.float(), posterior.logvar.float()], dim=1)
 
     def to_model_units(self, latents: Tensor) -> Tensor:
         """Scale latents of the VAE to the standard deviation of about 1 that the U-Net sees."""
@@ -244,6 +247,13 @@ class SdxlFamily:
     def _load(self, part: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
         module = build_part(part, self.sizes)
         return fill(module, self.checkpoint.parts[part], file_names(module), dtype, device)
+
+
+def _posterior(vae: nn.Module, images: Tensor) -> Any:
+    """Run a VAE's encoder, also under autocast, in the dtype of its weights."""
+    weight = next(vae.parameters())
+    with torch.autocast(weight.device.type, enabled=False):
+        return cast(Any, vae).encode(images.to(weight.device, weight.dtype)).latent_dist
 
 
 def _flat_ids(ids: Tensor, encoder: nn.Module) -> Tensor:

@@ -14,6 +14,9 @@ class CacheFileOptions(OptionGroup):
 
     cache_latents: bool = flag("Encode every image once before training and keep the latents in memory.")
     cache_latents_to_disk: bool = flag("Keep the latents on disk beside the images; implies --cache_latents.")
+    cache_latents_posterior: bool = flag(
+        "Cache what the VAE says of an image, mean and log-variance, and draw latents from it anew at each use."
+    )
     vae_batch_size: int = option(1, "Images per call of the VAE.", ge=1)
     skip_cache_check: bool = flag("Trust cache files that exist without opening them.")
     cache_text_encoder_outputs: bool = flag("Encode every caption once before training and keep the results in memory.")
