@@ -52,7 +52,7 @@ def read_dataset_file(path: str) -> DatasetFile:
     """
     content = _parsed(path)
     tables = DatasetFile(Place(GENERAL, {}))
-    tables.problems += [f"{path}: {_unknown_top_level(name)}" for name in content if name not in ("general", "datasets")]
+    tables.problems += [f"{path}: {_unknown_top_level(name)}" for name in content if name not in ("general", "datasets", "$schema")]
     general = content.get("general") or {}
     if isinstance(general, dict):
         tables.general = Place(GENERAL, general)

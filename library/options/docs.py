@@ -1,6 +1,7 @@
 """Write the pages that follow from the declarations: `python -m library.options.docs`.
 
-`docs/options.md` is for readers; `docs/options.schema.json` lets an editor complete and check configuration files.
+`docs/options.md` is for readers; `docs/options.schema.json` lets an editor complete and check configuration files, and
+`docs/schemas/dataset.schema.json` dataset files.
 """
 
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from library.options.config_file import NOT_WRITTEN
+from library.options.dataset_schema import dataset_schema_text
 from library.options.effects import effective_options
 from library.options.not_built import NOT_BUILT
 from library.options.record import Kind, Option, options_of
@@ -84,10 +86,11 @@ def config_schema() -> dict[str, Any]:
 
 
 def write_pages(folder: Path = DOCS) -> None:
-    """Write both pages to `folder`."""
-    folder.mkdir(exist_ok=True)
+    """Write all pages to `folder`."""
+    (folder / "schemas").mkdir(parents=True, exist_ok=True)
     (folder / "options.md").write_text(options_page(), encoding="utf-8")
     (folder / "options.schema.json").write_text(schema_text(), encoding="utf-8")
+    (folder / "schemas" / "dataset.schema.json").write_text(dataset_schema_text(), encoding="utf-8")
 
 
 def schema_text() -> str:

@@ -1,5 +1,6 @@
 """The options page and the editor schema follow from the declarations."""
 
+from library.options.dataset_schema import dataset_schema_text
 from library.options.docs import DOCS, config_schema, options_page, schema_text, write_pages
 from library.options.not_built import NOT_BUILT
 from library.options.record import options_of
@@ -14,6 +15,10 @@ def test_the_committed_options_page_is_current():
 
 def test_the_committed_schema_is_current():
     assert (DOCS / "options.schema.json").read_text(encoding="utf-8") == schema_text(), RENEW
+
+
+def test_the_committed_schema_of_dataset_files_is_current():
+    assert (DOCS / "schemas" / "dataset.schema.json").read_text(encoding="utf-8") == dataset_schema_text(), RENEW
 
 
 def test_every_option_has_one_row_for_each_topic_it_stands_in():
@@ -47,3 +52,4 @@ def test_the_schema_knows_types_ranges_and_choices_and_no_secrets():
 def test_pages_are_written_to_a_folder(tmp_path):
     write_pages(tmp_path / "docs")
     assert (tmp_path / "docs" / "options.md").read_text(encoding="utf-8") == options_page()
+    assert (tmp_path / "docs" / "schemas" / "dataset.schema.json").read_text(encoding="utf-8") == dataset_schema_text()
