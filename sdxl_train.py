@@ -32,7 +32,7 @@ from library.training.inputs import dataset_definition, input_problems, sample_r
 
 def main(argv: Sequence[str]) -> None:
     """Check everything that can be checked without loading anything, then train."""
-    options = parse(SdxlTrainOptions, argv, input_problems)
+    options = parse(SdxlTrainOptions, argv, lambda options: input_problems(options, trains_network=False))
     set_up_logging(options.console)
     data = dataset_definition(options)
     train(options, data, sample_requests(options, data.sections[0].resolution))

@@ -30,7 +30,7 @@ from networks.lora_args import parse_lora_args
 
 def main(argv: Sequence[str]) -> None:
     """Check everything that can be checked without loading anything, then train."""
-    options = parse(SdxlTrainNetworkOptions, argv, lambda options: input_problems(options, network_arguments))
+    options = parse(SdxlTrainNetworkOptions, argv, lambda options: input_problems(options, network_arguments, trains_network=True))
     set_up_logging(options.console)
     data = dataset_definition(options)
     train(options, data, sample_requests(options, data.sections[0].resolution))

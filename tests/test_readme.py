@@ -9,12 +9,17 @@ from pathlib import Path
 import pytest
 
 import start
+from finetune import clean_captions_and_tags, prepare_buckets_latents
+from finetune.merge_captions_to_metadata import command_line as captions_parser
+from finetune.merge_dd_tags_to_metadata import command_line as tags_parser
 from library.generation.plan import raise_refusals, read_prompts
 from library.options.dataset_config import load_dataset_config
 from library.options.errors import UsageError
 from library.options.groups.generation import PromptOptions
+from library.options.metadata_tools import merge_request
 from library.options.parse import parse
 from library.options.scripts import SdxlGenImgOptions, SdxlTrainNetworkOptions, SdxlTrainOptions
+from tools import resize_images_to_resolution, show_metadata
 from tools.bench import BenchScriptOptions, check
 from tools.convert_sdxl import command_line as convert_parser
 from tools.convert_sdxl import output_layout
@@ -56,8 +61,14 @@ ACCEPT: dict[str, Callable[[list[str]], object]] = {
     "sdxl_train.py": lambda arguments: parse(SdxlTrainOptions, arguments),
     "sdxl_train_network.py": lambda arguments: parse(SdxlTrainNetworkOptions, arguments),
     "sdxl_gen_img.py": lambda arguments: parse(SdxlGenImgOptions, arguments),
+    "finetune/clean_captions_and_tags.py": clean_captions_and_tags.read_command_line,
+    "finetune/merge_captions_to_metadata.py": lambda arguments: merge_request(captions_parser().parse_args(arguments)),
+    "finetune/merge_dd_tags_to_metadata.py": lambda arguments: merge_request(tags_parser().parse_args(arguments)),
+    "finetune/prepare_buckets_latents.py": prepare_buckets_latents.read_command_line,
     "tools/bench.py": accept_bench,
     "tools/convert_sdxl.py": lambda arguments: output_layout(convert_parser().parse_args(arguments)),
+    "tools/resize_images_to_resolution.py": resize_images_to_resolution.read_command_line,
+    "tools/show_metadata.py": lambda arguments: show_metadata.command_line().parse_args(arguments),
     "examples/toy/evaluate.py": lambda arguments: evaluate.command_line().parse_args(arguments),
     "examples/toy/make.py": lambda arguments: make.command_line().parse_args(arguments),
 }

@@ -39,6 +39,7 @@ Size = tuple[int, int]
 
 RESAMPLERS = {"area": "area", "cubic": "cubic", "lanczos4": "lanczos", "nearest": "nearest", "linear": "linear", "box": "box"}
 """By name of `--interpolation`: the resampling method as training knows it."""
+OPAQUE = 255
 _CACHES = (".npz", ".safetensors")
 """Endings of files that hold a picture at its old size."""
 
@@ -158,11 +159,12 @@ def shrink(path: Path, order: Order) -> Iterator[tuple[Size, "Image.Image"]]:
     Raises:
         UserError: it cannot be read, or nothing would be left of it.
     """
-    from library.dataset.images import Trait, inspect_image, read_pixels
+    from library.dataset.images import inspect_image, read_with_alpha
 
     facts = inspect_image(str(path))
-    pixels = read_pixels(str(path), facts.orientation)
-    alpha = _alpha(path) if Trait.ALPHA in facts.traits else None
+    pixels = read_with_alpha(str(path), facts.orientation)
+    if pixels[..., 3].min() == OPAQUE:
+        pixels = pixels[..., :3]
     profile = _colour_profile(path)
     for size in order.sizes:
         (width, height), kept = shrunk_and_cut(facts.size, size, order.divisible_by)
@@ -172,7 +174,7 @@ def shrink(path: Path, order: Order) -> Iterator[tuple[Size, "Image.Image"]]:
                 f"--divisible_by {order.divisible_by} leaves {_text(kept)}. Remove it or lower --divisible_by."
             )
         left, top = (width - kept[0]) // 2, (height - kept[1]) // 2
-        picture = _shrunk(pixels, alpha, (width, height), order.interpolation).crop((left, top, left + kept[0], top + kept[1]))
+        picture = _shrunk(pixels, (width, height), order.interpolation).crop((left, top, left + kept[0], top + kept[1]))
         picture.info["icc_profile"] = profile
         yield size, picture
 
@@ -252,29 +254,19 @@ def _resize(path: Path, order: Order) -> str | None:
     return None
 
 
-def _shrunk(pixels: "Pixels", alpha: "Pixels | None", size: Size, interpolation: str | None) -> "Image.Image":
+def _shrunk(pixels: "Pixels", size: Size, interpolation: str | None) -> "Image.Image":
     """Resize a picture; where it is transparent, colours count by how much they are seen."""
     import numpy as np
     from PIL import Image
 
     from library.dataset.images import resize
 
-    if alpha is None:
-        return Image.fromarray(resize(pixels, size, interpolation))
-    weighted = np.asarray(Image.fromarray(np.dstack([pixels, alpha])).convert("RGBa"))
+    if pixels.shape[-1] == 3:
+        return Image.fromarray(resize(np.ascontiguousarray(pixels), size, interpolation))
+    weighted = np.asarray(Image.fromarray(pixels).convert("RGBa"))
     colours = resize(np.ascontiguousarray(weighted[..., :3]), size, interpolation)
-    opacity = resize(alpha, size, interpolation)
+    opacity = resize(np.ascontiguousarray(pixels[..., 3]), size, interpolation)
     return Image.frombytes("RGBa", size, np.dstack([colours, opacity]).tobytes()).convert("RGBA")
-
-
-def _alpha(path: Path) -> "Pixels | None":
-    """Return the opacity (H, W) of an upright picture, or None if it is opaque everywhere."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        opacity = np.asarray(ImageOps.exif_transpose(image).convert("RGBA").getchannel("A"))
-    return None if opacity.min() == 255 else opacity
 
 
 def _colour_profile(path: Path) -> bytes | None:

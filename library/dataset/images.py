@@ -81,8 +81,12 @@ def inspect_image(path: str) -> ImageFacts:
         UserError: the file is missing, empty, cut off, damaged or no picture.
     """
     try:
-        if os.path.getsize(path) == 0:
-            raise UserError(f"{path} is empty (0 bytes).")
+        is_empty = os.path.getsize(path) == 0
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}.") from None
+    if is_empty:
+        raise UserError(f"{path} is empty (0 bytes).")
+    try:
         teach_pillow(path)
         with Image.open(path) as image:
             traits = _traits(image)

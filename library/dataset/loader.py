@@ -175,6 +175,8 @@ def load_batch(dataset: Dataset, epoch: int, share: Share, *, update: int = 0, t
         image_keys=[item.path for item in items],
         masks=pictures.masks,
         conditioning=pictures.conditioning,
+        network_multiplier=dataset.sections[items[0].section].config.network_multiplier,
+        custom_attributes=[dataset.sections[item.section].subset(item).custom_attributes for item in items],
     )
 
 

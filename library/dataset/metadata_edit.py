@@ -67,4 +67,4 @@ def images_in(folder: str, *, recursive: bool) -> list[str]:
 
 def image_key(path: str, *, full_path: bool) -> str:
     """Return the name of an image's entry: its path as it was typed, or its bare name."""
-    return path if full_path else Path(path).stem
+    return str(Path(path)) if full_path else Path(path).stem

@@ -53,11 +53,11 @@ def check_dataset(dataset: Dataset, findings: Findings, limits: Limits) -> Check
     """Add to the findings what the index cannot see: captions too long, sizes that do not suit, copies, buckets not filled."""
     surveyed = survey(dataset, TokenCounter(limits.count_tokens, limits.max_tokens))
     _check_captions(dataset, surveyed, findings, limits.max_tokens)
-    copies = []
+    copies: list[list[str]] = []
     for number, section in enumerate(dataset.sections):
         _check_sizes(dataset, number, surveyed, findings)
         _check_stems(dataset, number, surveyed, findings)
-        copies += _check_copies(section, findings, limits.compares_all)
+        copies += [group for group in _check_copies(section, findings, limits.compares_all) if group not in copies]
     _check_buckets(dataset, findings, limits.num_processes)
     return Checked(dataset, surveyed, findings, limits, copies)
 
@@ -100,11 +100,12 @@ def _check_sizes(dataset: Dataset, section: int, surveyed: Survey, findings: Fin
 
 
 def _check_stems(dataset: Dataset, section: int, surveyed: Survey, findings: Findings) -> None:
-    later = np.flatnonzero(surveyed.shares_stem & (surveyed.section == section)).tolist()
+    own = surveyed.section == section
+    later = np.flatnonzero(surveyed.shares_stem & own).tolist()
     if later:
         label = section_label(dataset.sections[section], section)
         names, paths = _examples(dataset, later)
-        told = f"{len(later)} images of {label} have the name of another image, but for the ending: {names}."
+        told = f"{len(later)} of {own.sum()} images of {label} have the name of another image, but for the ending: {names}."
         findings.warning(Kind.SAME_STEM, label, told, count=len(later), files=paths)
 
 

@@ -143,13 +143,18 @@ def timestep_weights(schedule: NoiseSchedule, options: LossOptions, v_parameteri
     ]
 
 
-def apply_mask(loss: Tensor, mask: Tensor) -> Tensor:
+def apply_mask(loss: Tensor, mask: Tensor, *, normalize: bool = False) -> Tensor:
     """Multiply an element loss by a mask of the image, resized to the latents by averaging areas.
 
-    The mean that follows still divides by all elements, so a small mask gives a small loss.
+    The mean that follows divides by all elements, so a small mask gives a small loss, unless it is normalised: then the mean is
+    that of the masked elements alone, Σ m·l / Σ m, and 0 where the mask is black everywhere.
 
     Args:
         loss: (B, C, h, w).
         mask: (B, 1, H, W) in [0, 1].
+        normalize: divide by the mean of each image's mask.
     """
-    return loss * F.interpolate(mask.to(loss), size=loss.shape[-2:], mode="area")
+    weights = F.interpolate(mask.to(loss), size=loss.shape[-2:], mode="area")
+    if normalize:
+        weights = weights / weights.mean(dim=(2, 3), keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    return loss * weights

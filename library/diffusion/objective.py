@@ -100,7 +100,7 @@ class DdpmObjective:
         """Return the weighted loss of each image, (B,) float32, against a given target; arguments as in `loss`."""
         elements = self.element_loss(prediction, target, per_image(self._huber_c, timesteps))
         if masks is not None:
-            elements = apply_mask(elements, masks)
+            elements = apply_mask(elements, masks, normalize=self.loss_options.masked_loss_normalize)
         return elements.mean(dim=(1, 2, 3)) * loss_weights * self._weight[timesteps]
 
     def describe(self) -> list[str]:

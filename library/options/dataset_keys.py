@@ -30,6 +30,9 @@ _ALL = (GENERAL, DATASET, SUBSET)
 _ABOVE_SUBSET = (GENERAL, DATASET)
 _SUBSET = (SUBSET,)
 
+PRESERVE = "diff_output_preservation"
+"""The custom attribute of images whose target is what the model predicts without the network."""
+
 
 class DatasetKind(StrEnum):
     """Where the captions and the masks of a dataset come from; the value says what its subsets have."""

@@ -65,9 +65,7 @@ NOT_BUILT_DATASET_KEYS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
     "random_crop": ("random cropping is not supported yet; images are cropped to the centre", (False,)),
     "face_crop_aug_range": ("cropping around faces is not supported yet", ()),
     "alpha_mask": ("masks from the alpha channel are not supported yet", (False,)),
-    "custom_attributes": ("custom attributes are not supported yet", ({},)),
     "cache_info": ("a metadata_cache.json is not supported yet; image headers are read at every start", (False,)),
-    "network_multiplier": ("a network multiplier for each dataset is not supported yet", (1,)),
 }
 """Every refused key of dataset files: the reason, and the values that switch it off and are therefore accepted."""
 

@@ -34,13 +34,11 @@ from library.options.groups.noise import NoiseOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.output import ModelOutputOptions, OutputOptions, SavingOptions
 from library.options.groups.precision import FinetunePrecisionOptions, PrecisionOptions, WorkingPrecisionOptions
+from library.options.groups.preflight import PreflightOptions
 from library.options.groups.sample import SampleOptions
 from library.options.groups.scheduler import SchedulerOptions
 from library.options.groups.state import StateFileOptions, StateOptions
 from library.options.groups.validation import ValidationOptions
-
-_EVERYWHERE = frozenset({"cache_latents_posterior", "strict_config", "text_cache_variants", "true_crop_conditioning"})
-"""Additions of every script that reads a dataset."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,7 @@ class TrainingOptions(ScriptOptions):
 
     model: ModelOptions = field(default_factory=ModelOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    preflight: PreflightOptions = field(default_factory=PreflightOptions)
     caption: CaptionOptions = field(default_factory=CaptionOptions)
     image: ImageOptions = field(default_factory=ImageOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
@@ -89,15 +88,27 @@ class TrainingOptions(ScriptOptions):
     config: ConfigOptions = field(default_factory=ConfigOptions)
 
 
+_TRAINING_ADDITIONS = frozenset(
+    {
+        "dataset_report",
+        "masked_loss_normalize",
+        "strict_config",
+        "cache_latents_posterior",
+        "text_cache_variants",
+        "true_crop_conditioning",
+    }
+)
+
+
 @dataclass(frozen=True)
 class SdxlTrainOptions(TrainingOptions):
     """Options of `sdxl_train.py`."""
 
     script: ClassVar[str] = "sdxl_train.py"
     purpose: ClassVar[str] = "Fine-tune a whole SDXL model: the U-Net, and the text encoders if wanted."
-    additions: ClassVar[frozenset[str]] = frozenset(
-        {"initial_epoch", "initial_step", "prior_loss_weight", "skip_until_initial_step"}
-        | _EVERYWHERE
+    additions: ClassVar[frozenset[str]] = (
+        _TRAINING_ADDITIONS
+        | {"initial_epoch", "initial_step", "prior_loss_weight", "skip_until_initial_step"}
         | ValidationOptions.model_fields.keys()
     )
 
@@ -112,9 +123,7 @@ class SdxlTrainNetworkOptions(TrainingOptions):
 
     script: ClassVar[str] = "sdxl_train_network.py"
     purpose: ClassVar[str] = "Train a LoRA or another network on an SDXL model."
-    additions: ClassVar[frozenset[str]] = frozenset(
-        {"fused_optimizer_groups", "text_encoder_lr1", "text_encoder_lr2"} | _EVERYWHERE
-    )
+    additions: ClassVar[frozenset[str]] = _TRAINING_ADDITIONS | {"fused_optimizer_groups", "text_encoder_lr1", "text_encoder_lr2"}
 
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
@@ -125,7 +134,9 @@ class SdxlTrainNetworkOptions(TrainingOptions):
 class _CachingOptions(ScriptOptions):
     """What both caching tools take: the options of training, most of them without effect there."""
 
-    additions: ClassVar[frozenset[str]] = _EVERYWHERE
+    additions: ClassVar[frozenset[str]] = frozenset(
+        {"strict_config", "cache_latents_posterior", "text_cache_variants", "true_crop_conditioning"}
+    )
 
     model: ModelOptions = field(default_factory=ModelOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)

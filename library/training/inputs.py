@@ -10,21 +10,27 @@ from library.options.checks_optimizer import check_optimizer_options
 from library.options.dataset_config import DatasetConfig, load_dataset_config
 from library.options.errors import problems_of
 from library.options.scripts import TrainingOptions
+from library.training.data_terms import check_data_terms
 from library.training.outputs import output_problems
 from library.training.preview_plan import PreviewPlan
 
 Options = TypeVar("Options", bound=TrainingOptions)
 
 
-def input_problems(options: Options, *further: Callable[[Options], Any]) -> list[str]:
+def input_problems(options: Options, *further: Callable[[Options], Any], trains_network: bool) -> list[str]:
     """Say what is wrong with the optimizer, the output folder and the files that the options name, one sentence each.
 
     Args:
         options: of the script.
         further: functions of the script that read more and raise `UsageError` or `UserError`.
+        trains_network: whether a network is trained, and not the model itself.
     """
+
+    def check_data(options: Options) -> None:
+        check_data_terms(dataset_definition(options), options.loss, trains_network=trains_network)
+
     problems = output_problems(options.output) + check_optimizer_options(options.optimizer, options.scheduler)
-    readers: tuple[Callable[[Options], Any], ...] = (dataset_definition, sample_requests, *further)
+    readers: tuple[Callable[[Options], Any], ...] = (check_data, sample_requests, *further)
     for read in readers:
         problems += problems_of(partial(read, options))
     return problems

@@ -15,6 +15,7 @@ from library.options.errors import UserError
 from library.options.groups.network import NetworkOptions
 from library.options.record import option_values
 from library.options.scripts import SdxlTrainNetworkOptions
+from library.training.data_terms import needs_strength
 from library.training.metadata import (
     RunRecord,
     at_save,
@@ -56,6 +57,11 @@ class NetworkRecipe:
         trains_denoiser = not options.network.network_train_text_encoder_only
 
         network = make_network(options.network, vae, text.encoders if trains_text else [], denoiser)
+        if needs_strength(setting.dataset.config) and not hasattr(network, "set_multiplier"):
+            raise UserError(
+                f"The network of {options.network.network_module} has a fixed strength: it has no set_multiplier. Remove "
+                "network_multiplier and diff_output_preservation from the dataset file."
+            )
         network.apply_to(encoders, denoiser, trains_text, trains_denoiser)
         if options.network.network_weights:
             log.info("Loaded %s: %s", options.network.network_weights, network.load_weights(options.network.network_weights))

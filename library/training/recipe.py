@@ -31,8 +31,10 @@ from library.options.dataset_config import DatasetConfig
 from library.options.record import option_values
 from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes, make_accelerator, shared_seed
+from library.training.data_terms import describe_data_terms
 from library.training.interrupt import StopRequest
 from library.training.logs import RunSummary, TrainingLog
+from library.training.looking import look, only_looks
 from library.training.loop import TrainingRun, train
 from library.training.outputs import RunLength, SavePlan
 from library.training.position import Position
@@ -75,7 +77,7 @@ def run_recipe(
     data: DatasetConfig,
     requests: Sequence[ImageRequest],
 ) -> None:
-    """Carry out a training run.
+    """Carry out a training run, or look at its data where `--dataset_report` or `--debug_dataset` asks for that instead.
 
     Args:
         recipe: of the script.
@@ -89,6 +91,9 @@ def run_recipe(
         SystemExit: the run was stopped by a signal, after it was saved.
     """
     saved = saved_place(options.state)
+    if only_looks(options):
+        look(open_family, options, data, saved.seed if saved else None)
+        return
     setting = make_setting(open_family, options, data, saved.seed if saved else None)
     accelerator, length = setting.accelerator, setting.length
     start = start_position(options.state, saved, length, setting.batches_per_epoch, options.length.gradient_accumulation_steps)
@@ -180,7 +185,14 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
     noise_schedule = NoiseSchedule.make(zero_terminal_snr=options.noise.zero_terminal_snr, device=accelerator.device)
     objective = DdpmObjective(noise_schedule, options.model.v_parameterization, options.noise, options.loss)
     report(setting, objective)
-    step = TrainStep(trained.trainable.module, parts, objective, train_text=trained.trains_text)
+    step = TrainStep(
+        trained.trainable.module,
+        parts,
+        objective,
+        train_text=trained.trains_text,
+        set_strength=trained.trainable.set_strength,
+        masks_from_control=options.loss.masked_loss,
+    )
     prepared_step, prepared = accelerator.prepare(step, optimizer)
     parameters = [parameter for group in trained.groups for parameter in group["params"]]
     run = TrainingRun(
@@ -243,7 +255,7 @@ def report(setting: Setting, objective: DdpmObjective) -> None:
         num_processes=setting.accelerator.num_processes,
         accumulation=setting.options.length.gradient_accumulation_steps,
         total_updates=setting.length.total_updates,
-        loss_terms=objective.describe(),
+        loss_terms=objective.describe() + describe_data_terms(setting.dataset.config, setting.options.loss),
     )
     log.info("Training\n%s", "\n".join(summary.lines()))
 

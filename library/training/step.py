@@ -4,7 +4,7 @@ Ho et al. 2020, "Denoising Diffusion Probabilistic Models", algorithm 1, with th
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +14,8 @@ from library.dataset.batch import Batch
 from library.diffusion.objective import DdpmObjective, NoisySample
 from library.diffusion.posterior import posterior_noise
 from library.diffusion.transfer import to_device
-from library.models.family import Family, TextCond
+from library.models.family import Family, SizeConditioning, TextCond
+from library.options.dataset_keys import PRESERVE
 from library.training.position import Position
 
 log = logging.getLogger(__name__)
@@ -41,19 +42,33 @@ class TrainStep(nn.Module):
         parts: the model, trained or not.
         objective: noise process, target and loss terms.
         train_text: whether gradients flow through the text encoders.
+        set_strength: sets how strongly a network acts on the model; None where the model itself is trained.
+        masks_from_control: whether control images are masks of the loss (`--masked_loss`).
     """
 
-    def __init__(self, trained: nn.Module, parts: ModelParts, objective: DdpmObjective, *, train_text: bool) -> None:
+    def __init__(
+        self,
+        trained: nn.Module,
+        parts: ModelParts,
+        objective: DdpmObjective,
+        *,
+        train_text: bool,
+        set_strength: Callable[[float], None] | None = None,
+        masks_from_control: bool = False,
+    ) -> None:
         super().__init__()
         self.trained = trained
         self.parts = parts  # a dataclass, so that its modules are no children of this one
         self.objective = objective
         self.train_text = train_text
+        self.set_strength = set_strength
+        self.masks_from_control = masks_from_control
         self.num_nan_images: Tensor | None = None
         """Images so far whose latents had a NaN, as a scalar on the device; None before the first encoded batch."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the weighted loss of each image, float32 (B,), for a batch on the denoiser's device."""
+        self._act_as(batch)
         latents = self.parts.family.to_model_units(self.cached_or_encoded_latents(batch))
         sample = self.objective.sample(latents, batch.draw_seeds)
         return self._losses(batch, latents, self.conditioning(batch), sample)
@@ -70,6 +85,7 @@ class TrainStep(nn.Module):
             posterior_seeds: of the VAE's posterior, for each image.
         """
         batch = replace(batch, draw_seeds=list(posterior_seeds))
+        self._act_as(batch)
         latents = self.parts.family.to_model_units(self.cached_or_encoded_latents(batch))
         cond = self.conditioning(batch)
         samples = (self.objective.sample(latents, own, timestep) for timestep, own in zip(timesteps, seeds, strict=True))
@@ -77,8 +93,48 @@ class TrainStep(nn.Module):
 
     def _losses(self, batch: Batch, latents: Tensor, cond: TextCond, sample: NoisySample) -> Tensor:
         parts = self.parts
+        target = self._target(batch, latents, cond, sample)
         prediction = parts.family.predict(parts.denoiser, sample.noisy, sample.timesteps, cond, batch.sizes)
-        return self.objective.loss(prediction, sample, latents, batch.loss_weights)
+        return self.objective.weighted(prediction, target, sample.timesteps, batch.loss_weights, self._masks(batch))
+
+    def _act_as(self, batch: Batch) -> None:
+        """Give a network its strength for a batch, and leave it: checkpointed parts need it in the backward pass too."""
+        if self.set_strength is not None:
+            self.set_strength(batch.network_multiplier)
+
+    def _masks(self, batch: Batch) -> Tensor | None:
+        """Return the masks (B, 1, H, W) in [0, 1] of a batch: the red of its control images, else its alpha channels."""
+        if self.masks_from_control and batch.conditioning is not None:
+            return (batch.conditioning[:, :1] + 1) / 2
+        return None if batch.masks is None else batch.masks[:, None]
+
+    def _target(self, batch: Batch, latents: Tensor, cond: TextCond, sample: NoisySample) -> Tensor:
+        """Return what is to be predicted: for images that preserve the model, what it predicts without the network."""
+        target = self.objective.target(sample, latents)
+        rows = [row for row, attributes in enumerate(batch.custom_attributes) if attributes.get(PRESERVE)]
+        if not rows or self.set_strength is None:
+            return target
+        return target.index_copy(0, *self._prediction_without_network(batch, rows, cond, sample))
+
+    @torch.no_grad()
+    def _prediction_without_network(
+        self, batch: Batch, rows: Sequence[int], cond: TextCond, sample: NoisySample
+    ) -> tuple[Tensor, Tensor]:
+        """Return the rows as a tensor, and the unchanged model's predictions for them, float32."""
+        assert self.set_strength is not None
+        parts, sizes = self.parts, batch.sizes
+        index = to_device(torch.tensor(rows), sample.noisy.device)
+        self.set_strength(0.0)
+        try:
+            if self.train_text and batch.text_cond is None:
+                cond = self.conditioning(batch)
+            own_cond = {name: tensor[index] for name, tensor in cond.items()}
+            own_sizes = SizeConditioning(sizes.original_hw[index], sizes.crop_top_left[index], sizes.target_hw[index])
+            prediction = parts.family.predict(parts.denoiser, sample.noisy[index], sample.timesteps[index], own_cond, own_sizes)
+        finally:
+            self._act_as(batch)
+            torch.clear_autocast_cache()  # it would hand copies of trained weights made here, without gradient, to what follows
+        return index, prediction.float()
 
     @torch.no_grad()
     def cached_or_encoded_latents(self, batch: Batch) -> Tensor:

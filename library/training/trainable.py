@@ -1,7 +1,7 @@
 """What can be trained, as the loop, the saver and the previews see it."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,10 @@ class Trainable(Protocol):
 
     def on_epoch_start(self) -> None:
         """Prepare for an epoch: training mode."""
+
+    @property
+    def set_strength(self) -> Callable[[float], None] | None:
+        """Sets how strongly a network acts on the model; None where the model itself is trained."""
 
     def on_batch_start(self) -> None:
         """Called before each batch."""
@@ -65,6 +69,7 @@ class NetworkTrainable:
         self.denoiser = denoiser
         self.text_encoders = list(text_encoders)
         self.max_norm = max_norm
+        self._strength = 1.0
         self.norms: Sequence[Tensor | float] | None = None
         """After an update with `max_norm`: adapters scaled down, mean norm, largest norm; tensors stay on the device."""
 
@@ -83,9 +88,22 @@ class NetworkTrainable:
         if self.max_norm is not None:
             self.norms = self.network.apply_max_norm_regularization(self.max_norm, next(self.network.parameters()).device)
 
-    def evaluation(self) -> AbstractContextManager[None]:
-        """Switch dropout off for previews and saving, and back to what it was."""
-        return evaluation_mode(self.network)
+    def set_strength(self, strength: float) -> None:
+        """Set how strongly the network acts on the model; 1 unless a dataset asks for something else."""
+        if strength != self._strength:
+            self.network.set_multiplier(strength)
+            self._strength = strength
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Switch dropout off for previews and saving, at full strength, and back to what it was."""
+        strength = self._strength
+        self.set_strength(1.0)
+        try:
+            with evaluation_mode(self.network):
+                yield
+        finally:
+            self.set_strength(strength)
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position) -> None:
         """Write the network's weights; see `Trainable.save`."""
@@ -104,6 +122,7 @@ class ModelTrainable:
     """
 
     norms: Sequence[Tensor | float] | None = None
+    set_strength: Callable[[float], None] | None = None
 
     def __init__(
         self, family: Family, parts: Mapping[str, nn.Module], layout: str, *, v_prediction: bool, zero_terminal_snr: bool

@@ -1,11 +1,16 @@
 """Batches travel whole: every tensor of one goes where the batch goes."""
 
 from dataclasses import fields
+from pathlib import Path
 
 import torch
+from dataset_samples import config, make_image, section, subset
 from torch import Tensor
 
 from library.dataset.batch import Batch
+from library.dataset.dataset import Dataset
+from library.dataset.loader import load_batch
+from library.dataset.plan import Share
 from library.models.family import SizeConditioning
 
 
@@ -35,3 +40,16 @@ def test_a_batch_without_masks_and_control_images_has_none() -> None:
     batch = Batch(None, torch.zeros(1, 4, 1, 1), ["a"], None, full_batch().sizes, torch.ones(1), [1], ["a.png"])
     moved = batch.to(torch.device("meta"))
     assert (moved.masks, moved.conditioning, moved.network_multiplier, moved.custom_attributes) == (None, None, 1.0, [])
+
+
+def test_a_batch_says_how_strongly_the_network_acts_and_what_the_file_says_of_each_image(folder: Path) -> None:
+    reg = folder.parent / "reg"
+    reg.mkdir()
+    make_image(reg / "r.png", seed=9)
+    parts = subset(folder), subset(reg, is_reg=True, class_tokens="", custom_attributes={"diff_output_preservation": True})
+    dataset = Dataset(config(section(*parts, network_multiplier=0.5, batch_size=8)), seed=0)
+    batches = [load_batch(dataset, 1, Share(uses, 1.0)) for uses in dataset.plan(1, 1).batches]
+    assert {batch.network_multiplier for batch in batches} == {0.5}
+    said = {key: attributes for batch in batches for key, attributes in zip(batch.image_keys, batch.custom_attributes, strict=True)}
+    assert said.pop(str(reg / "r.png")) == {"diff_output_preservation": True}
+    assert list(said.values()) == [{}] * 5

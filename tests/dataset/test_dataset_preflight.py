@@ -116,7 +116,7 @@ def test_one_folder_at_two_resolutions_is_no_duplicate(plain: Path) -> None:
 def test_names_that_differ_in_the_ending_alone_are_told(plain: Path) -> None:
     make_image(plain / "p0.webp", (64, 64), seed=5)
     assert told(check(section(subset(plain)))) == {
-        Kind.SAME_STEM: ["1 images of dataset 1 (64x64) have the name of another image, but for the ending: p0.webp."]
+        Kind.SAME_STEM: ["1 of 3 images of dataset 1 (64x64) have the name of another image, but for the ending: p0.webp."]
     }
 
 

@@ -107,3 +107,29 @@ def test_masks_equal_the_reference(reference):
 
 def test_weights_that_are_zero_or_unset_are_off():
     assert timestep_weights(NoiseSchedule.make(), LossOptions(min_snr_gamma=0.0, v_pred_like_loss=0.0), False) == []
+
+
+def test_a_normalised_mask_gives_the_mean_over_what_it_shows():
+    generator = torch.Generator().manual_seed(0)
+    loss = torch.rand(3, 4, 6, 5, generator=generator)
+    masks = torch.rand(3, 1, 48, 40, generator=generator)
+    masks[1] = 0.0
+    masks[2] = (masks[2] > 0.5).float()
+    small = masks.double().view(3, 1, 6, 8, 5, 8).mean((3, 5))
+    expected = (loss.double() * small).sum((1, 2, 3)) / (4 * small.sum((1, 2, 3))).clamp(min=1e-30)
+    found = apply_mask(loss, masks, normalize=True).mean((1, 2, 3))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    assert found[1] == 0
+    plain = apply_mask(loss, masks).mean((1, 2, 3)).double()
+    torch.testing.assert_close(plain, (loss.double() * small).mean((1, 2, 3)), rtol=1e-5, atol=0)
+
+
+def test_half_a_mask_halves_the_loss_and_grey_dims_it():
+    loss = torch.full((2, 4, 8, 8), 3.0)
+    masks = torch.ones(2, 1, 64, 64)
+    masks[0, :, :, 32:] = 0
+    masks[1] = 127 / 255
+    assert apply_mask(loss, masks).mean((1, 2, 3)).tolist() == pytest.approx([1.5, 3 * 0.498], rel=1e-4)
+    cell = torch.zeros(1, 1, 8, 8)
+    cell[..., :4] = 1  # 4 of 8 pixels of one latent
+    assert apply_mask(torch.ones(1, 1, 1, 1), cell).item() == 0.5

@@ -16,10 +16,11 @@ SCRIPTS = [
     "finetune/clean_captions_and_tags.py",
     "finetune/merge_captions_to_metadata.py",
     "finetune/merge_dd_tags_to_metadata.py",
+    "finetune/prepare_buckets_latents.py",
     "tools/resize_images_to_resolution.py",
     "tools/show_metadata.py",
 ]
-OURS = {"tools/show_metadata.py": {"raw"}}
+OURS = {"finetune/prepare_buckets_latents.py": {"vae", "no_half_vae"}, "tools/show_metadata.py": {"raw"}}
 """Options that sd-scripts does not have."""
 
 

@@ -61,11 +61,13 @@ def test_a_safetensors_file_is_read_without_torch_and_without_its_tensors(model:
     assert subprocess.run([sys.executable, "-c", code, str(model)], cwd=ROOT, check=False, capture_output=True).returncode == 0
 
 
-def test_a_reader_that_hangs_up_is_no_mistake(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(1)}, tmp_path / "long.safetensors", {f"key{number}": "x" * 1000 for number in range(1000)})
-    command = f'"{sys.executable}" tools/show_metadata.py --model "{tmp_path / "long.safetensors"}" | head -n 1'
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("{\n", "")
+def test_a_reader_that_hangs_up_is_no_mistake(model: Path) -> None:
+    command = [sys.executable, "tools/show_metadata.py", "--model", str(model)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
 
 
 def test_a_checkpoint_tells_its_metadata_epoch_and_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

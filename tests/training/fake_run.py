@@ -58,9 +58,13 @@ class FakeNetwork(nn.Module):
         self.down, self.up = nn.Conv2d(4, 2, 1, bias=False), nn.Conv2d(2, 4, 1, bias=False)
         self.text = nn.Parameter(torch.zeros(4))
         self.dropout = nn.Dropout(0.25)
+        self.multiplier = 1.0
         original, encode = denoiser[0].forward, encoder.forward
-        denoiser[0].forward = lambda x: original(x) + self.up(self.dropout(self.down(x)))
-        encoder.forward = lambda ids: encode(ids) + self.text
+        denoiser[0].forward = lambda x: original(x) + self.multiplier * self.up(self.dropout(self.down(x)))
+        encoder.forward = lambda ids: encode(ids) + self.multiplier * self.text
+
+    def set_multiplier(self, multiplier: float) -> None:
+        self.multiplier = multiplier
 
     def on_epoch_start(self, text_encoders: Any, denoiser: Any) -> None:
         self.train()
@@ -108,10 +112,11 @@ class FakeRun:
         encoders = [nn.Embedding(16, 4).requires_grad_(False) for _ in range(2)]
         self.network = FakeNetwork(denoiser, encoders[0])
         objective = DdpmObjective(NoiseSchedule.make(), False, NoiseOptions(), LossOptions())
-        step = TrainStep(self.network, ModelParts(FakeFamily(), denoiser, list(encoders), None), objective, train_text=True)
+        self.trainable = NetworkTrainable(self.network, denoiser, encoders, None)
+        parts = ModelParts(FakeFamily(), denoiser, list(encoders), None)
+        step = TrainStep(self.network, parts, objective, train_text=True, set_strength=self.trainable.set_strength)
         self.optimizer = optimizer = optimizer_class(self.network.parameters(), lr=lr)
         self.accelerator = Accelerator(cpu=True)
-        self.trainable = NetworkTrainable(self.network, denoiser, encoders, None)
         self.losses: list[float] = []
         step, optimizer = self.accelerator.prepare(step, optimizer)
         parameters = list(self.network.parameters())

@@ -16,11 +16,15 @@ class ElementLossOptions(OptionGroup):
     )
     huber_c: float = option(0.1, "Constant of the Huber losses.", gt=0)
     huber_scale: float = option(1.0, "Scale of the Huber constant; without effect on the snr schedule.", gt=0)
-    masked_loss: bool = flag("Weight the loss of each place by a mask image.")
+    masked_loss: bool = flag("Weight the loss of each place by the image of the same name in conditioning_data_dir.")
 
 
 class LossOptions(ElementLossOptions):
-    """The loss and its weight by timestep."""
+    """The loss, how masks count, and its weight by timestep."""
+
+    masked_loss_normalize: bool = flag(
+        "Divide the loss by the area of the mask, so that a small mask counts as much as a large one."
+    )
 
     min_snr_gamma: Annotated[float | None, SameAsUnset(0)] = option(
         None, "Weight each image's loss by min(SNR, gamma) / SNR; 5 is the paper's choice.", gt=0

@@ -1,0 +1,76 @@
+"""Looking at the data with the command that would train: `--dataset_report`."""
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import sdxl_train
+from library.models.sdxl.family import SdxlFamily
+from library.options.errors import UserError
+from tests.cli.training_commands import arguments, finetune_arguments, run_command, write_dataset
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, toy_images: Path) -> Path:
+    return write_dataset(tmp_path, toy_images, count=4, repeats=3)
+
+
+def test_everything_wrong_with_a_dataset_is_told_in_one_report(dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    pictures = sorted(images.glob("*.jpg"))
+    pictures[0].write_bytes(pictures[0].read_bytes()[:-500])
+    pictures[1].with_suffix(".txt").write_bytes(b"")
+    pictures[2].with_suffix(".txt").write_bytes("Käfer".encode("latin-1"))
+    pictures[3].with_suffix(".txt").write_text("a very long caption, " * 30)
+    (images / "empty.png").write_bytes(b"")
+    (images / "text.png").write_text("this is no picture")
+    done = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "out", "--dataset_report", str(tmp_path / "report")))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    facts = json.loads((tmp_path / "report" / "dataset_report.json").read_text())
+    page = (tmp_path / "report" / "dataset_report.html").read_text(encoding="utf-8")
+    assert {finding["kind"]: finding["count"] for finding in facts["findings"] if finding["severity"] == "error"} == {
+        "unreadable_image": 3,
+        "unreadable_caption": 2,
+    }
+    assert "long_caption" in {finding["kind"] for finding in facts["findings"]}
+    for name in [
+        pictures[0].name,
+        pictures[1].with_suffix(".txt").name,
+        pictures[2].with_suffix(".txt").name,
+        "empty.png",
+        "text.png",
+    ]:
+        assert name in done.stderr and name in page
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_needs_no_model_and_says_how_long_the_run_is(
+    dataset: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def must_not(self: SdxlFamily, *args: object) -> nn.Module:
+        raise AssertionError("a model is loaded")
+
+    for part in ("load_vae", "load_text_encoders", "load_denoiser"):
+        monkeypatch.setattr(SdxlFamily, part, must_not)
+    report = tmp_path / "report"
+    sdxl_train.main(
+        finetune_arguments(tiny_checkpoint, dataset, tmp_path / "out", "--dataset_report", str(report), "--max_train_epochs", "5")
+    )
+    facts = json.loads((report / "dataset_report.json").read_text())
+    uses = sum(bucket["batches"] for bucket in facts["datasets"][0]["buckets"])
+    assert facts["images"] == 4 and facts["uses_per_epoch"] == 12
+    assert facts["batches_per_epoch"] == facts["updates_per_epoch"] == uses
+    assert facts["epochs"] == 5 and facts["total_updates"] == 5 * uses
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_the_data_stop_a_run_before_a_model_is_loaded(
+    dataset: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SdxlFamily, "load_text_encoders", lambda *args: pytest.fail("a model is loaded"))
+    (tmp_path / "images" / "empty.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"The dataset has an error"):
+        sdxl_train.main(finetune_arguments(tiny_checkpoint, dataset, tmp_path / "out"))
