@@ -2,8 +2,11 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from library.dataset.batch_pictures import TEXTS, write_batches
+from library.dataset.dataset import Dataset
 from library.dataset.report import write_report
 from library.models.family import Family, ModelSource
 from library.options.dataset_config import DatasetConfig
@@ -17,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def only_looks(options: TrainingOptions) -> bool:
     """Say whether the data is to be looked at instead of training."""
-    return options.preflight.dataset_report is not None
+    return options.preflight.dataset_report is not None or options.dataset.debug_dataset
 
 
 def look(
@@ -41,12 +44,29 @@ def look(
     family = open_family(model_source(options.model, options.precision))
     folder = options.preflight.dataset_report
     checked = checked_dataset(options, data, seed, family, num_processes, compares_all=folder is not None)
+    lengths = run_lengths(options, checked.dataset.batches_per_epoch(num_processes), num_processes)
     if folder is not None:
-        page = write_report(folder, checked, run_lengths(options, checked.dataset.batches_per_epoch(num_processes), num_processes))
-        log.info("The report is in %s.", page)
+        log.info("The report is in %s.", write_report(folder, checked, lengths))
     checked.findings.raise_errors()
     if warnings := checked.findings.warning_text():
         log.warning("%s", warnings)
+    if options.dataset.debug_dataset:
+        show_batches(options, checked.dataset, lengths)
+
+
+def show_batches(options: TrainingOptions, dataset: Dataset, lengths: Mapping[str, int]) -> None:
+    """Write the first batches into `debug_dataset` in the output folder, with captions as they are while training."""
+    folder = Path(options.output.output_dir or ".") / "debug_dataset"
+    if options.cache.cache_text_encoder_outputs:
+        dataset.text_variants = options.cache.text_cache_variants
+    written = write_batches(
+        folder,
+        dataset,
+        num_processes=lengths["processes"],
+        accumulation=lengths["gradient_accumulation_steps"],
+        total_updates=lengths["total_updates"],
+    )
+    log.info("The first %d batches are in %s: pictures, and their captions in %s.", written, folder, TEXTS)
 
 
 def run_lengths(options: TrainingOptions, batches_per_epoch: int, num_processes: int) -> dict[str, int]:

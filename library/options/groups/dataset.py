@@ -23,7 +23,9 @@ class DatasetOptions(OptionGroup):
     train_batch_size: int = option(1, "Images per device and step.", ge=1)
     resolution: Annotated[str | None, CommaList()] = option(None, "Training size in pixels: one number, or width,height.")
     cache_info: bool = flag("Remember size and caption of every image in metadata_cache.json inside the image folder.")
-    debug_dataset: bool = flag("Show the items of the dataset instead of training.")
+    debug_dataset: bool = flag(
+        "Write pictures and captions of the first batches into debug_dataset in the output folder, and stop; no model is loaded."
+    )
     prior_loss_weight: float = option(1.0, "Weight of the loss on regularisation images.", ge=0)
     max_data_loader_n_workers: int = option(
         8, "Most worker processes that load data; 0 loads in the main process. Never more than there are processors.", ge=0

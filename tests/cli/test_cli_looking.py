@@ -1,4 +1,4 @@
-"""Looking at the data with the command that would train: `--dataset_report`."""
+"""Looking at the data with the command that would train: `--dataset_report` and `--debug_dataset`."""
 
 import json
 from pathlib import Path
@@ -74,3 +74,28 @@ def test_errors_of_the_data_stop_a_run_before_a_model_is_loaded(
     (tmp_path / "images" / "empty.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"The dataset has an error"):
         sdxl_train.main(finetune_arguments(tiny_checkpoint, dataset, tmp_path / "out"))
+
+
+def test_showing_the_dataset_writes_pictures_and_captions_and_ends(dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    dataset.write_text(
+        dataset.read_text().replace("flip_aug = true", "flip_aug = true\ncaption_prefix = 'my style'\nkeep_tokens = 1")
+    )
+    done = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "out", "--debug_dataset"))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / "debug_dataset"
+    told = [json.loads(line) for line in (folder / "batches.jsonl").read_text().splitlines()]
+    assert sorted({line["sheet"] for line in told}) == sorted(path.name for path in folder.glob("*.png"))
+    assert len(told) == 12
+    assert all("my style" in line["caption"] for line in told)
+    assert {line["flipped"] for line in told} == {True, False}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["debug_dataset"]
+
+
+def test_cached_captions_are_shown_as_they_will_be_cached(dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    more = ["--debug_dataset", "--cache_text_encoder_outputs", "--text_cache_variants", "1"]
+    sdxl_train.main(finetune_arguments(tiny_checkpoint, dataset, tmp_path / "out", *more))
+    told = [json.loads(line) for line in (tmp_path / "out" / "debug_dataset" / "batches.jsonl").read_text().splitlines()]
+    captions: dict[str, set[str]] = {}
+    for line in told:
+        captions.setdefault(line["image"], set()).add(line["caption"])
+    assert len(captions) == 4 and all(len(texts) == 1 for texts in captions.values())
