@@ -249,4 +249,4 @@ class _Checker:
 
 
 def _all_finite(arrays: Mapping[str, np.ndarray[Any, Any]], names: frozenset[str]) -> bool:
-    return all(np.isfinite(arrays[name]).all() for name in names if np.issubdtype(arrays[name].dtype, np.floating))
+    return all(arrays[name].dtype.kind in "fiub" and np.isfinite(arrays[name]).all() for name in names)
