@@ -45,6 +45,7 @@ def cache_options(options: CacheTextEncoderOutputsOptions) -> CacheFileOptions:
 def cache(options: CacheTextEncoderOutputsOptions, definition: DatasetConfig) -> None:
     """Open the model, index the captions, and encode what is not cached."""
     from library.dataset.dataset import Dataset
+    from library.models.prompt_weights import PromptStyle
     from library.models.sdxl.family import SdxlFamily
     from library.training.accelerator import DTypes, make_accelerator, shared_seed
     from library.training.preparation import fill_texts, model_source
@@ -55,7 +56,8 @@ def cache(options: CacheTextEncoderOutputsOptions, definition: DatasetConfig) ->
     dtype = DTypes.of(options.precision, False, None).compute
     load = functools.cache(lambda: family.load_text_encoders(dtype, accelerator.device))
     batch_size = options.dataset.train_batch_size
-    fill_texts(dataset, family, load, dtype, options.model, cache_options(options), accelerator, batch_size)
+    style = PromptStyle.of_training(options.model.max_token_length or 75) if options.caption.weighted_captions else None
+    fill_texts(dataset, family, load, dtype, options.model, cache_options(options), accelerator, batch_size, style)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import filterfalse
 from threading import Lock
 from typing import Any
 
@@ -16,6 +17,7 @@ from library.dataset.dataset import Dataset
 from library.dataset.text_cost import TextCost
 from library.dataset.text_encoder import TextEncoder
 from library.files.npz import Arrays, read_npz, write_npz
+from library.models.prompt_weights import has_weights
 from library.options.errors import UserError
 from library.options.groups.cache import CacheFileOptions
 
@@ -168,6 +170,9 @@ _REASONS = {
 """By part of the stamp: why the texts of a file are encoded again, in the order in which the parts are compared."""
 
 
+_OTHER_WEIGHTS = "with brackets that are read in another way"
+
+
 @dataclass(frozen=True)
 class _Verdict:
     """What a file has of what it should have."""
@@ -187,6 +192,7 @@ class _Checker:
         self._dataset = dataset
         self._trust_existing = trust_existing
         self._trust_foreign = trust_foreign
+        self._weighs = encoder.style is not None
         self._lock = Lock()
         self._known_shapes: dict[str, tuple[int, ...]] | None = None
         self._common: Stamp = {
@@ -197,8 +203,9 @@ class _Checker:
         }
 
     def stamp(self, texts: Sequence[str]) -> Stamp:
-        """Return what is noted in a file with these texts."""
-        return self._common | {"caption": texts[0], "variants": list(texts[1:])}
+        """Return what is noted in a file with these texts; weights are only where brackets were read as such."""
+        weights = {"weighted": True} if self._weighs else {}
+        return self._common | {"caption": texts[0], "variants": list(texts[1:])} | weights
 
     def verdict(self, job: _Job) -> _Verdict:
         """Look into a file."""
@@ -218,8 +225,13 @@ class _Checker:
 
     def _compared(self, stamp: Stamp, texts: tuple[str, ...]) -> _Verdict:
         reason = next((_REASONS[part] for part in _REASONS if stamp.get(part) != self._common[part]), None)
-        found = frozenset() if reason else frozenset(texts) & frozenset(stored_texts(stamp))
-        return _Verdict(texts, found, reason or ("of further variants" if found else "of a caption that changed"))
+        if reason:
+            return _Verdict(texts, frozenset(), reason)
+        stored = frozenset(texts) & frozenset(stored_texts(stamp))
+        found = stored if stamp.get("weighted", False) == self._weighs else frozenset(filterfalse(has_weights, stored))
+        if found < stored:
+            return _Verdict(texts, found, _OTHER_WEIGHTS)
+        return _Verdict(texts, found, "of further variants" if found else "of a caption that changed")
 
     def _foreign(self, arrays: Arrays, job: _Job, texts: tuple[str, ...]) -> str | None:
         """Judge a file of another program: it holds the caption as the file beside the image had it then."""
@@ -232,6 +244,8 @@ class _Checker:
             return "of another --max_token_length"
         if not job.items:
             return "of a caption that is not known"
+        if self._weighs and any(map(has_weights, texts)):
+            return _OTHER_WEIGHTS
         item = self._dataset.encoded_items[job.items[0]]
         subset = self._dataset.sections[item.section].subset(item)
         caption_file = find_caption_file(item.path, subset.caption_extension)

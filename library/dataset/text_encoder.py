@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from library.models.caption_encoding import encode_captions
 from library.models.family import Family, TextCond
+from library.models.prompt_weights import PromptStyle
 from library.options.errors import UserError
 
 
@@ -21,6 +23,7 @@ class TextEncoder:
         dtype: of their weights.
         max_token_length: to which the family cuts and pads captions; part of what makes an entry what it is.
         batch_size: captions per call.
+        style: how brackets weigh the tokens between them; None reads brackets as text. Part of what makes an entry what it is.
     """
 
     family: Family
@@ -29,6 +32,7 @@ class TextEncoder:
     dtype: torch.dtype
     max_token_length: int
     batch_size: int = 1
+    style: PromptStyle | None = None
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Iterator[tuple[str, TextCond]]:
@@ -39,8 +43,8 @@ class TextEncoder:
         """
         for start in range(0, len(captions), self.batch_size):
             group = captions[start : start + self.batch_size]
-            tokens = {name: ids.to(self.device) for name, ids in self.family.tokenize(group).items()}
-            cond = {name: value.cpu() for name, value in self.family.encode_text(tokens, self.load()).items()}
+            encoded = encode_captions(self.family, group, self.load(), self.device, self.style)
+            cond = {name: value.cpu() for name, value in encoded.items()}
             for position, caption in enumerate(group):
                 sample = {name: value[position].clone() for name, value in cond.items()}
                 if not all(value.isfinite().all() for value in sample.values() if value.is_floating_point()):

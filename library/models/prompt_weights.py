@@ -72,6 +72,11 @@ def parse_prompt_weights(prompt: str, *, breaks: bool = False) -> list[WeightedT
     return _join_equal_neighbours(runs) or [WeightedText("")]
 
 
+def has_weights(prompt: str) -> bool:
+    """Say whether a prompt is another text, or not all of the same weight, when brackets are read as weights."""
+    return parse_prompt_weights(prompt) != [WeightedText(prompt)]
+
+
 def _kind_and_text(token: re.Match[str]) -> tuple[str, str]:
     kind = token.lastgroup or ""
     return kind, token.group(kind)

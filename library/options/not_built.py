@@ -28,7 +28,6 @@ NOT_BUILT: Mapping[str, str] = {
     **_refuse("datasets are described by --dataset_config or folders", "dataset_class"),
     **_refuse(_MASKS, "masked_loss", "alpha_mask", "conditioning_data_dir"),
     **_refuse("image headers are read at every start, which takes seconds", "cache_info"),
-    **_refuse("brackets in captions are ordinary text", "weighted_captions"),
     **_refuse("colours are left as they are", "color_aug"),
     **_refuse("images are cropped at the centre", "random_crop", "face_crop_aug_range"),
     **_refuse(_UPLOAD, "huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token"),

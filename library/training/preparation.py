@@ -26,6 +26,7 @@ from library.dataset.text_encoder import TextEncoder
 from library.generation.pipeline import EncodedPrompt, Pipeline
 from library.generation.request import ImageRequest
 from library.models.family import Components, Family, ModelSource
+from library.models.prompt_weights import PromptStyle
 from library.options.groups.cache import CacheFileOptions
 from library.options.groups.model import ModelOptions
 from library.options.groups.precision import WorkingPrecisionOptions
@@ -70,7 +71,8 @@ def prepare_text(setting: Setting, requests: Sequence[ImageRequest], dtype: torc
     if not (options.cache.cache_text_encoder_outputs or options.cache.cache_text_encoder_outputs_to_disk):
         return TextSide(load(), None)
     batch_size = options.dataset.train_batch_size
-    fill_texts(setting.dataset, family, load, dtype, options.model, options.cache, accelerator, batch_size)
+    style = setting.caption_style
+    fill_texts(setting.dataset, family, load, dtype, options.model, options.cache, accelerator, batch_size, style)
     prompts: list[EncodedPrompt] = []
     if requests:
         prompts = Pipeline(
@@ -118,6 +120,7 @@ def fill_texts(
     options: CacheFileOptions,
     accelerator: Accelerator,
     batch_size: int,
+    style: PromptStyle | None,
 ) -> None:
     """Give the dataset its cached text outputs; returns when all processes are done.
 
@@ -130,8 +133,9 @@ def fill_texts(
         options: memory or disk.
         accelerator: knows the processes that share the work.
         batch_size: captions per call of the encoders.
+        style: how brackets weigh the tokens between them; None reads brackets as text.
     """
-    encoder = TextEncoder(family, load, accelerator.device, dtype, model.max_token_length or 75, batch_size)
+    encoder = TextEncoder(family, load, accelerator.device, dtype, model.max_token_length or 75, batch_size, style)
     on_disk = options.cache_text_encoder_outputs_to_disk
     with caching_bar("captions", accelerator, is_shared=on_disk) as progress:
         report = cache_text_outputs(

@@ -105,7 +105,7 @@ def run_recipe(
     torch.manual_seed(setting.seed)  # decides the initial weights of what is trained
     trained = recipe.make_trainable(setting, denoiser, text, vae)
 
-    parts = ModelParts(setting.family, denoiser, text.encoders, vae, options.cache.vae_batch_size)
+    parts = ModelParts(setting.family, denoiser, text.encoders, vae, options.cache.vae_batch_size, setting.caption_style)
     trackers = open_trackers(recipe, setting)
     run, saver = build_run(recipe, setting, trained, parts)
     progress = Progress(length.total_updates, start.update, visible=accelerator.is_main_process)

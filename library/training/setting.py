@@ -41,6 +41,11 @@ class Setting:
         return PromptStyle.of_training(self.options.model.max_token_length or 75)
 
     @property
+    def caption_style(self) -> PromptStyle | None:
+        """How captions are encoded where their brackets are weights; None where brackets are text."""
+        return self.prompt_style if self.options.caption.weighted_captions else None
+
+    @property
     def autocast_dtype(self) -> torch.dtype | None:
         """The type models compute in where it differs from that of trained weights; None without mixed precision."""
         return None if self.dtypes.compute == torch.float32 else self.dtypes.compute

@@ -14,7 +14,9 @@ from library.dataset.batch import Batch
 from library.diffusion.objective import DdpmObjective, NoisySample
 from library.diffusion.posterior import posterior_noise
 from library.diffusion.transfer import to_device
+from library.models.caption_encoding import encode_captions
 from library.models.family import Family, SizeConditioning, TextCond
+from library.models.prompt_weights import PromptStyle
 from library.options.dataset_keys import PRESERVE
 from library.training.position import Position
 
@@ -32,6 +34,8 @@ class ModelParts:
     """On the device where images are encoded in the step; else None, or on the CPU for sample images."""
     vae_batch_size: int = 1
     """Images per call of the VAE: its activations are the largest of all at full resolution."""
+    caption_style: PromptStyle | None = None
+    """How brackets in captions weigh the tokens between them; None reads brackets as text."""
 
 
 class TrainStep(nn.Module):
@@ -156,10 +160,11 @@ class TrainStep(nn.Module):
         """Return the cached text outputs, or encode the captions with the loaded encoders."""
         if batch.text_cond is not None:
             return batch.text_cond
-        family = self.parts.family
-        tokens = {name: to_device(ids, batch.loss_weights.device) for name, ids in family.tokenize(batch.captions).items()}
+        parts = self.parts
         with torch.set_grad_enabled(self.train_text and torch.is_grad_enabled()):
-            return family.encode_text(tokens, self.parts.text_encoders)
+            return encode_captions(
+                parts.family, batch.captions, parts.text_encoders, batch.loss_weights.device, parts.caption_style
+            )
 
 
 class NanWatch:

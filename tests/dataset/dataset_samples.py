@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from library.models.family import LatentCacheSpec, TextCacheSpec, TextCond, Tokens
+from library.models.prompt_weights import PromptStyle, parse_prompt_weights
 from library.options.dataset_config import CaptionRules, DatasetConfig, SectionConfig, SubsetConfig
 
 POSTERIOR_STD = 0.01
@@ -91,6 +92,12 @@ class FakeFamily:
             "hidden2": ids[:, 1:, None].expand(-1, length, 5).contiguous(),
             "pool2": ids.repeat(1, 3)[:, :5],
         }
+
+    def encode_prompts(self, texts: Sequence[str], encoders: Sequence[nn.Module | None], style: PromptStyle) -> list[TextCond]:
+        """Multiply by the weight of the first run; the number of encoded texts stays to be seen in `encoded_texts`."""
+        plain = self.encode_text(self.tokenize(texts), encoders)
+        weights = [parse_prompt_weights(text)[0].weight for text in texts]
+        return [{name: value[i : i + 1] * weight for name, value in plain.items()} for i, weight in enumerate(weights)]
 
     def encode_images(self, vae: FakeVae, images: Tensor, noise: Tensor) -> Tensor:
         latents = self._mean(vae, images) + POSTERIOR_STD * noise

@@ -15,6 +15,7 @@ from library.dataset.dataset import Dataset
 from library.dataset.loader import make_loader
 from library.dataset.text_cache import cache_text_outputs
 from library.dataset.text_encoder import TextEncoder
+from library.models.prompt_weights import PromptStyle
 from library.options.errors import UserError
 from library.options.groups.cache import CacheOptions
 
@@ -33,9 +34,10 @@ def cache(
     *,
     trust_foreign: bool = True,
     dtype: Any = torch.float32,
+    style: PromptStyle | None = None,
     **more: Any,
 ) -> CacheReport:
-    encoder = TextEncoder(family, lambda: [None, None], torch.device("cpu"), dtype, family.max_token_length, batch_size=2)
+    encoder = TextEncoder(family, lambda: [None, None], torch.device("cpu"), dtype, family.max_token_length, 2, style)
     return cache_text_outputs(dataset, encoder, options, trust_foreign=trust_foreign, **more)
 
 
@@ -168,3 +170,46 @@ def test_processes_share_the_captions(folder: Path, family: FakeFamily) -> None:
     made = [cache(dataset_of(folder), family, process_index=rank, num_processes=2).made.total() for rank in (0, 1)]
     assert made == [3, 2]
     assert cache(dataset_of(folder), family).kept == 5
+
+
+WEIGHTED = PromptStyle.of_training()
+ANOTHER_READING = {"with brackets that are read in another way": 1}
+
+
+def hidden_of(folder: Path, name: str) -> Any:
+    with np.load(folder / f"{name}_te_outputs.npz") as archive:
+        return archive["hidden_state1"]
+
+
+def test_only_captions_with_brackets_are_encoded_again_when_weights_are_switched_on_or_off(
+    folder: Path, family: FakeFamily
+) -> None:
+    (folder / "im3.txt").write_text("(bold:1.5) and plain\n")
+    assert dict(cache(dataset_of(folder), family).made) == {"new": 5}
+    plain = hidden_of(folder, "im3")
+    for style, factor in ((WEIGHTED, 1.5), (None, 1.0)):
+        family.encoded_texts.clear()
+        assert dict(cache(dataset_of(folder), family, style=style).made) == ANOTHER_READING
+        assert family.encoded_texts == ["(bold:1.5) and plain"]
+        np.testing.assert_allclose(hidden_of(folder, "im3"), plain * factor)
+        assert cache(dataset_of(folder), family, style=style).made.total() == 0
+
+
+def test_files_of_sd_scripts_do_not_say_whether_brackets_were_weights(folder: Path, family: FakeFamily) -> None:
+    (folder / "im3.txt").write_text("(bold:1.5) and plain\n")
+    cache(dataset_of(folder), family)
+    for path in folder.glob("*_te_outputs.npz"):
+        strip_stamp(path)
+    assert dict(cache(dataset_of(folder), family, style=WEIGHTED).made) == ANOTHER_READING
+
+
+def test_weighted_captions_are_kept_in_memory_with_their_weights(folder: Path, family: FakeFamily) -> None:
+    for path in folder.glob("*.txt"):
+        path.write_text("(bold:1.5)\n")
+    plain, weighted = dataset_of(folder), dataset_of(folder)
+    cache(plain, family, MEMORY)
+    cache(weighted, family, MEMORY, style=WEIGHTED)
+    for one, other in zip(make_loader(plain, 1), make_loader(weighted, 1), strict=True):
+        assert one.text_cond is not None
+        assert other.text_cond is not None
+        torch.testing.assert_close(other.text_cond["hidden1"], one.text_cond["hidden1"] * 1.5)

@@ -8,6 +8,7 @@ Shape legend: B texts, n rows of 77 positions each (begin, 75 tokens, end), L po
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -110,11 +111,16 @@ def _rows(bpe: ClipBpe, text: str, style: PromptStyle) -> list[_Row]:
             rows[-1].ids.append(token_id)
             rows[-1].weights.append(run.weight)
     if num_cut := sum(len(row.ids) for row in rows[style.max_chunks :]):
-        logger.warning(
-            f'A prompt is longer than {style.max_chunks} × {CHUNK_TOKENS} tokens; its last {num_cut} are not used: "{text}". '
-            "More are read with --max_embeddings_multiples when drawing, with --max_token_length when training."
-        )
+        _warn_of_cut(text, style.max_chunks, num_cut)
     return rows[: style.max_chunks]
+
+
+@lru_cache(maxsize=10_000)  # once for each text: captions come again in every epoch
+def _warn_of_cut(text: str, max_chunks: int, num_cut: int) -> None:
+    logger.warning(
+        f'A prompt is longer than {max_chunks} × {CHUNK_TOKENS} tokens; its last {num_cut} are not used: "{text}". '
+        "More are read with --max_embeddings_multiples when drawing, with --max_token_length when training."
+    )
 
 
 def _padded_weights(row: _Row) -> list[float]:
