@@ -119,6 +119,13 @@ class CacheReport:
         kept = f"{self.kept} taken from the cache" if self.kept else "none in the cache"
         return f"{self.kind}: {kept}, {made}."
 
+    def survey_sentence(self) -> str:
+        """Return the account of what is there, and of what is still to be made."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.made.most_common())
+        made = f"{self.made.total()} are to be encoded ({reasons})" if self.made else "nothing is to be encoded"
+        foreign = f" ({self.foreign} of them from another program)" if self.foreign else ""
+        return f"{self.kind}: {self.kept} are cached and right{foreign}, {made}."
+
     def foreign_sentence(self) -> str:
         """Return a word on files of other programs that were kept."""
         return (

@@ -72,6 +72,20 @@ def cache_latents(
     return report
 
 
+def survey_latents(dataset: Dataset, family: Family, encoder: LatentEncoder, options: CacheFileOptions) -> CacheReport:
+    """Say what `cache_latents` would find on the disk and make, without making it; no model is loaded.
+
+    Raises:
+        UserError: one image is wanted in two ways at one size.
+    """
+    report = CacheReport("Latents")
+    files = LatentFiles(family.latent_cache, family.latent_channels, family.latent_stride, posterior=encoder.posterior)
+    jobs = _disk_jobs(_jobs(dataset), files)
+    if jobs:
+        _stale(jobs, LatentChecker(files, family, encoder, trust_existing=options.skip_cache_check), report)
+    return report
+
+
 @dataclass(frozen=True)
 class _DiskJob:
     job: LatentJob
@@ -138,14 +152,19 @@ def _held(latents: Latents) -> Tensor:
 def _fill_files(
     jobs: Sequence[_DiskJob], checker: LatentChecker, encoder: LatentEncoder, report: CacheReport, progress: Progress | None
 ) -> None:
+    stale = _stale(jobs, checker, report)
+    for _ in counted(_written(encoder.encode(list(stale)), stale, checker), len(stale), progress):
+        pass
+
+
+def _stale(jobs: Sequence[_DiskJob], checker: LatentChecker, report: CacheReport) -> dict[LatentJob, _DiskJob]:
+    """Look into all files, note what is there, and return the jobs whose entries have to be made."""
     with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
         verdicts = list(pool.map(lambda job: checker.verdict(job.job), jobs))
     report.kept = sum(verdict.reason is None for verdict in verdicts)
     report.foreign = sum(verdict.is_foreign for verdict in verdicts)
     report.made.update(verdict.reason for verdict in verdicts if verdict.reason)
-    stale = {job.job: job for job, verdict in zip(jobs, verdicts, strict=True) if verdict.reason}
-    for _ in counted(_written(encoder.encode(list(stale)), stale, checker), len(stale), progress):
-        pass
+    return {job.job: job for job, verdict in zip(jobs, verdicts, strict=True) if verdict.reason}
 
 
 def _written(encoded: Iterator[EncodedImage], jobs: Mapping[LatentJob, _DiskJob], checker: LatentChecker) -> Iterator[LatentJob]:

@@ -69,6 +69,19 @@ def cache_text_outputs(
     return report
 
 
+def survey_text_outputs(dataset: Dataset, encoder: TextEncoder, options: CacheFileOptions, *, trust_foreign: bool) -> CacheReport:
+    """Say what `cache_text_outputs` would find on the disk and make, without making it; no model is loaded.
+
+    The dataset's captions are the texts of the cache from then on. Whether files of other programs are of the same
+    `--max_token_length` is not looked at, since that takes the text encoders.
+    """
+    report = CacheReport("Captions")
+    dataset.text_variants = options.text_cache_variants
+    files = TextFiles(encoder.family.text_cache, _dropping(dataset), is_trusted=options.skip_cache_check)
+    _unfinished(_jobs(dataset, files), _CheckerOfStamps(dataset, files, encoder, options.skip_cache_check, trust_foreign), report)
+    return report
+
+
 @dataclass(frozen=True)
 class _Job:
     """A file, and the numbers of the items whose texts it holds; none for the empty caption."""
@@ -128,16 +141,8 @@ class _Unfinished:
 
 
 def _fill_files(jobs: Sequence[_Job], checker: "_Checker", report: CacheReport, cost: TextCost, progress: Progress | None) -> None:
-    unfinished: list[_Unfinished] = []
-    total = 0
-    with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
-        for job, verdict in zip(jobs, pool.map(checker.verdict, jobs), strict=True):
-            total += len(verdict.texts)
-            missing = len(verdict.texts) - len(verdict.found)
-            report.kept += len(verdict.found)
-            if missing:
-                report.made[verdict.reason] += missing
-                unfinished.append(_Unfinished(job, verdict.texts, verdict.found))
+    unfinished = _unfinished(jobs, checker, report)
+    total = report.kept + report.made.total()
     waiting: dict[str, list[_Unfinished]] = {}
     for file in unfinished:
         for text in file.missing:
@@ -152,6 +157,19 @@ def _fill_files(jobs: Sequence[_Job], checker: "_Checker", report: CacheReport, 
             if len(file.made) == len(file.texts) - len(file.found):
                 _write(file, checker)
                 file.made.clear()
+
+
+def _unfinished(jobs: Sequence[_Job], checker: "_Checker", report: CacheReport) -> list[_Unfinished]:
+    """Look into all files, note what is there, and return those that lack a text."""
+    unfinished: list[_Unfinished] = []
+    with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
+        for job, verdict in zip(jobs, pool.map(checker.verdict, jobs), strict=True):
+            missing = len(verdict.texts) - len(verdict.found)
+            report.kept += len(verdict.found)
+            if missing:
+                report.made[verdict.reason] += missing
+                unfinished.append(_Unfinished(job, verdict.texts, verdict.found))
+    return unfinished
 
 
 def _write(file: _Unfinished, checker: "_Checker") -> None:
@@ -260,6 +278,13 @@ class _Checker:
                 packed = self.encoder.family.text_cache.pack(sample)
                 self._known_shapes = {name: array.shape for name, array in packed.items()}
         return self._known_shapes
+
+
+class _CheckerOfStamps(_Checker):
+    """Decides without the text encoders."""
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {}
 
 
 def _all_finite(arrays: Mapping[str, np.ndarray[Any, Any]], names: frozenset[str]) -> bool:

@@ -11,6 +11,7 @@ from library.dataset.report import write_report
 from library.models.family import Family, ModelSource
 from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
+from library.training.cache_survey import survey_caches
 from library.training.outputs import RunLength
 from library.training.preflight import checked_dataset
 from library.training.preparation import model_source
@@ -46,7 +47,8 @@ def look(
     checked = checked_dataset(options, data, seed, family, num_processes, compares_all=folder is not None)
     lengths = run_lengths(options, checked.dataset.batches_per_epoch(num_processes), num_processes)
     if folder is not None:
-        log.info("The report is in %s.", write_report(folder, checked, lengths))
+        caches = survey_caches(options, checked, family)
+        log.info("The report is in %s.", write_report(folder, checked, lengths, caches))
     checked.findings.raise_errors()
     if warnings := checked.findings.warning_text():
         log.warning("%s", warnings)

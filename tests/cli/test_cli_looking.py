@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from torch import nn
 
 import sdxl_train
+import sdxl_train_network
 from library.models.sdxl.family import SdxlFamily
 from library.options.errors import UserError
 from tests.cli.training_commands import arguments, finetune_arguments, run_command, write_dataset
@@ -74,6 +76,33 @@ def test_errors_of_the_data_stop_a_run_before_a_model_is_loaded(
     (tmp_path / "images" / "empty.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"The dataset has an error"):
         sdxl_train.main(finetune_arguments(tiny_checkpoint, dataset, tmp_path / "out"))
+
+
+def test_a_report_says_what_is_cached_and_what_is_stale_and_why(dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    dataset.write_text(dataset.read_text().replace("shuffle_caption = true\n", "").replace("caption_tag_dropout_rate = 0.2\n", ""))
+    on_disk = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
+    cached = arguments(tiny_checkpoint, dataset, tmp_path / "out", "--network_train_unet_only", *on_disk)
+    report = tmp_path / "report"
+
+    def caches() -> dict[str, dict[str, object]]:
+        sdxl_train_network.main([*cached, "--dataset_report", str(report)])
+        facts = json.loads((report / "dataset_report.json").read_text())
+        return {cache["kind"]: cache["to_make"] | {"right": cache["right"]} for cache in facts["caches"]}
+
+    assert caches() == {"Latents": {"new": 4, "right": 0}, "Captions": {"new": 4, "right": 0}}
+    sdxl_train_network.main([*cached, "--max_train_steps", "1"])
+    assert caches() == {"Latents": {"right": 4}, "Captions": {"right": 4}}
+    first, second, *_ = sorted((tmp_path / "images").glob("*.jpg"))
+    with Image.open(first) as image:
+        turned = image.transpose(Image.Transpose.ROTATE_180)
+    turned.save(first)
+    second.with_suffix(".txt").write_text("another caption")
+    assert caches() == {
+        "Latents": {"of an image that changed": 1, "right": 3},
+        "Captions": {"of a caption that changed": 1, "right": 3},
+    }
+    page = (report / "dataset_report.html").read_text(encoding="utf-8")
+    assert "Latents: 3 are cached and right, 1 are to be encoded (1 of an image that changed)." in page
 
 
 def test_showing_the_dataset_writes_pictures_and_captions_and_ends(dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
