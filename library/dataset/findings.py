@@ -37,6 +37,7 @@ class Kind(Enum):
     CACHE = ("Caches that cannot be made", "")
     CONFIG = ("Settings of the dataset that may not be meant", "")
     NO_CAPTION = ("Images without a caption", "Check caption_extension, or set class_tokens.")
+    EMPTY_CAPTION = ("Images whose caption is empty", "Write captions, unless images without one are meant.")
     LONG_CAPTION = (
         "Captions longer than the text encoders read",
         "What is beyond is ignored. Shorten them, or raise --max_token_length to 150 or 225.",
@@ -135,6 +136,10 @@ class Findings:
         kinds = sorted((kind for found, kind in self._counts if found is severity), key=_RANKS.__getitem__)
         for kind in kinds:
             yield kind, self._counts[severity, kind], list(self._problems[severity, kind].values())
+
+    def warnings_of(self, kind: Kind) -> list[Problem]:
+        """Return the warnings of one kind that were kept."""
+        return list(self._problems.get((Severity.WARNING, kind), {}).values())
 
     def lines(self, severity: Severity) -> list[str]:
         """Return the problems of a severity as a person reads them: by kind, with a few examples each."""

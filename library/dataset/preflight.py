@@ -53,6 +53,7 @@ def check_dataset(dataset: Dataset, findings: Findings, limits: Limits) -> Check
     """Add to the findings what the index cannot see: captions too long, sizes that do not suit, copies, buckets not filled."""
     surveyed = survey(dataset, TokenCounter(limits.count_tokens, limits.max_tokens))
     _check_captions(dataset, surveyed, findings, limits.max_tokens)
+    _check_empty_captions(dataset, surveyed, findings)
     copies: list[list[str]] = []
     for number, section in enumerate(dataset.sections):
         _check_sizes(dataset, number, surveyed, findings)
@@ -83,6 +84,21 @@ def _check_captions(dataset: Dataset, surveyed: Survey, findings: Findings, limi
             names, paths = _examples(dataset, too_long, lambda number: f"{tokens[number]} tokens")
             told = f"{len(too_long)} of {own.sum()} captions of {subset.source} are longer than {limit} tokens: {names}."
             findings.warning(Kind.LONG_CAPTION, subset.source, told, count=len(too_long), files=paths)
+
+
+def _check_empty_captions(dataset: Dataset, surveyed: Survey, findings: Findings) -> None:
+    """Tell of captions that are there and empty; of missing ones the index has told, and empty class tokens are meant."""
+    for subset, own in _subsets(dataset, surveyed):
+        told = [problem for problem in findings.warnings_of(Kind.NO_CAPTION) if problem.where == subset.source]
+        known = {path for problem in told for path in problem.files}
+        count = int((own & surveyed.is_empty).sum()) - sum(problem.count for problem in told)
+        if count > 0 and subset.class_tokens != "":
+            numbers = [
+                number for number in np.flatnonzero(own & surveyed.is_empty).tolist() if dataset.items[number].path not in known
+            ]
+            names, paths = _examples(dataset, numbers[:count])
+            sentence = f"{count} of {own.sum()} images of {subset.source} have an empty caption: {names}."
+            findings.warning(Kind.EMPTY_CAPTION, subset.source, sentence, count=count, files=paths)
 
 
 def _check_sizes(dataset: Dataset, section: int, surveyed: Survey, findings: Findings) -> None:

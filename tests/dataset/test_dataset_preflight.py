@@ -55,6 +55,14 @@ def test_captions_longer_than_the_limit_are_counted_the_longest_first(plain: Pat
     assert told(check(section(subset(plain)), max_tokens=6)) == {}
 
 
+def test_captions_that_are_there_and_empty_are_told_apart_from_missing_ones(plain: Path) -> None:
+    (plain / "p0.txt").write_text("\n")
+    make_image(plain / "p2.png", (64, 64), seed=5)
+    found = told(check(section(subset(plain))))
+    assert list(found) == [Kind.NO_CAPTION, Kind.EMPTY_CAPTION]
+    assert found[Kind.EMPTY_CAPTION] == [f"1 of 3 images of {plain} have an empty caption: p0.png."]
+
+
 def test_prefix_suffix_and_the_longest_choice_count_as_part_of_the_caption(plain: Path) -> None:
     (plain / "p0.txt").write_text("short\n{a|b c d} long line")
     rules = {"caption_prefix": "my style", "caption_suffix": "good", "enable_wildcard": True}
