@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
-from tests.cli.training_commands import FINETUNE, ROOT, finetune_arguments, run_command, write_dataset
+from tests.cli.training_commands import FINETUNE, ROOT, arguments, finetune_arguments, run_command, write_dataset
 
 SIZES = ("--min_bucket_reso", "32", "--max_bucket_reso", "128", "--bucket_reso_steps", "32")
 
@@ -21,8 +22,8 @@ def images(toy_images: Path, tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def run_tool(script: str, *arguments: object) -> str:
-    done = run_command([str(argument) for argument in arguments], script=str(ROOT / script))
+def run_tool(script: str, *words: object) -> str:
+    done = run_command([str(word) for word in words], script=str(ROOT / script))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -61,3 +62,19 @@ def test_two_processes_share_the_encoding(tiny_checkpoint: Path, images: Path, t
     assert done.stdout.count("Wrote") == 1
     assert len(json.loads((tmp_path / "ready.json").read_text())) == 4
     assert len(list(images.glob("*_sdxl.npz"))) == 4
+
+
+def test_a_lora_says_how_it_was_trained(tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, toy_images, count=2)
+    trained = run_command(arguments(tiny_checkpoint, dataset, tmp_path, "--max_train_steps", "1"))
+    assert trained.returncode == 0, trained.stderr
+    file = tmp_path / "net.safetensors"
+    with safe_open(file, "pt") as saved:
+        metadata = saved.metadata()
+    assert json.loads(run_tool("tools/show_metadata.py", "--model", file, "--raw")) == metadata
+    shown = json.loads(run_tool("tools/show_metadata.py", "--model", file))
+    assert shown.keys() == metadata.keys()
+    assert (shown["ss_network_dim"], shown["ss_seed"]) == ("4", "11")
+    assert shown["ss_tag_frequency"] == json.loads(metadata["ss_tag_frequency"])
+    assert shown["ss_tag_frequency"]["images"]["bright"] == 2
+    assert shown["ss_datasets"][0]["subsets"][0]["img_count"] == 2
