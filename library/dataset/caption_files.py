@@ -15,19 +15,36 @@ def find_caption_file(image_path: str, extension: str) -> str | None:
     (`name_cx_cy_w_h.png`), the name without them.
     """
     stem = os.path.splitext(image_path)[0]
-    candidates = [stem + extension]
-    parts = stem.split("_")
-    if len(parts) >= 5:
-        candidates.append("_".join(parts[:-4]) + extension)
-    return next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
+    return next((candidate for candidate in caption_candidates(stem, extension) if os.path.isfile(candidate)), None)
+
+
+def caption_candidates(stem: str, extension: str) -> list[str]:
+    """Return the names that the caption file of an image may have, the first that exists counts.
+
+    Args:
+        stem: the image without its ending.
+        extension: of caption files.
+    """
+    if stem.count("_") < 4:
+        return [stem + extension]
+    return [stem + extension, stem.rsplit("_", 4)[0] + extension]
 
 
 def read_caption(path: str, *, multiline: bool) -> str:
-    """Return the text of a caption file, in UTF-8 with or without a byte order mark.
+    """Return the caption that a file holds.
 
     Args:
-        path: the file.
-        multiline: give all lines that are not blank, stripped; else the first line only.
+        path: a text file in UTF-8, with or without a byte order mark.
+        multiline: see `caption_of_text`.
+
+    Raises:
+        UserError: the file is empty or in another encoding.
+    """
+    return caption_of_text(caption_text(path), multiline=multiline)
+
+
+def caption_text(path: str) -> str:
+    """Return all of a caption file.
 
     Raises:
         UserError: the file is empty or in another encoding.
@@ -37,10 +54,14 @@ def read_caption(path: str, *, multiline: bool) -> str:
         raise UserError(
             f"{path} is an empty caption file. Write a caption into it, or a blank line if none is meant, or delete it."
         )
-    lines = lines_of(text)
+    return text
+
+
+def caption_of_text(text: str, *, multiline: bool) -> str:
+    """Return all lines that are not blank, stripped, or without `multiline` the first line; newlines end lines."""
     if multiline:
-        return "\n".join(line.strip() for line in lines if line.strip())
-    return lines[0].strip()
+        return "\n".join(line.strip() for line in text.split("\n") if line.strip())
+    return text.partition("\n")[0].strip()
 
 
 def lines_of(text: str) -> list[str]:

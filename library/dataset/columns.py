@@ -7,7 +7,6 @@ columns cost eight bytes a text, and looking changes nothing.
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, overload
 
 import numpy as np
@@ -24,9 +23,13 @@ class Texts(Sequence[str]):
     __slots__ = ("_ends", "_packed")
 
     def __init__(self, texts: Iterable[str]) -> None:
-        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]  # names that are not UTF-8 come as surrogates
-        self._ends = np.fromiter(accumulate(map(len, encoded), initial=0), dtype=np.int64, count=len(encoded) + 1)
-        self._packed = b"".join(encoded)
+        parts: Sequence[str | bytes] = list(texts)
+        whole = "".join(parts)
+        if not whole.isascii():
+            parts = [text.encode("utf-8", "surrogatepass") for text in parts]  # names that are not UTF-8 come as surrogates
+        self._packed = whole.encode("utf-8", "surrogatepass")
+        self._ends = np.zeros(len(parts) + 1, dtype=np.int64)
+        np.cumsum(np.fromiter(map(len, parts), dtype=np.int64, count=len(parts)), out=self._ends[1:])
 
     def __len__(self) -> int:
         return len(self._ends) - 1

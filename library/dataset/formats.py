@@ -12,6 +12,8 @@ from PIL import features
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 """File name endings that count as pictures, in lower case; every other spelling (.PNG, .Png) counts too."""
 
+_ENDINGS = frozenset(IMAGE_EXTENSIONS)
+
 
 @dataclass(frozen=True)
 class _PlugIn:
@@ -32,7 +34,7 @@ _PLUG_INS = {
 
 def is_image_name(name: str) -> bool:
     """Say whether a file of this name counts as a picture; hidden ones do not."""
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+    return name[:1] != "." and name[name.rfind(".") :].lower() in _ENDINGS  # called for every file of a folder
 
 
 def list_images(folder: str) -> list[str]:
@@ -50,9 +52,9 @@ def teach_pillow(path: str) -> None:
 def without_package(paths: Iterable[str]) -> dict[str, list[str]]:
     """Return the pictures that a package is missing for, by a clause that says which; all others can be tried."""
     found: dict[str, list[str]] = defaultdict(list)
+    rare = tuple(_PLUG_INS)
     for path in paths:
-        ending = os.path.splitext(path)[1].lower()
-        if not _can_read(ending):
+        if path.lower().endswith(rare) and not _can_read(ending := os.path.splitext(path)[1].lower()):
             plug_in = _PLUG_INS[ending]
             found[f"{plug_in.format}, which needs another package: {plug_in.command}"].append(path)
     return dict(found)

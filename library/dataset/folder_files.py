@@ -1,0 +1,167 @@
+"""The images and caption files of one folder: what earlier starts know of them, and for the rest the files themselves."""
+
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Generic, TypeVar
+
+from library.dataset.caption_files import caption_text as _read_caption
+from library.dataset.formats import IMAGE_EXTENSIONS
+from library.dataset.images import inspect_image
+from library.dataset.index_store import IndexStore, packed_facts
+from library.dataset.jpeg_header import jpeg_facts
+from library.options.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 64
+_WAITING = 0.0003
+"""Seconds a file from which on reading is mostly waiting, or work that lets other threads run, and threads pay."""
+_THREADS = min(16, 4 * (os.cpu_count() or 1))
+_SAVED_EVERY = 5.0
+"""Seconds of reading that a kill loses at most, about."""
+_MANY = 5000
+
+Found = TypeVar("Found", int, str)
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class FolderFiles:
+    """The files of a folder, whose names are read once.
+
+    Args:
+        folder: as it was given.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.prefix = os.path.join(folder, "")
+        """What stands before the names."""
+        self.real = os.path.realpath(folder)
+        """The folder, the same from wherever it is seen, without separator at its end."""
+        self.names = frozenset(name for name in os.listdir(folder or ".") if name[-4:] != ".npz")
+        """Of all files but caches, and of folders."""
+        self.images = sorted(name for name in self.names if name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != ".")
+        """The names of all images, and of folders that are named as if they were images."""
+        self._store = IndexStore(self.real)
+
+    def image_facts(self, names: Sequence[str], problems: dict[str, str]) -> list[int | None]:
+        """Return what the headers of images say, packed, after checking that the files are whole; None for those left out.
+
+        Args:
+            names: of the images.
+            problems: receives a sentence for each image that cannot be used, by name; a folder is left out without one.
+        """
+        return self._looked_at(names, problems, self._store.images(), _read_image, lambda rows: self._store.save(images=rows))
+
+    def caption_texts(self, names: Sequence[str], problems: dict[str, str]) -> list[str | None]:
+        """Return the texts of caption files; None for those left out.
+
+        Args:
+            names: of the files.
+            problems: receives a sentence for each file that cannot be used, by name.
+        """
+        return self._looked_at(names, problems, self._store.captions(), _read_caption, lambda rows: self._store.save(captions=rows))
+
+    def _looked_at(
+        self,
+        names: Sequence[str],
+        problems: dict[str, str],
+        known: Iterable[tuple[str, int, int, Found]],
+        read: Callable[[str], Found],
+        save: Callable[[list[tuple[str, int, int, Found]]], None],
+    ) -> list[Found | None]:
+        """Take what is known of files that are as they were, read the others, and save that."""
+        rows = {row[0]: row for row in known}
+        found: list[Found | None] = []
+        new: list[tuple[str, int, int, Found]] = []
+        saved_at, was_told = time.monotonic(), False
+        chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
+        try:
+            for looked in mapped(partial(_look, self.prefix, rows, read), chunks):
+                found += looked.found
+                new += looked.new
+                problems.update(looked.problems)
+                if not was_told and len(new) >= _MANY:
+                    was_told = True
+                    logger.info("Reading files of %s that are new or have changed.", self.prefix)
+                if new and time.monotonic() - saved_at > _SAVED_EVERY:
+                    save(new)
+                    new, saved_at = [], time.monotonic()
+        finally:
+            if gone := rows.keys() - self.names:
+                self._store.save(gone=gone)
+            if new:
+                save(new)
+        return found
+
+
+@dataclass
+class _Looked(Generic[Found]):
+    """What was found out about some files."""
+
+    found: list[Found | None] = field(default_factory=list)
+    new: list[tuple[str, int, int, Found]] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+
+
+def _look(
+    prefix: str, known: Mapping[str, tuple[str, int, int, Found]], read: Callable[[str], Found], names: Sequence[str]
+) -> _Looked[Found]:
+    looked: _Looked[Found] = _Looked()
+    paths = [prefix + name for name in names]
+    for name, path, row, status in zip(names, paths, map(known.get, names), map(_status, paths), strict=True):
+        found = None
+        if row is not None and status is not None and row[2] == status.st_mtime_ns and row[1] == status.st_size:
+            found = row[3]
+        elif status is None or not stat.S_ISDIR(status.st_mode):
+            try:
+                found = read(path)
+            except UserError as error:
+                looked.problems[name] = str(error)
+            else:
+                if status is not None:
+                    looked.new.append((name, status.st_size, status.st_mtime_ns, found))
+        looked.found.append(found)
+    return looked
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:  # reading it will tell why
+        return None
+
+
+def _read_image(path: str) -> int:
+    facts = jpeg_facts(path) or inspect_image(path)
+    return packed_facts(*facts.size, facts.orientation, facts.traits)
+
+
+def mapped(work: Callable[[Sequence[Job]], Result], chunks: Collection[Sequence[Job]]) -> Iterator[Result]:
+    """Do work chunk by chunk, in threads once it turns out to be slow; where it is not, threads would only wait for each other."""
+    left = iter(chunks)
+    for chunk in left:
+        start = time.perf_counter()
+        result = work(chunk)
+        seconds = time.perf_counter() - start
+        yield result
+        if seconds > _WAITING * len(chunk):
+            break
+    yield from _in_threads(work, left)
+
+
+def _in_threads(work: Callable[[Sequence[Job]], Result], chunks: Iterable[Sequence[Job]]) -> Iterator[Result]:
+    pool = ThreadPoolExecutor(_THREADS)
+    try:
+        yield from pool.map(work, chunks)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)  # after Ctrl+C, what has not begun is not waited for

@@ -1,0 +1,191 @@
+"""What earlier starts found out about the files of a folder, kept in a small SQLite database.
+
+The database is `.atelier_index.sqlite` inside the folder, or, where that cannot be written, a file in the user's cache folder. It
+holds names without folders, so it goes with a folder that is moved. It is a cache: it may be deleted at any time, one that is
+damaged is made again, and where none can be kept, files are read at every start.
+"""
+
+import hashlib
+import logging
+import os
+import sqlite3
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from typing import Any
+
+import numpy as np
+
+from library.dataset.columns import Ints
+
+logger = logging.getLogger(__name__)
+
+STORE_NAME = ".atelier_index.sqlite"
+_VERSION = 1
+"""Of the tables and of what is in them: to be raised when files are read in another way than before."""
+_WAIT_SECONDS = 30
+_FETCHED = 10_000
+
+_TABLES = {
+    "images": "name TEXT PRIMARY KEY, bytes INTEGER, mtime_ns INTEGER, width INTEGER, height INTEGER, orientation INTEGER,"
+    " traits INTEGER",
+    "captions": "name TEXT PRIMARY KEY, bytes INTEGER, mtime_ns INTEGER, text TEXT",
+}
+
+ImageRow = tuple[str, int, int, int]
+"""Name, size in bytes, time of the last change; and what the file's header says, in one number (see `packed_facts`)."""
+CaptionRow = tuple[str, int, int, str]
+"""Name, size in bytes, time of the last change; text."""
+
+_SELECT = {
+    "images": """
+        SELECT name, bytes, mtime_ns, (width << 36) | (height << 12) | (orientation << 8) | traits FROM images
+        WHERE typeof(name) = 'text' AND typeof(width) = 'integer' AND width BETWEEN 1 AND 0xFFFFFF
+        AND typeof(height) = 'integer' AND height BETWEEN 1 AND 0xFFFFFF
+        AND typeof(orientation) = 'integer' AND orientation BETWEEN 1 AND 8
+        AND typeof(traits) = 'integer' AND traits BETWEEN 0 AND 255""",
+    "captions": "SELECT name, bytes, mtime_ns, text FROM captions WHERE typeof(name) = 'text' AND typeof(text) = 'text'",
+}
+_INSERT = {
+    "images": "INSERT OR REPLACE INTO images VALUES (?1, ?2, ?3, ?4 >> 36, ?4 >> 12 & 0xFFFFFF, ?4 >> 8 & 15, ?4 & 255)",
+    "captions": "INSERT OR REPLACE INTO captions VALUES (?, ?, ?, ?)",
+}
+
+
+def packed_facts(width: int, height: int, orientation: int, traits: int) -> int:
+    """Put what is known of an image into one number: of a million rows each value less counts."""
+    return width << 36 | height << 12 | orientation << 8 | traits
+
+
+def unpacked_facts(
+    packed: Sequence[int],
+) -> tuple[Ints, "np.ndarray[Any, np.dtype[np.uint8]]", "np.ndarray[Any, np.dtype[np.uint8]]"]:
+    """Return sizes (N, 2), orientations and traits of many images."""
+    numbers = np.array(packed, dtype=np.int64)
+    sizes = np.stack([numbers >> 36, numbers >> 12 & 0xFFFFFF], axis=1).astype(np.int32)
+    return sizes, (numbers >> 8 & 15).astype(np.uint8), (numbers & 255).astype(np.uint8)
+
+
+class IndexStore:
+    """The database of one folder.
+
+    Args:
+        folder: the same path from wherever the folder is seen.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._places = [os.path.join(folder, STORE_NAME)]
+        cache = _cache_folder()
+        if cache:
+            digest = hashlib.sha256(folder.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+            self._places.append(os.path.join(cache, f"{digest}.sqlite"))
+
+    def images(self) -> Iterator[ImageRow]:
+        """Yield what is known of images; of a name told twice, the later is newer."""
+        return self._rows("images")
+
+    def captions(self) -> Iterator[CaptionRow]:
+        """Yield what is known of caption files; of a name told twice, the later is newer."""
+        return self._rows("captions")
+
+    def save(self, images: Iterable[ImageRow] = (), captions: Iterable[CaptionRow] = (), gone: Iterable[str] = ()) -> None:
+        """Keep what was found out, and forget files that are gone; all of it or, if that fails, nothing."""
+        new = {"images": _storable(images), "captions": _storable(captions)}
+        old = _storable((name,) for name in gone)
+        failures = []
+        for place in self._places:
+            failure = _saved(place, new, old)
+            if failure is None:
+                return
+            failures.append(failure)
+        logger.info("What was read in %s cannot be kept for the next start: %s.", os.path.dirname(self._places[0]), failures[0])
+
+    def _rows(self, table: str) -> Iterator[Any]:
+        for place in sorted(filter(os.path.exists, self._places), key=os.path.getmtime):
+            try:
+                with closing(_open(place, "rw")) as database:
+                    if database.execute("PRAGMA user_version").fetchone() == (_VERSION,):
+                        cursor = database.execute(_SELECT[table])
+                        while rows := cursor.fetchmany(_FETCHED):
+                            yield from rows
+            except sqlite3.OperationalError as error:
+                logger.info("%s cannot be read: %s.", place, error)
+            except sqlite3.DatabaseError as error:
+                _discard(place, error)
+
+
+def _open(place: str, mode: str) -> sqlite3.Connection:
+    address = "file:" + place.replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    return sqlite3.connect(f"{address}?mode={mode}", uri=True, timeout=_WAIT_SECONDS, isolation_level=None)
+
+
+def _saved(place: str, new: Mapping[str, list[Any]], gone: list[Any]) -> str | None:
+    """Write to one database; return why that fails, or None."""
+    for last_try in (False, True):
+        try:
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            with closing(_open(place, "rwc")) as database:
+                _write(database, new, gone)
+        except sqlite3.OperationalError as error:
+            return str(error)
+        except sqlite3.DatabaseError as error:
+            _discard(place, error)
+            if last_try:
+                return str(error)
+        except OSError as error:
+            return error.strerror or str(error)
+        else:
+            return None
+    return None
+
+
+def _write(database: sqlite3.Connection, new: Mapping[str, list[Any]], gone: list[Any]) -> None:
+    database.execute("PRAGMA synchronous=NORMAL")
+    database.execute("BEGIN IMMEDIATE")
+    if database.execute("PRAGMA user_version").fetchone() != (_VERSION,):
+        for table, columns in _TABLES.items():
+            database.execute(f"DROP TABLE IF EXISTS {table}")
+            database.execute(f"CREATE TABLE {table} ({columns}) WITHOUT ROWID")
+        database.execute(f"PRAGMA user_version={_VERSION}")
+    for table, rows in new.items():
+        database.executemany(_INSERT[table], rows)
+        database.executemany(f"DELETE FROM {table} WHERE name = ?", gone)
+    database.execute("COMMIT")
+
+
+def _storable(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Leave out rows with texts that are not Unicode, such as some file names: SQLite does not take them."""
+    return [row for row in rows if _is_unicode(row[0]) and _is_unicode(row[-1])]
+
+
+def _is_unicode(value: object) -> bool:
+    if not isinstance(value, str) or value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _discard(place: str, error: sqlite3.DatabaseError) -> None:
+    logger.warning("%s is damaged (%s) and is made again.", place, error)
+    _remove(place)
+
+
+def _remove(place: str) -> None:
+    for path in (place, place + "-journal"):
+        with suppress(OSError):
+            os.remove(path)
+
+
+def _cache_folder() -> str | None:
+    """Return where this user's programs keep what they can make again."""
+    home = os.path.expanduser("~")
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
+    elif sys.platform == "darwin":
+        base = os.path.join(home, "Library", "Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
+    return os.path.join(base, "atelier", "index") if os.path.isabs(base) else None

@@ -1,0 +1,238 @@
+"""The images of a subset with their captions, as columns: from a folder with caption files, or from a metadata file."""
+
+import os
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from library.dataset.caption_files import caption_candidates, caption_of_text
+from library.dataset.columns import Flags, Pictures, Texts
+from library.dataset.findings import Findings, Kind, names_of
+from library.dataset.folder_files import FolderFiles
+from library.dataset.formats import IMAGE_EXTENSIONS, without_package
+from library.dataset.images import Trait
+from library.dataset.index_store import unpacked_facts
+from library.dataset.metadata_file import Entry, caption_of, find_images, read_metadata
+from library.options.dataset_config import SubsetConfig
+from library.options.errors import UserError
+
+WHAT_COUNTS = f"files directly in the folder count: {' '.join(IMAGE_EXTENSIONS)}."
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """The images of a subset: an entry of each list belongs to one image."""
+
+    folders: Sequence[FolderFiles]
+    folder: Sequence[int]
+    """Which of the folders each lies in."""
+    names: Sequence[str]
+    facts: Sequence[int | None]
+    """What is known of each file, packed; None for images that cannot be used."""
+    captions: Sequence[str]
+    tags: Sequence[str]
+    """The captions themselves where these are the tags."""
+
+
+class Lister:
+    """Lists subsets, each folder and each subset that several datasets share once.
+
+    Args:
+        findings: receives what is wrong or odd with the files.
+    """
+
+    def __init__(self, findings: Findings) -> None:
+        self.has_images = False
+        """Whether any were found, whatever they are worth."""
+        self._findings = findings
+        self._folders: dict[str, FolderFiles] = {}
+        self._pictures: dict[tuple[object, ...], Pictures] = {}
+
+    def pictures(self, subset: SubsetConfig) -> Pictures:
+        """Return the images of a subset that can be read."""
+        rules = subset.captions
+        key = (
+            subset.source, subset.image_dir, subset.caption_extension, subset.class_tokens, rules.enable_wildcard,
+            rules.caption_separator,
+        )  # fmt: skip
+        if key not in self._pictures:
+            listed = self._of_metadata(subset) if subset.metadata_file else self._of_folder(subset)
+            self.has_images = self.has_images or bool(listed.names)
+            self._pictures[key] = _packed(listed)
+        return self._pictures[key]
+
+    def finish(self) -> None:
+        """Tell what is odd about the images as a whole, and let go of what only listing needs."""
+        self._folders.clear()
+        _report_traits(list(self._pictures.values()), self._findings)
+
+    def _folder(self, path: str) -> FolderFiles:
+        if path not in self._folders:
+            self._folders[path] = FolderFiles(path)
+        return self._folders[path]
+
+    def _of_folder(self, subset: SubsetConfig) -> _Listed:
+        folder = self._folder(subset.image_dir)
+        facts, bad = self._facts(folder, folder.images)
+        names = folder.images
+        if None in facts:  # damaged images, whose captions are looked at nevertheless, and folders that are named like images
+            kept = [(name, known) for name, known in zip(names, facts, strict=True) if known is not None or name in bad]
+            names, facts = [name for name, _ in kept], [known for _, known in kept]
+        if not names:
+            self._findings.warning(Kind.CONFIG, subset.image_dir, f"{subset.image_dir} has no images; {WHAT_COUNTS}")
+        captions = self._captions(folder, names, subset)
+        return _Listed([folder], [0] * len(names), names, facts, captions, captions)
+
+    def _captions(self, folder: FolderFiles, images: Sequence[str], subset: SubsetConfig) -> list[str]:
+        multiline, extension, names = subset.captions.enable_wildcard, subset.caption_extension, folder.names
+        files = [stem + extension for stem in map(_stem, images)]
+        if not names.issuperset(files):
+            files = [_caption_file(stem, extension, names) for stem in map(_stem, images)]
+        problems: dict[str, str] = {}
+        read = folder.caption_texts([file for file in files if file], problems)
+        for name, told in problems.items():
+            self._findings.error(Kind.UNREADABLE_CAPTION, folder.prefix + name, told)
+        if len(read) < len(files):
+            texts = iter(read)
+            read = [next(texts) if file else None for file in files]
+            self._report_without_caption([name for name, text in zip(images, files, strict=True) if not text], len(files), subset)
+        instead = subset.class_tokens or ""
+        return [instead if text is None else caption_of_text(text, multiline=multiline) for text in read]
+
+    def _report_without_caption(self, without: Sequence[str], count: int, subset: SubsetConfig) -> None:
+        if subset.class_tokens is None:
+            told = (
+                f"{len(without)} of {count} images in {subset.image_dir} have no {subset.caption_extension} file and are trained with "
+                f"an empty caption: {names_of(without)}."
+            )
+            paths = [os.path.join(subset.image_dir, name) for name in without]
+            self._findings.warning(Kind.NO_CAPTION, subset.image_dir, told, count=len(without), files=paths)
+
+    def _of_metadata(self, subset: SubsetConfig) -> _Listed:
+        rules = subset.captions
+        try:
+            entries = read_metadata(subset.source)
+        except UserError as error:
+            self._findings.error(Kind.METADATA, subset.source, str(error))
+            return _Listed([], [], [], [], [], [])
+        if not entries:
+            self._findings.warning(Kind.CONFIG, subset.source, f"{subset.source} names no images.")
+        found = find_images(entries, subset.image_dir, IMAGE_EXTENSIONS, self._findings)
+        self._report_left_out(subset, found)
+        places = [os.path.split(path) for path in found]
+        folders = {path: number for number, path in enumerate(dict.fromkeys(folder for folder, _ in places))}
+        names, folder = [name for _, name in places], [folders[folder] for folder, _ in places]
+        facts: list[int | None] = [None] * len(names)
+        for path, number in folders.items():
+            positions = [position for position, own in enumerate(folder) if own == number]
+            known, _ = self._facts(self._folder(path), [names[position] for position in positions])
+            for position, fact in zip(positions, known, strict=True):
+                facts[position] = fact
+        captions = [caption_of(entry, rules.caption_separator, multiline=rules.enable_wildcard) for entry in found.values()]
+        tags = [entry.tags for entry in found.values()]
+        return _Listed([self._folder(path) for path in folders], folder, names, facts, captions, tags)
+
+    def _report_left_out(self, subset: SubsetConfig, found: dict[str, Entry]) -> None:
+        without = [path for path, entry in found.items() if not entry.caption and not entry.tags]
+        if without:
+            told = (
+                f"{len(without)} of {len(found)} images in {subset.source} have neither caption nor tags and are trained with an "
+                f"empty caption: {_some(without)}."
+            )
+            self._findings.warning(Kind.NO_CAPTION, subset.source, told, count=len(without), files=without)
+        if subset.image_dir:
+            folder = self._folder(subset.image_dir)
+            left = [path for name in folder.images if (path := folder.prefix + name) not in found]
+            if left:
+                told = f"{len(left)} images of {subset.image_dir} have no entry in {subset.source} and are not used: {_some(left)}."
+                self._findings.warning(Kind.UNUSED_IMAGES, subset.image_dir, told, count=len(left), files=left)
+
+    def _facts(self, folder: FolderFiles, names: Sequence[str]) -> tuple[list[int | None], Collection[str]]:
+        """Return what is known of the files of images, and the names of those that cannot be used."""
+        problems: dict[str, str] = {}
+        unknown = without_package(map(folder.prefix.__add__, names))
+        for why, files in unknown.items():
+            told = f"{_some(files)} {'is' if len(files) == 1 else 'are'} {why}."
+            self._findings.error(Kind.FORMAT, os.path.dirname(files[0]), told, count=len(files), files=files)
+        foreign = {os.path.basename(path) for files in unknown.values() for path in files}
+        readable = [name for name in names if name not in foreign] if foreign else names
+        facts = folder.image_facts(readable, problems)
+        for name, told in problems.items():
+            self._findings.error(Kind.UNREADABLE_IMAGE, folder.prefix + name, told)
+        if foreign:
+            known = dict(zip(readable, facts, strict=True))
+            facts = [known.get(name) for name in names]
+        return facts, problems.keys() | foreign
+
+
+def _packed(listed: _Listed) -> Pictures:
+    """Pack what is known of the images that can be used."""
+    used: Sequence[int] | slice = slice(None)
+    names, facts, captions, tags = listed.names, listed.facts, listed.captions, listed.tags
+    if None in facts:
+        used = [position for position, known in enumerate(facts) if known is not None]
+        names, captions = [names[position] for position in used], [captions[position] for position in used]
+        tags = captions if listed.tags is listed.captions else [listed.tags[position] for position in used]
+    sizes, orientations, traits = unpacked_facts([known for known in facts if known is not None])
+    packed_captions = Texts(captions)
+    return Pictures(
+        folders=tuple(folder.prefix for folder in listed.folders),
+        real_folders=tuple(folder.real for folder in listed.folders),
+        folder=np.array(listed.folder, dtype=np.int32)[used],
+        names=Texts(names),
+        whole_names=_whole_names(listed)[used],
+        sizes=sizes,
+        orientations=orientations,
+        traits=traits,
+        captions=packed_captions,
+        tags=packed_captions if tags is captions else Texts(tags),
+    )
+
+
+def _whole_names(listed: _Listed) -> Flags:
+    """Say of which images the cache's name keeps the ending.
+
+    Those are all images of one name but the first in the order of endings, whether that is used or not: metadata files may share
+    out a folder.
+    """
+    is_whole = np.zeros(len(listed.names), dtype=np.bool_)
+    if all(len(set(map(_stem, folder.images))) == len(folder.images) for folder in listed.folders):
+        return is_whole
+    owners = [dict(zip(map(_stem, reversed(folder.images)), reversed(folder.images), strict=True)) for folder in listed.folders]
+    for position, (number, name) in enumerate(zip(listed.folder, listed.names, strict=True)):
+        is_whole[position] = owners[number].setdefault(_stem(name), name) != name
+    return is_whole
+
+
+def _caption_file(stem: str, extension: str, names: Collection[str]) -> str:
+    """Return the name of a caption file, empty if there is none."""
+    return next((name for name in caption_candidates(stem, extension) if name in names), "")
+
+
+def _stem(name: str) -> str:
+    """Return a file name without its ending; names of images do not begin with a dot."""
+    return name.rpartition(".")[0] or name
+
+
+def _report_traits(pictures: Sequence[Pictures], findings: Findings) -> None:
+    """Tell how many images are not plain upright 8-bit pictures."""
+    found: dict[tuple[Kind, str], dict[str, None]] = defaultdict(dict)
+    for held in pictures:
+        for kind, what, flags in (
+            (Kind.TURNED, "images are turned", held.orientations != 1),
+            (Kind.COLOUR, "images have 16 bits a channel", held.traits & Trait.SIXTEEN_BIT),
+            (Kind.COLOUR, "images are CMYK", held.traits & Trait.CMYK),
+            (Kind.ANIMATED, "images are animated", held.traits & Trait.ANIMATED),
+        ):
+            found[kind, what].update((held.path(row), None) for row in np.flatnonzero(flags).tolist())
+    for (kind, what), paths in found.items():
+        if paths:
+            files = sorted(paths)
+            told = f"{len(files)} {what}: {_some(files)}."
+            findings.warning(kind, os.path.dirname(files[0]), told, count=len(files), files=files)
+
+
+def _some(paths: Sequence[str]) -> str:
+    return names_of([os.path.basename(path) for path in paths])
