@@ -23,13 +23,12 @@ class Texts(Sequence[str]):
     __slots__ = ("_ends", "_packed")
 
     def __init__(self, texts: Iterable[str]) -> None:
-        parts: Sequence[str | bytes] = list(texts)
+        parts = list(texts)
         whole = "".join(parts)
-        if not whole.isascii():
-            parts = [text.encode("utf-8", "surrogatepass") for text in parts]  # names that are not UTF-8 come as surrogates
-        self._packed = whole.encode("utf-8", "surrogatepass")
+        lengths = map(len, parts if whole.isascii() else (text.encode("utf-8", "surrogatepass") for text in parts))
+        self._packed = whole.encode("utf-8", "surrogatepass")  # names that are not UTF-8 come as surrogates
         self._ends = np.zeros(len(parts) + 1, dtype=np.int64)
-        np.cumsum(np.fromiter(map(len, parts), dtype=np.int64, count=len(parts)), out=self._ends[1:])
+        np.cumsum(np.fromiter(lengths, dtype=np.int64, count=len(parts)), out=self._ends[1:])
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -95,7 +95,7 @@ class Dataset:
     @cached_property
     def buckets(self) -> Mapping[tuple[int, tuple[int, int]], Ints]:
         """Uses by (section, bucket), sorted."""
-        return _uses_by_bucket([section.items for section in self.sections], start=0)
+        return uses_by_bucket([section.items for section in self.sections], start=0)
 
     def batches_per_epoch(self, num_processes: int) -> int:
         """Return how many batches every process gets in an epoch."""
@@ -110,7 +110,7 @@ class Dataset:
         """Return the batches of held-out images, always the same ones, as uses that follow the registered ones."""
         if not self.held_out:
             return ()
-        groups = _uses_by_bucket([section.held_out for section in self.sections], start=self.num_uses)
+        groups = uses_by_bucket([section.held_out for section in self.sections], start=self.num_uses)
         sizes = [self.sections[section].config.batch_size for section, _ in groups]
         return plan_epoch(list(groups.values()), sizes, self.seed, epoch=0).batches
 
@@ -184,7 +184,7 @@ class Dataset:
         return [self.sections[section].config.batch_size * num_processes for section, _ in self.buckets]
 
 
-def _uses_by_bucket(parts: Sequence[Items], start: int) -> dict[tuple[int, tuple[int, int]], Ints]:
+def uses_by_bucket(parts: Sequence[Items], start: int) -> dict[tuple[int, tuple[int, int]], Ints]:
     """Group uses, numbered from `start` on, by section and bucket, in this order."""
     groups: dict[tuple[int, tuple[int, int]], Ints] = {}
     for number, items in enumerate(parts):

@@ -51,7 +51,8 @@ class FolderFiles:
         """Of all files but caches, and of folders."""
         self.images = sorted(name for name in self.names if name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != ".")
         """The names of all images, and of folders that are named as if they were images."""
-        self._store = IndexStore(self.real)
+        self.store = IndexStore(self.real)
+        """What is remembered of the files."""
 
     def image_facts(self, names: Sequence[str], problems: dict[str, str]) -> list[int | None]:
         """Return what the headers of images say, packed, after checking that the files are whole; None for those left out.
@@ -60,7 +61,7 @@ class FolderFiles:
             names: of the images.
             problems: receives a sentence for each image that cannot be used, by name; a folder is left out without one.
         """
-        return self._looked_at(names, problems, self._store.images(), _read_image, lambda rows: self._store.save(images=rows))
+        return self._looked_at(names, problems, self.store.images(), _read_image, lambda rows: self.store.save(images=rows))
 
     def caption_texts(self, names: Sequence[str], problems: dict[str, str]) -> list[str | None]:
         """Return the texts of caption files; None for those left out.
@@ -69,7 +70,7 @@ class FolderFiles:
             names: of the files.
             problems: receives a sentence for each file that cannot be used, by name.
         """
-        return self._looked_at(names, problems, self._store.captions(), _read_caption, lambda rows: self._store.save(captions=rows))
+        return self._looked_at(names, problems, self.store.captions(), _read_caption, lambda rows: self.store.save(captions=rows))
 
     def _looked_at(
         self,
@@ -98,7 +99,7 @@ class FolderFiles:
                     new, saved_at = [], time.monotonic()
         finally:
             if gone := rows.keys() - self.names:
-                self._store.save(gone=gone)
+                self.store.save(gone=gone)
             if new:
                 save(new)
         return found

@@ -5,7 +5,7 @@ All bad files, and all that is only odd, go to the findings that every check fee
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from library.dataset.buckets import BucketChooser
 from library.dataset.columns import Flags, Pictures
 from library.dataset.findings import Findings, Kind, names_of
+from library.dataset.folder_files import FolderFiles
 from library.dataset.items import Choice, Item, Items
 from library.dataset.listing import WHAT_COUNTS, Lister
 from library.dataset.split import held_out
@@ -43,7 +44,13 @@ class Section:
         return self.subset(item).resize_interpolation or self.config.resize_interpolation
 
 
-def build_index(config: DatasetConfig, findings: Findings | None = None, *, seed: int = 0) -> tuple[Section, ...]:
+def build_index(
+    config: DatasetConfig,
+    findings: Findings | None = None,
+    *,
+    seed: int = 0,
+    open_folder: Callable[[str], FolderFiles] = FolderFiles,
+) -> tuple[Section, ...]:
     """List, read captions of, and check all images, and hold some out where a subset asks for it.
 
     Args:
@@ -51,12 +58,13 @@ def build_index(config: DatasetConfig, findings: Findings | None = None, *, seed
         findings: receives every image that is missing, damaged or too small, every caption file that cannot be read, and what is
             odd; such images are left out. Without it, errors are raised and warnings logged here.
         seed: of the run; it chooses the images that are held out where no `validation_seed` does.
+        open_folder: looks at a folder.
 
     Raises:
         UserError: there are errors and no `findings` to take them.
     """
     collected = Findings() if findings is None else findings
-    lister = Lister(collected)
+    lister = Lister(collected, open_folder)
     pictures = [[lister.pictures(subset) for subset in section.subsets] for section in config.sections]
     lister.finish()
     usable = [_with_bucket(section, held, collected) for section, held in zip(config.sections, pictures, strict=True)]

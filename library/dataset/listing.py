@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,12 +41,14 @@ class Lister:
 
     Args:
         findings: receives what is wrong or odd with the files.
+        open_folder: looks at a folder.
     """
 
-    def __init__(self, findings: Findings) -> None:
+    def __init__(self, findings: Findings, open_folder: Callable[[str], FolderFiles]) -> None:
         self.has_images = False
         """Whether any were found, whatever they are worth."""
         self._findings = findings
+        self._open_folder = open_folder
         self._folders: dict[str, FolderFiles] = {}
         self._pictures: dict[tuple[object, ...], Pictures] = {}
 
@@ -70,7 +72,7 @@ class Lister:
 
     def _folder(self, path: str) -> FolderFiles:
         if path not in self._folders:
-            self._folders[path] = FolderFiles(path)
+            self._folders[path] = self._open_folder(path)
         return self._folders[path]
 
     def _of_folder(self, subset: SubsetConfig) -> _Listed:
@@ -104,8 +106,8 @@ class Lister:
     def _report_without_caption(self, without: Sequence[str], count: int, subset: SubsetConfig) -> None:
         if subset.class_tokens is None:
             told = (
-                f"{len(without)} of {count} images in {subset.image_dir} have no {subset.caption_extension} file and are trained with "
-                f"an empty caption: {names_of(without)}."
+                f"{len(without)} of {count} images in {subset.image_dir} have no {subset.caption_extension} file and are trained "
+                f"with an empty caption: {names_of(without)}."
             )
             paths = [os.path.join(subset.image_dir, name) for name in without]
             self._findings.warning(Kind.NO_CAPTION, subset.image_dir, told, count=len(without), files=paths)
