@@ -20,6 +20,8 @@ from library.options.groups.dataset import DatasetOptions
 from library.options.groups.image import ImageOptions
 from library.options.groups.validation import ValidationOptions
 
+COMMAND_LINE = "the command line"
+
 __all__ = ["CaptionRules", "DatasetConfig", "SectionConfig", "SubsetConfig", "bucket_limits", "load_dataset_config"]
 
 
@@ -48,18 +50,19 @@ def load_dataset_config(
         UsageError: with all mistakes at once.
     """
     reader = _Reader([dataset, caption, image] + ([] if validation is None else [validation]))
-    sections = reader.read_file(str(dataset.dataset_config)) if dataset.dataset_config else reader.read_folders(dataset)
+    places = reader.read_file(str(dataset.dataset_config)) if dataset.dataset_config else reader.read_folders(dataset)
     is_sound = not reader.problems
-    for number, section in enumerate(sections, start=1):
-        where = f"{reader.source}: dataset {number}" if dataset.dataset_config else reader.source
-        reader.problems += section_problems(section, where, size_multiple)
-        reader.warnings += section_warnings(section, where)
+    sections = []
+    for place, section in places:
+        sections.append(section)
+        reader.problems += section_problems(section, place.at(), size_multiple)
+        reader.warnings += section_warnings(section, place.at())
         if cache.cache_latents:
-            reader.problems += latent_cache_problems(section, where)
+            reader.problems += latent_cache_problems(section, place.at())
     if image.alpha_mask and any(subset.conditioning_data_dir for section in sections for subset in section.subsets):
         reader.warnings.append("--alpha_mask is not used for images with a conditioning_data_dir, whose images are the masks.")
     if is_sound:
-        reader.problems += mask_problems(sections, reader.source, masked_loss)
+        reader.problems += mask_problems(sections, str(dataset.dataset_config or COMMAND_LINE), masked_loss)
     if reader.problems:
         raise UsageError(list(dict.fromkeys(reader.problems)))
     return DatasetConfig(
@@ -78,34 +81,34 @@ class _Reader:
         self.options = option_groups
         self.problems: list[str] = []
         self.warnings: list[str] = []
-        self.source = "the command line"
 
-    def read_file(self, path: str) -> list[SectionConfig]:
-        self.source = path
+    def read_file(self, path: str) -> list[tuple[Place, SectionConfig]]:
         given = [f"--{name}" for name in SOURCE_OPTIONS if self.option(name)]
         if given:
             self.warnings.append(f"{', '.join(given)} is ignored because --dataset_config names the images.")
         file = read_dataset_file(path)
         self.problems += file.problems
-        sections = [self.section(dataset.own.where, [dataset.own, file.general], dataset.subsets) for dataset in file.datasets]
-        return [section for section in sections if section is not None]
+        read = [(tables.own, self.section([tables.own, file.general], tables.subsets)) for tables in file.datasets]
+        return [(place, section) for place, section in read if section is not None]
 
-    def read_folders(self, dataset: DatasetOptions) -> list[SectionConfig]:
+    def read_folders(self, dataset: DatasetOptions) -> list[tuple[Place, SectionConfig]]:
         found = command_line_subsets(dataset)
         self.problems += found.problems
         self.warnings += found.warnings
-        section = self.section("", [], found.subsets) if found.subsets else None
-        return [] if section is None else [section]
+        place = Place(COMMAND_LINE, "", {})
+        section = self.section([place], found.subsets) if found.subsets else None
+        return [] if section is None else [(place, section)]
 
-    def section(self, where: str, outer: list[Place], subsets: list[Place]) -> SectionConfig | None:
+    def section(self, outer: list[Place], subsets: list[Place]) -> SectionConfig | None:
+        """Read a dataset whose subsets fall back on the tables in `outer`, of which the first is its own."""
         problems_before = len(self.problems)
-        place = f"{self.source}: {where}" if where else self.source
+        place = outer[0].at()
         own_keys = [name for name in SectionConfig.__dataclass_fields__ if name != "subsets"]
         values = {name: self.value(KEYS[name], outer) for name in own_keys}
-        built = [self.subset([place, *outer]) for place in subsets]
+        built = [self.subset([own, *outer]) for own in subsets]
         is_sound = len(self.problems) == problems_before
-        if values["resolution"] is None and all(place.table.get("resolution") is None for place in outer):
-            advice = "Set it there or with --resolution" if where else "Give --resolution"
+        if values["resolution"] is None and all(table.table.get("resolution") is None for table in outer):
+            advice = "Set it there or with --resolution" if outer[0].where else "Give --resolution"
             self.problems.append(f"{place}: resolution is missing. {advice}, for example 1024.")
         kept = self.usable(place, [subset for subset in built if subset is not None])
         if built and not kept and is_sound:
@@ -134,17 +137,17 @@ class _Reader:
         own_keys = [name for name in SubsetConfig.__dataclass_fields__ if name != "captions"]
         values = {name: self.value(KEYS[name], places, kind) for name in own_keys}
         rules = {name: self.value(KEYS[name], places, kind) for name in CaptionRules.__dataclass_fields__}
-        place = f"{self.source}: {places[0].where}"
+        own = places[0]
         if values["image_dir"] is None and kind is not DatasetKind.METADATA:
-            if places[0].table.get("image_dir") is None:
-                self.problems.append(f"{place}: image_dir is missing. Name the folder of the images.")
+            if own.table.get("image_dir") is None:
+                self.problems.append(f"{own.at()}: image_dir is missing. Name the folder of the images.")
             return None
         for name in ("image_dir", "conditioning_data_dir"):
             if values[name] is not None and not os.path.isdir(values[name]):
-                self.problems.append(f"{place}: {name} {values[name]} is not a folder. Paths start at {os.getcwd()}.")
+                self.problems.append(f"{own.at(name)}: {name} {values[name]} is not a folder. Paths start at {os.getcwd()}.")
         file = values["metadata_file"]
         if file is not None and not os.path.isfile(file):
-            self.problems.append(f"{place}: there is no metadata_file {file}. Paths start at {os.getcwd()}.")
+            self.problems.append(f"{own.at('metadata_file')}: there is no metadata_file {file}. Paths start at {os.getcwd()}.")
         return SubsetConfig(**values | {"image_dir": values["image_dir"] or ""}, captions=CaptionRules(**rules))
 
     def value(self, key: Key, places: list[Place], kind: DatasetKind | None = None) -> Any:

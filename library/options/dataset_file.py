@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from library.options.dataset_keys import DATASET, GENERAL, KEYS, RENAMED, SUBSET, subset_kind
+from library.options.dataset_lines import HEADER, table_lines
 from library.options.dataset_values import NotThatType
 from library.options.errors import UsageError
 from library.options.nearest import did_you_mean, nearest
@@ -17,14 +18,27 @@ from library.options.record import options_of
 from library.options.scripts import SCRIPTS
 
 Table = Mapping[str, Any]
+Lines = Mapping[str, Mapping[str, int]]
+"""The line of each key, by table."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A table of the file and the words for where it is."""
+    """A table and the words for where it is."""
 
+    source: str
+    """The file, or an option."""
     where: str
+    """The table in the file; empty for an option."""
     table: Table
+    lines: Mapping[str, int] = field(default_factory=dict)
+    """The lines in which its keys stand, where they are known."""
+
+    def at(self, key: str = HEADER) -> str:
+        """Return where a key stands, or the table that lacks it, for the head of a message."""
+        line = self.lines.get(key, self.lines.get(HEADER))
+        source = self.source if line is None else f"{self.source}, line {line}"
+        return f"{source}: {self.where}" if self.where else source
 
 
 @dataclass(frozen=True)
@@ -50,29 +64,35 @@ def read_dataset_file(path: str) -> DatasetFile:
     Raises:
         UsageError: the file is missing, has another ending, is not UTF-8 or not valid TOML or JSON.
     """
-    content = _parsed(path)
-    tables = DatasetFile(Place(GENERAL, {}))
+    content, lines = _parsed(path)
+    tables = DatasetFile(Place(path, GENERAL, {}))
     tables.problems += [f"{path}: {_unknown_top_level(name)}" for name in content if name not in ("general", "datasets", "$schema")]
     general = content.get("general") or {}
     if isinstance(general, dict):
-        tables.general = Place(GENERAL, general)
-        tables.problems += _complaints(path, tables.general, GENERAL)
+        tables.general = _place(path, GENERAL, general, lines)
+        tables.problems += _complaints(tables.general, GENERAL)
     else:
         tables.problems.append(f"{path}: {GENERAL} must be a table, but it is {general!r}.")
     for number, table in enumerate(_list_of_tables(path, content.get("datasets"), DATASET, tables.problems), start=1):
-        tables.datasets.append(_dataset_tables(path, table, f"{DATASET} {number}", tables.problems))
+        tables.datasets.append(_dataset_tables(path, table, f"{DATASET} {number}", lines, tables.problems))
     return tables
 
 
-def _dataset_tables(path: str, table: Table, where: str, problems: list[str]) -> DatasetTables:
-    own = Place(where, {name: value for name, value in table.items() if name != "subsets"})
-    problems += _complaints(path, own, DATASET)
+def _dataset_tables(path: str, table: Table, where: str, lines: Lines, problems: list[str]) -> DatasetTables:
+    own = _place(path, where, {name: value for name, value in table.items() if name != "subsets"}, lines)
+    problems += _complaints(own, DATASET)
     subsets = _list_of_tables(path, table.get("subsets"), f"[[datasets.subsets]] of {where}", problems)
-    places = [Place(f"{where}, subset {position}", subset) for position, subset in enumerate(subsets, start=1)]
+    places = [_place(path, f"{where}, subset {number}", subset, lines) for number, subset in enumerate(subsets, start=1)]
     for place in places:
-        problems += _complaints(path, place, SUBSET)
-    problems += [f"{path}: {complaint}" for complaint in _kind_complaints(own, places)]
+        problems += _complaints(place, SUBSET)
+    problems += _kind_complaints(own, places)
     return DatasetTables(own, places)
+
+
+def _place(path: str, where: str, table: Table, lines: Lines) -> Place:
+    """Put a table in its place; lines are left out where they are not those of just these keys."""
+    found = lines.get(where, {})
+    return Place(path, where, table, found if found.keys() - {HEADER} == table.keys() else {})
 
 
 def _kind_complaints(own: Place, subsets: Sequence[Place]) -> Iterator[str]:
@@ -80,7 +100,7 @@ def _kind_complaints(own: Place, subsets: Sequence[Place]) -> Iterator[str]:
     counts = Counter(subset_kind(subset.table) for subset in subsets)
     if len(counts) > 1:
         found = " and ".join(f"{count} with {kind}" for kind, count in sorted(counts.items()))
-        yield f"{own.where} mixes subsets, {found}. Give each kind a [[datasets]] of its own."
+        yield f"{own.at()} mixes subsets, {found}. Give each kind a [[datasets]] of its own."
         return
     for kind in counts:
         for level, place in ((DATASET, own), *((SUBSET, subset) for subset in subsets)):
@@ -88,10 +108,10 @@ def _kind_complaints(own: Place, subsets: Sequence[Place]) -> Iterator[str]:
             for key in written:
                 if kind not in key.kinds and level in key.levels:
                     suitable = " or ".join(sorted(key.kinds))
-                    yield f"{place.where}: {key.name} is for subsets with {suitable}; these have {kind}. Remove it."
+                    yield f"{place.at(key.name)}: {key.name} is for subsets with {suitable}; these have {kind}. Remove it."
 
 
-def _parsed(path: str) -> dict[str, Any]:
+def _parsed(path: str) -> tuple[dict[str, Any], Lines]:
     ending = os.path.splitext(path)[1].lower()
     if ending not in (".toml", ".json"):
         raise UsageError([f"--dataset_config {path}: the name must end in .toml or .json."])
@@ -111,7 +131,7 @@ def _parsed(path: str) -> dict[str, Any]:
         raise UsageError([f"{path} is not valid {ending[1:].upper()}: {error}.{_backslash_hint(str(error))}"]) from None
     if not isinstance(content, dict):
         raise UsageError([f"{path} must hold a general table and a list of datasets, but it holds a {type(content).__name__}."])
-    return content
+    return content, table_lines(text) if ending == ".toml" else {}
 
 
 def _backslash_hint(error: str) -> str:
@@ -130,9 +150,9 @@ def _list_of_tables(path: str, value: Any, where: str, problems: list[str]) -> l
     return []
 
 
-def _complaints(path: str, place: Place, level: str) -> list[str]:
-    complaints = (_key_complaint(name, value, level) for name, value in place.table.items())
-    return [f"{path}: {place.where}: {complaint}" for complaint in complaints if complaint]
+def _complaints(place: Place, level: str) -> list[str]:
+    complaints = ((name, _key_complaint(name, value, level)) for name, value in place.table.items())
+    return [f"{place.at(name)}: {complaint}" for name, complaint in complaints if complaint]
 
 
 def _key_complaint(name: str, value: Any, level: str) -> str | None:

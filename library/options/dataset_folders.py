@@ -37,12 +37,14 @@ def command_line_subsets(dataset: DatasetOptions) -> CommandLineSubsets:
     elif dataset.in_json:
         if dataset.reg_data_dir:
             found.warnings.append("--reg_data_dir is ignored because --in_json names the images.")
-        found.subsets.append(Place("--in_json", {"metadata_file": dataset.in_json, "image_dir": folder}))
+        found.subsets.append(Place("--in_json", "", {"metadata_file": dataset.in_json, "image_dir": folder}))
     else:
-        found.subsets += [Place("--train_data_dir", table) for table in _folders(found, folder, "--train_data_dir", is_reg=False)]
+        found.subsets += [
+            Place("--train_data_dir", "", table) for table in _folders(found, folder, "--train_data_dir", is_reg=False)
+        ]
         if dataset.reg_data_dir:
             folders = _folders(found, dataset.reg_data_dir, "--reg_data_dir", is_reg=True)
-            found.subsets += [Place("--reg_data_dir", table) for table in folders]
+            found.subsets += [Place("--reg_data_dir", "", table) for table in folders]
     return found
 
 
@@ -59,7 +61,7 @@ def _with_conditioning_images(found: CommandLineSubsets, dataset: DatasetOptions
             f"--train_data_dir {folder} holds no images: with --conditioning_data_dir they lie in the folder itself, not in "
             "folders such as '10_sks dog'. For several folders write a --dataset_config."
         )
-    found.subsets.append(Place("--conditioning_data_dir", {"image_dir": folder, "conditioning_data_dir": conditioning}))
+    found.subsets.append(Place("--conditioning_data_dir", "", {"image_dir": folder, "conditioning_data_dir": conditioning}))
 
 
 def _folders(found: CommandLineSubsets, parent: str, flag: str, *, is_reg: bool) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Dataset definitions read with options as a person would give them."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,11 @@ def load(path: Path | None, cache: dict[str, Any] | None = None, *, masked_loss:
 
 
 def problems(path: Path | None, **options: Any) -> list[str]:
+    """Return what is wrong, which must be something; without the numbers of lines."""
+    return [re.sub(r"^(\S+), line \d+:", r"\1:", problem) for problem in problems_with_lines(path, **options)]
+
+
+def problems_with_lines(path: Path | None, **options: Any) -> list[str]:
     """Return what is wrong, which must be something."""
     with pytest.raises(UsageError) as caught:
         load(path, **options)
