@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the project's folder is not on the path
 
-from library.options.console import set_up_logging
+from library.options.console import say, set_up_logging
 from library.options.entry import run_script
 from library.options.errors import UsageError
 from library.options.groups.console import ConsoleOptions
@@ -81,11 +81,11 @@ def clean(in_json: str, out_json: str, *, debug: bool) -> None:
         changes = {key: after for key, entry in described.items() if (after := cleaned(entry[field])) != entry[field]}
         for key, after in changes.items():
             if debug:
-                sys.stdout.write(f"{key}: {field}\n  {entries[key][field]}\n  {after}\n")
+                say(f"{key}: {field}\n  {entries[key][field]}\n  {after}")
             entries[key][field] = after
-        counts.append(f"{field} of {len(changes)} changed, {len(entries) - len(described)} without")
+        counts.append(f"{field} changed in {len(changes)}, missing in {len(entries) - len(described)}")
     write_entries(out_json, entries)
-    sys.stdout.write(f"Wrote {out_json}: {len(entries)} entries; {'; '.join(counts)}.\n")
+    say(f"Wrote {out_json}: {len(entries)} entries; {'; '.join(counts)}.")
 
 
 if __name__ == "__main__":

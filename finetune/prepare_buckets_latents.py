@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the project's folder is not on the path
 
-from library.options.console import set_up_logging
+from library.options.console import say, set_up_logging
 from library.options.entry import run_script
 from library.options.errors import UsageError, problems_of
 from library.options.groups.console import ConsoleOptions
@@ -162,8 +162,7 @@ def prepare(arguments: argparse.Namespace, definition: "DatasetConfig") -> None:
     if accelerator.is_main_process:
         note_sizes(dataset, entries, full_path=arguments.full_path)
         write_entries(arguments.out_json, entries)
-        sys.stdout.write(f"Wrote {arguments.out_json}.\n")
-        sys.stdout.flush()
+        say(f"Wrote {arguments.out_json}.")
     dtype = DTypes.of(precision, arguments.no_half_vae, None).vae
     load = functools.cache(lambda: family.load_vae(dtype, accelerator.device))
     options = CacheOptions(
@@ -194,9 +193,10 @@ def note_sizes(dataset: "Dataset", entries: "Entries", *, full_path: bool) -> No
         entries.setdefault(key, {}).update(train_resolution=[width, height], image_size=list(item.size))
         counts[f"{width}x{height}"] += 1
         known.discard(key)
-    table = "".join(f"  {size}: {count}\n" for size, count in sorted(counts.items()))
-    others = f"{len(known)} entries of other images stay.\n" if known else ""
-    sys.stdout.write(f"{len(dataset.items)} images by training size:\n{table}{others}")
+    lines = [f"{len(dataset.items)} images by training size:", *(f"  {size}: {count}" for size, count in sorted(counts.items()))]
+    if known:
+        lines.append(f"{len(known)} entries of other images stay.")
+    say("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the project's folder is not on the path
 
 from library.files.atomic import atomic_write
-from library.options.console import set_up_logging
+from library.options.console import say, set_up_logging
 from library.options.entry import run_script
 from library.options.errors import UsageError, UserError
 from library.options.groups.console import ConsoleOptions
@@ -150,7 +150,7 @@ def resize_folder(order: Order) -> None:
     if problems:
         head = f"{len(problems)} of {len(images)} pictures could not be resized:"
         raise UserError("\n".join([head, *(f"  {problem}" for problem in problems), done]))
-    sys.stdout.write(done + "\n")
+    say(done)
 
 
 def shrink(path: Path, order: Order) -> Iterator[tuple[Size, "Image.Image"]]:

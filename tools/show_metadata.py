@@ -9,7 +9,6 @@ them the texts they are. A .ckpt file tells its metadata, epoch and step where w
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the project's folder is not on the path
 
 from library.files.safetensors_header import parse_header
+from library.options.console import say
 from library.options.entry import run_script
 from library.options.errors import UserError
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"{arguments.model} has no metadata: whoever wrote it noted nothing about it.")
     shown = metadata if arguments.raw else {key: unfolded(value) for key, value in metadata.items()}
     is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    show(json.dumps(shown, indent=4, sort_keys=True, ensure_ascii=not is_unicode))
+    say(json.dumps(shown, indent=4, sort_keys=True, ensure_ascii=not is_unicode))
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -68,15 +68,6 @@ def unfolded(value: str) -> Any:
         return json.loads(value)
     except ValueError:
         return value
-
-
-def show(text: str) -> None:
-    """Print a long text; a reader that has seen enough, such as `head`, may hang up."""
-    try:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at the end of the process
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 import logging
 import os
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from library.dataset.caption_files import find_caption_file, read_text
 from library.dataset.formats import IMAGE_EXTENSIONS
 from library.dataset.metadata_edit import image_key, images_in, read_entries, write_entries
+from library.options.console import say
 from library.options.errors import UserError
 from library.options.metadata_tools import MergeRequest
 
@@ -35,12 +35,12 @@ def merge_texts(request: MergeRequest, field: str) -> None:
         owners[key].append(image)
         entries.setdefault(key, {})[field] = text
         if request.debug:
-            sys.stdout.write(f"{key}: {text}\n")
+            say(f"{key}: {text}")
     _warn_of_shared(owners)
     write_entries(request.out_json, entries)
     new = len(owners.keys() - known)
     others = f"; {len(known - owners.keys())} entries of other images stay" if known - owners.keys() else ""
-    sys.stdout.write(f"Wrote {request.out_json}: {field} of {len(texts)} images, {new} entries new{others}.\n")
+    say(f"Wrote {request.out_json}: {field} of {len(texts)} images, {new} entries new{others}.")
 
 
 def _read_texts(images: Sequence[str], extension: str) -> dict[str, str]:

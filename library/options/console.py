@@ -39,6 +39,19 @@ def release_messages() -> None:
         set_up_logging(ConsoleOptions())
 
 
+def say(text: str) -> None:
+    """Print a text to standard output at once, with escapes for letters that cannot be shown there.
+
+    Where the reader has hung up, as `head` does when it has seen enough, the work goes on in silence.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer is flushed at the end
+
+
 def _handler(console: ConsoleOptions) -> logging.Handler:
     handler: logging.Handler
     if console.console_log_file:

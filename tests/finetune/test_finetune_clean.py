@@ -59,7 +59,7 @@ def test_only_captions_and_tags_change(tmp_path: Path, capsys: pytest.CaptureFix
     entries["b"] |= {"tags": "1girl, long hair", "caption": "a girl"}
     assert target.read_text(encoding="utf-8") == json.dumps(entries, indent=2)
     assert list(json.loads(target.read_text())) == ["b", "a", "c"]
-    assert "3 entries; tags of 1 changed, 1 without; caption of 1 changed, 1 without" in capsys.readouterr().out
+    assert "3 entries; tags changed in 1, missing in 1; caption changed in 1, missing in 1" in capsys.readouterr().out
 
 
 def test_a_file_can_be_cleaned_in_place_and_changes_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

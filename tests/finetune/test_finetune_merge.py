@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from finetune import merge_captions_to_metadata, merge_dd_tags_to_metadata
 from library.options.errors import UsageError, UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 VALUES = json.loads((Path(__file__).parents[1] / "compat" / "prompt_reference_values.json").read_text(encoding="utf-8"))
 
 
@@ -164,6 +167,22 @@ def test_debug_prints_every_text(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert "t1, t2" not in capsys.readouterr().out
     merge_tags(folder, tmp_path / "meta.json", "--debug")
     assert "a: t1, t2\nb: t3\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_the_file_is_written_whatever_becomes_of_the_output(folder: Path, tmp_path: Path, encoding: str) -> None:
+    command = [sys.executable, str(ROOT / "finetune" / "merge_captions_to_metadata.py"), str(folder), "meta.json", "--debug"]
+    setting = os.environ | {"PYTHONIOENCODING": encoding}
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, env=setting, check=False)
+    assert (shown.returncode, shown.stderr) == (0, b"")
+    assert {"ascii": b"hello \\xe9", "utf-8": "hello é".encode()}[encoding] in shown.stdout
+    (tmp_path / "meta.json").unlink()
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert len(json.loads((tmp_path / "meta.json").read_text())) == 2
 
 
 def test_a_full_disk_leaves_the_old_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
