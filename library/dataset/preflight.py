@@ -35,6 +35,8 @@ class Limits:
     num_processes: int = 1
     compares_all: bool = False
     """Whether files of equal size are compared however many there are."""
+    weighted_captions: bool = False
+    """Whether brackets in captions are weights, which are no tokens."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Checked:
 
 def check_dataset(dataset: Dataset, findings: Findings, limits: Limits) -> Checked:
     """Add to the findings what the index cannot see: captions too long, sizes that do not suit, copies, buckets not filled."""
-    surveyed = survey(dataset, TokenCounter(limits.count_tokens, limits.max_tokens))
+    surveyed = survey(dataset, TokenCounter(limits.count_tokens, limits.max_tokens, weighted=limits.weighted_captions))
     _check_captions(dataset, surveyed, findings, limits.max_tokens)
     _check_empty_captions(dataset, surveyed, findings)
     copies: list[list[str]] = []

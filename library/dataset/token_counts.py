@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from library.dataset.captions import caption_for_use
+from library.models.prompt_weights import without_weights
 from library.options.dataset_config import CaptionRules
 
 CountTokens = Callable[[Sequence[str]], Sequence[int]]
@@ -26,15 +27,19 @@ class TokenCounter:
     Args:
         count: the family's tokenizer.
         limit: tokens that the text encoders read.
+        weighted: whether brackets are weights, which are no tokens.
     """
 
-    def __init__(self, count: CountTokens, limit: int) -> None:
+    def __init__(self, count: CountTokens, limit: int, *, weighted: bool = False) -> None:
         self.limit = limit
+        self._weighted = weighted
         self._count = count
         self._words: dict[str, int] = {}
 
     def tokens(self, caption: str) -> int:
         """Return the number of tokens of a caption."""
+        if self._weighted:
+            caption = without_weights(caption)
         words = _WORDS.findall(caption)
         known = self._words
         missing = [word for word in dict.fromkeys(words) if word not in known]

@@ -77,6 +77,11 @@ def has_weights(prompt: str) -> bool:
     return parse_prompt_weights(prompt) != [WeightedText(prompt)]
 
 
+def without_weights(prompt: str) -> str:
+    """Return the text of a prompt that is read with weights, which is what is tokenized."""
+    return "".join(run.text for run in parse_prompt_weights(prompt))
+
+
 def _kind_and_text(token: re.Match[str]) -> tuple[str, str]:
     kind = token.lastgroup or ""
     return kind, token.group(kind)

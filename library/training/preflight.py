@@ -41,5 +41,6 @@ def checked_dataset(
     """List the images of a run and check them; nothing is raised or logged. See `open_dataset`."""
     findings = Findings()
     dataset = Dataset(data, seed, findings)
-    limits = Limits(family.count_tokens, options.model.max_token_length or 75, num_processes, compares_all)
+    weighted = options.caption.weighted_captions
+    limits = Limits(family.count_tokens, options.model.max_token_length or 75, num_processes, compares_all, weighted)
     return check_dataset(dataset, findings, limits)

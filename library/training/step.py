@@ -137,7 +137,7 @@ class TrainStep(nn.Module):
             prediction = parts.family.predict(parts.denoiser, sample.noisy[index], sample.timesteps[index], own_cond, own_sizes)
         finally:
             self._act_as(batch)
-            torch.clear_autocast_cache()  # it would hand copies of trained weights made here, without gradient, to what follows
+            torch.clear_autocast_cache()  # older PyTorch keeps copies of trained weights made here, which have no gradient
         return index, prediction.float()
 
     @torch.no_grad()

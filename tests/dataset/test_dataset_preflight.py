@@ -63,6 +63,12 @@ def test_captions_that_are_there_and_empty_are_told_apart_from_missing_ones(plai
     assert found[Kind.EMPTY_CAPTION] == [f"1 of 3 images of {plain} have an empty caption: p0.png."]
 
 
+def test_brackets_count_as_tokens_unless_they_are_weights(plain: Path) -> None:
+    (plain / "p0.txt").write_text("one (two ) three")
+    assert check(section(subset(plain))).survey.tokens.tolist() == [4, 2]
+    assert check(section(subset(plain)), weighted_captions=True).survey.tokens.tolist() == [3, 2]
+
+
 def test_prefix_suffix_and_the_longest_choice_count_as_part_of_the_caption(plain: Path) -> None:
     (plain / "p0.txt").write_text("short\n{a|b c d} long line")
     rules = {"caption_prefix": "my style", "caption_suffix": "good", "enable_wildcard": True}

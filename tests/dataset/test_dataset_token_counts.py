@@ -42,3 +42,9 @@ def test_each_word_is_given_to_the_tokenizer_once() -> None:
     counter = TokenCounter(count, 75)
     assert [counter.tokens(text) for text in ["red cat", "red dog", "cat red"]] == [2, 2, 2]
     assert asked == ["red", "cat", "dog"]
+
+
+def test_the_brackets_of_weights_are_no_tokens() -> None:
+    caption = "(a red cat:1.2) and [one ((blue)) dog]"
+    assert TokenCounter(exact, 75, weighted=True).tokens(caption) == exact(["a red cat and one blue dog"])[0] == 7
+    assert TokenCounter(exact, 75).tokens(caption) == exact([caption])[0] > 7

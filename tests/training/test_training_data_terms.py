@@ -148,7 +148,9 @@ def test_the_strength_lasts_until_checkpointed_parts_ran_again(run: FakeRun) -> 
     for checkpointed in (False, True):
         run.run.step.parts = replace(run.run.step.parts, family=CheckpointedFamily() if checkpointed else FakeFamily())
         run.network.zero_grad()
-        run.run.step(batch(network_multiplier=3.0, custom_attributes=[PRESERVED, {}, {}])).mean().backward()
+        loss = run.run.step(batch(network_multiplier=3.0, custom_attributes=[PRESERVED, {}, {}])).mean()
+        assert run.network.multiplier == 3.0  # not yet put back
+        loss.backward()
         gradients.append([parameter.grad.clone() for parameter in run.network.parameters()])
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, again)
