@@ -137,6 +137,14 @@ def true_crop_top_left(bucket: Size, placement: Placement, flipped: bool) -> tup
     return top, placement.resized[0] - bucket[0] - left if flipped else left
 
 
+def true_crop_ltrb(geometry: Geometry) -> tuple[float, float, float, float]:
+    """Return the crop that is made as programs that read `crop_ltrb` from a cache take it: both ways give `true_crop_top_left`."""
+    (left, top), (width, height) = geometry.crop, geometry.bucket
+    right = width - (geometry.resized[0] - width - left)
+    bottom = height - (geometry.resized[1] - height - top)
+    return float(left), float(top), float(right), float(bottom)
+
+
 class BucketChooser:
     """Gives each picture of a dataset its geometry."""
 

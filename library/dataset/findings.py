@@ -65,7 +65,12 @@ class Kind(Enum):
         "They are set upright. Caches of other programs, which do not do this, are not used for them.",
     )
     COLOUR = ("Images that are converted to 8-bit RGB", "Convert them yourself if their colours matter.")
+    TRANSPARENT = (
+        "Images with an alpha channel",
+        "What is transparent is trained as white; alpha_mask = true leaves it out of the loss instead.",
+    )
     ANIMATED = ("Animated images", "Only the first frame is used.")
+    UNUSED_CONTROL = ("Control or mask images that are not used", "")
     UNUSED_REG = ("Regularisation images that are not used", "")
     HELD_OUT = ("Images that are trained on nowhere because another dataset or subset holds them out for validation", "")
     UNUSED_IMAGES = ("Images that no entry of the metadata file names", "")

@@ -12,10 +12,12 @@ import numpy as np
 
 from library.dataset.buckets import BucketChooser
 from library.dataset.columns import Flags, Pictures
+from library.dataset.control_images import with_controls
 from library.dataset.findings import Findings, Kind, names_of
 from library.dataset.folder_files import FolderFiles
 from library.dataset.items import Choice, Item, Items
 from library.dataset.listing import WHAT_COUNTS, Lister
+from library.dataset.picture_reports import report_of_subset
 from library.dataset.split import held_out
 from library.options.dataset_config import DatasetConfig, SectionConfig, SubsetConfig
 
@@ -66,6 +68,12 @@ def build_index(
     collected = Findings() if findings is None else findings
     lister = Lister(collected, open_folder)
     pictures = [[lister.pictures(subset) for subset in section.subsets] for section in config.sections]
+    for number, position, subset in _subsets(config):
+        held = pictures[number][position]
+        report_of_subset(subset, held, collected)
+        if folder := subset.conditioning_data_dir:
+            bucketed = config.sections[number].enable_bucket
+            pictures[number][position] = with_controls(held, folder, lister.sizes(folder), collected, bucketed=bucketed)
     lister.finish()
     usable = [_with_bucket(section, held, collected) for section, held in zip(config.sections, pictures, strict=True)]
     without = _split(config, pictures, usable, seed, collected)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from library.dataset.buckets import Geometry
+from library.dataset.buckets import Geometry, true_crop_ltrb
 from library.dataset.cache_stamps import CacheReport, Progress, Stamp, add_stamp, counted, source_stamp
 from library.dataset.cached import LATENT_NAMES, LatentFiles, LatentsInMemory, size_suffix
 from library.dataset.dataset import Dataset
@@ -105,6 +105,7 @@ def _jobs(dataset: Dataset) -> list[LatentJob]:
             tuple(items),
             recipe[2],
             mirrored=any(dataset.is_mirrored(item) for item in items),
+            crop_ltrb=true_crop_ltrb(recipe[1]) if dataset.config.true_crop_conditioning else recipe[1].crop_ltrb,
             masked=any(dataset.is_masked(item) for item in items),
         )
         for recipe, items in by_recipe.items()
@@ -187,7 +188,7 @@ def _write(job: _DiskJob, encoded: EncodedImage, stamp: Stamp, files: LatentFile
     item = job.job.item
     entry: dict[str, np.ndarray[Any, Any]] = {
         "original_size": np.array(item.size, dtype=np.int64),
-        "crop_ltrb": np.array(item.geometry.crop_ltrb, dtype=np.float64),
+        "crop_ltrb": np.array(job.job.crop_ltrb, dtype=np.float64),
     }
     for name, latents in (("latents", encoded.upright), ("latents_flipped", encoded.mirrored)):
         if latents is not None:

@@ -115,6 +115,8 @@ class LatentChecker:
         missing = self._missing(entry, job)
         if missing:
             return LatentVerdict(missing)
+        if job.masked and item.has_alpha and entry["alpha_mask"].shape != item.geometry.bucket[::-1]:
+            return LatentVerdict("without a mask yet")
         if not job.masked and item.has_alpha and is_transparent(item.path):
             return LatentVerdict("transparent in another way")
         latents = [entry[name] for name in ("latents", "latents_flipped") if name in entry]

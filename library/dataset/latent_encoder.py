@@ -28,6 +28,8 @@ class LatentJob:
     interpolation: str | None
     mirrored: bool
     """Whether the mirrored image is encoded too."""
+    crop_ltrb: tuple[float, float, float, float]
+    """Noted beside the latents for other programs."""
     masked: bool = False
     """Whether transparency becomes a mask; otherwise transparent parts are white."""
 

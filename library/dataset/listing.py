@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from library.dataset.buckets import Size
 from library.dataset.caption_files import caption_candidates, caption_of_text
 from library.dataset.columns import Flags, Pictures, Texts
 from library.dataset.findings import Findings, Kind, names_of
@@ -64,6 +65,18 @@ class Lister:
             self.has_images = self.has_images or bool(listed.names)
             self._pictures[key] = _packed(listed)
         return self._pictures[key]
+
+    def sizes(self, path: str) -> dict[str, Size | None]:
+        """Return the size of every image of a folder by its path, in the order of names; None for those that cannot be read."""
+        folder = self._folder(path)
+        facts, bad = self._facts(folder, folder.images)
+        sizes, _, _ = unpacked_facts([known for known in facts if known is not None])
+        readable = iter(sizes.tolist())
+        found: dict[str, Size | None] = {}
+        for name, known in zip(folder.images, facts, strict=True):
+            if known is not None or name in bad:  # the others are folders
+                found[folder.prefix + name] = None if known is None else tuple(next(readable))
+        return found
 
     def finish(self) -> None:
         """Tell what is odd about the images as a whole, and let go of what only listing needs."""

@@ -6,7 +6,6 @@ So nobody trains without what was asked for. A feature that is built is deleted 
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-_MASKS = "the loss is not weighted by masks"
 _UPLOAD = "files stay on this machine; upload them afterwards, for example with `hf upload`"
 _DEEPSPEED = "several processes train with DistributedDataParallel"
 _COMPILE = "models run without torch.compile"
@@ -26,10 +25,7 @@ def _refuse(instead: str, *names: str) -> dict[str, str]:
 
 NOT_BUILT: Mapping[str, str] = {
     **_refuse("datasets are described by --dataset_config or folders", "dataset_class"),
-    **_refuse(_MASKS, "masked_loss", "alpha_mask", "conditioning_data_dir"),
     **_refuse("image headers are read at every start, which takes seconds", "cache_info"),
-    **_refuse("colours are left as they are", "color_aug"),
-    **_refuse("images are cropped at the centre", "random_crop", "face_crop_aug_range"),
     **_refuse(_UPLOAD, "huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token"),
     **_refuse(_UPLOAD, "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload"),
     **_refuse("a run is resumed from a folder on this machine", "resume_from_huggingface"),
@@ -58,11 +54,6 @@ NOT_BUILT: Mapping[str, str] = {
 """What happens instead, as a clause, for every refused option. A feature that is built is deleted here; nothing is added."""
 
 NOT_BUILT_DATASET_KEYS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
-    "conditioning_data_dir": ("control and mask images are not supported yet", ()),
-    "color_aug": ("colour augmentation is not supported yet", (False,)),
-    "random_crop": ("random cropping is not supported yet; images are cropped to the centre", (False,)),
-    "face_crop_aug_range": ("cropping around faces is not supported yet", ()),
-    "alpha_mask": ("masks from the alpha channel are not supported yet", (False,)),
     "cache_info": ("a metadata_cache.json is not supported yet; image headers are read at every start", (False,)),
 }
 """Every refused key of dataset files: the reason, and the values that switch it off and are therefore accepted."""
