@@ -85,7 +85,7 @@ def test_everything_wrong_is_told_at_once(dataset: Path, tmp_path: Path) -> None
             str(prompts),
             "--network_args",
             "conv_dimm=4",
-            "--masked_loss",
+            "--fp8_base",
         )
     )
     assert done.returncode == 2
@@ -103,7 +103,7 @@ def test_everything_wrong_is_told_at_once(dataset: Path, tmp_path: Path) -> None
         "width",
         "conv_dimm",
         "conv_dim",
-        "--masked_loss is not built yet",
+        "--fp8_base is not built yet",
     ]:
         assert words in done.stderr, (words, done.stderr)
 

@@ -39,7 +39,7 @@ def config(tmp_path):
 def test_every_mistake_of_command_line_and_file_is_told_at_once(config):
     path = config('network_dim = "many"\ncaption_dropout_rate = 3\n')
     told = mistakes(
-        "--lernig_rate", "1", "--mixed_precision", "fp61", "--masked_loss", "--resolution", "1,2,3", "--adaptive_noise_scale", "1",
+        "--lernig_rate", "1", "--mixed_precision", "fp61", "--fp8_base", "--resolution", "1,2,3", "--adaptive_noise_scale", "1",
         "--config_file", path,
     )  # fmt: skip
     expected = [
@@ -47,7 +47,7 @@ def test_every_mistake_of_command_line_and_file_is_told_at_once(config):
         "--mixed_precision",
         "network_dim in",
         "caption_dropout_rate in",
-        "--masked_loss is not built",
+        "--fp8_base is not built",
         "--resolution",
     ]
     assert len(told) == 7
