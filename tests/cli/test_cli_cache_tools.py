@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from library.dataset.cache_stamps import read_stamp
 from library.files.npz import read_npz
@@ -133,3 +135,63 @@ def test_a_corrupt_image_among_many_ends_the_run_by_name(project_root: Path, tin
     assert f"{picture} cannot be read" in result.stderr
     assert "Traceback" not in result.stderr
     assert not list((data.parent / "images").glob("*.npz"))
+
+
+def many_images(data: Path, count: int) -> Path:
+    """Put many small pictures where the photographs were; returns their folder."""
+    images = data.parent / "images"
+    for path in images.iterdir():
+        path.unlink()
+    for number in range(count):
+        Image.new("RGB", (96 + 32 * (number % 2), 96), (number % 256, 100, 50)).save(images / f"im{number:03d}.png")
+        (images / f"im{number:03d}.txt").write_text(f"picture {number}, colour\n")
+    return images
+
+
+def start(project_root: Path, script: str, *arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, script, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=project_root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("script", "name", "ending"), [(LATENTS, "Latents", "_sdxl.npz"), (TEXTS, "Captions", "_te_outputs.npz")])
+def test_two_processes_share_the_work_and_tell_of_it_together(
+    project_root: Path, tiny_checkpoint: Path, data: Path, script: str, name: str, ending: str
+) -> None:
+    images = many_images(data, 5)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    done = run(project_root, *launcher, "--pretrained_model_name_or_path", tiny_checkpoint, "--dataset_config", data)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"{name}: none in the cache, 5 encoded (5 new).") == 1
+    assert "(process 1 of 2)" in done.stderr
+    assert len(list(images.glob(f"*{ending}"))) == 5
+
+
+def test_a_killed_run_continues_where_it_was(project_root: Path, tiny_checkpoint: Path, data: Path) -> None:
+    images = many_images(data, 150)
+    arguments = ["--pretrained_model_name_or_path", tiny_checkpoint, "--dataset_config", data]
+    killed = start(project_root, LATENTS, *arguments)
+    while killed.poll() is None and len(list(images.glob("*.npz"))) < 3:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    written = len(list(images.glob("*.npz")))
+    assert 3 <= written < 150
+    done = run(project_root, LATENTS, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"Latents: {written} taken from the cache, {150 - written} encoded ({150 - written} new)." in done.stderr
+
+
+def test_two_programs_that_cache_one_folder_at_once_leave_it_whole(project_root: Path, tiny_checkpoint: Path, data: Path) -> None:
+    images = many_images(data, 40)
+    other = data.with_name("other.toml")
+    other.write_text(data.read_text().replace("resolution = 128", "resolution = 64"))
+    model = ["--pretrained_model_name_or_path", tiny_checkpoint, "--dataset_config"]
+    both = [start(project_root, LATENTS, *model, config) for config in (data, other)]
+    for process in both:
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+    for path in images.glob("*.npz"):
+        shapes = {array.shape for name, array in read_npz(path).items() if name.startswith("latents") and array.ndim == 3}
+        assert len(shapes) == 2
+    assert len(list(images.glob("*.npz"))) == 40
+    assert not [path for path in images.iterdir() if path.suffix == ".tmp"]

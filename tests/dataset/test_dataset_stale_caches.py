@@ -1,7 +1,10 @@
 """What makes cached latents and text stale: each change encodes exactly what it concerns, and the summary names the reason."""
 
+import errno
+import io
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from library.dataset.latent_encoder import LatentEncoder
 from library.dataset.loader import make_loader
 from library.dataset.text_cache import cache_text_outputs
 from library.dataset.text_encoder import TextEncoder
+from library.options.errors import UserError
 from library.options.groups.cache import CacheOptions
 
 SECTION = ("resolution", "enable_bucket", "bucket_no_upscale", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
@@ -291,3 +295,35 @@ def test_one_folder_at_two_resolutions_has_both(run: Run) -> None:
     assert len(sizes) > 1
     assert run.encode_images(Dataset(two, 1)).made == {}
     assert run.start()[0].made == {}
+
+
+def test_two_programs_that_cache_two_sizes_at_once_lose_none(run: Run) -> None:
+    runs = [Run(run.folder, settings={"resolution": (side, side), "enable_bucket": True}) for side in (96, 128, 160, 192)]
+    with ThreadPoolExecutor(len(runs)) as pool:
+        reports = list(pool.map(lambda each: each.encode_images(each.dataset()), runs))
+    assert all(report.made.total() == 5 for report in reports)
+    assert [each.encode_images(each.dataset()).made for each in (run, *runs)] == [{}] * 5
+
+
+def test_a_full_disk_ends_caching_with_a_sentence_and_keeps_what_was_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = 3
+
+    def filling(file: Any, array: Any, **more: Any) -> None:
+        if not isinstance(file, io.BytesIO) and len(list(folder.glob("*.npz"))) >= room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_array(file, array, **more)
+
+    write_array = np.lib.format.write_array
+    first = Run(folder)
+    monkeypatch.setattr("library.files.npz.np.lib.format.write_array", filling)
+    with pytest.raises(UserError, match=r"im\d_\d+x\d+_sdxl\.npz could not be written: the disk is full\. Free some space"):
+        first.start()
+    room = 100
+    assert first.encode_images(first.dataset()).kept == 3
+    room = 7
+    with pytest.raises(UserError, match=r"im\d_te_outputs\.npz could not be written: the disk is full"):
+        first.start()
+    room = 100
+    images, captions = first.start()
+    assert (images.kept, captions.kept) == (5, 2)
+    assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
