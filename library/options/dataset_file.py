@@ -92,7 +92,7 @@ def _dataset_tables(path: str, table: Table, where: str, lines: Lines, problems:
 def _place(path: str, where: str, table: Table, lines: Lines) -> Place:
     """Put a table in its place; lines are left out where they are not those of just these keys."""
     found = lines.get(where, {})
-    return Place(path, where, table, found if found.keys() - {HEADER} == table.keys() else {})
+    return Place(path, where, table, found if found.keys() - {HEADER, "subsets"} == table.keys() else {})
 
 
 def _kind_complaints(own: Place, subsets: Sequence[Place]) -> Iterator[str]:

@@ -87,6 +87,14 @@ def test_where_tables_are_written_in_one_line_no_line_is_told(tmp_path: Path) ->
     assert all(problem.startswith(f"{path}: [") for problem in problems_with_lines(path))
 
 
+def test_where_a_line_is_not_certain_none_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "data.toml"
+    path.write_text('[general]\nflip_aug = true # """\nbatchsize = 2\n# """\n[[datasets]]\nsubsets = [{ image_dir = "gone" }]\n')
+    told = problems_with_lines(path)
+    assert [problem for problem in told if problem.startswith(f"{path}: [general]: unknown key batchsize.")]
+    assert [problem for problem in told if problem.startswith(f"{path}, line 5: [[datasets]] 1: resolution is missing.")]
+
+
 def test_a_json_file_has_no_lines(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text(json.dumps({"datasets": [{"resolution": 512, "subsets": [{"image_dir": "gone"}]}]}, indent=1))
