@@ -2,9 +2,12 @@
 
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable
 
 from library.options.errors import UserError
 
+_USUAL_ENDINGS = (".txt", ".caption", ".tags")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -92,3 +95,18 @@ def _encoding_advice(content: bytes, offset: int) -> str:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "it is UTF-16. Save it as UTF-8."
     return f"byte 0x{content[offset]:02x} at position {offset} (line {line}) is from another encoding. Save the file as UTF-8."
+
+
+def likely_extension(without: Iterable[str], names: Iterable[str]) -> str:
+    """Return a sentence about caption files under another ending, with a blank before it, or nothing where there are none.
+
+    Args:
+        without: names of images without a caption file.
+        names: all names of their folder.
+    """
+    stems = {os.path.splitext(name)[0] for name in without}
+    counts = Counter(ending for stem, ending in map(os.path.splitext, names) if stem in stems and ending in _USUAL_ENDINGS)
+    if not counts:
+        return ""
+    ((ending, count),) = counts.most_common(1)
+    return f' {ending} files lie beside {count} of them: set caption_extension = "{ending}" if they hold the captions.'

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from library.dataset.buckets import Size
-from library.dataset.caption_files import caption_candidates, caption_of_text
+from library.dataset.caption_files import caption_candidates, caption_of_text, likely_extension
 from library.dataset.columns import Flags, Pictures, Texts
 from library.dataset.findings import Findings, Kind, names_of
 from library.dataset.folder_files import FolderFiles
@@ -112,15 +112,16 @@ class Lister:
         if len(read) < len(files):
             texts = iter(read)
             read = [next(texts) if file else None for file in files]
-            self._report_without_caption([name for name, text in zip(images, files, strict=True) if not text], len(files), subset)
+            without = [name for name, text in zip(images, files, strict=True) if not text]
+            self._report_without_caption(without, len(files), subset, likely_extension(without, names))
         instead = subset.class_tokens or ""
         return [instead if text is None else caption_of_text(text, multiline=multiline) for text in read]
 
-    def _report_without_caption(self, without: Sequence[str], count: int, subset: SubsetConfig) -> None:
+    def _report_without_caption(self, without: Sequence[str], count: int, subset: SubsetConfig, hint: str) -> None:
         if subset.class_tokens is None:
             told = (
                 f"{len(without)} of {count} images in {subset.image_dir} have no {subset.caption_extension} file and are trained "
-                f"with an empty caption: {names_of(without)}."
+                f"with an empty caption: {names_of(without)}.{hint}"
             )
             paths = [os.path.join(subset.image_dir, name) for name in without]
             self._findings.warning(Kind.NO_CAPTION, subset.image_dir, told, count=len(without), files=paths)

@@ -72,7 +72,7 @@ def read_dataset_file(path: str) -> DatasetFile:
         tables.general = _place(path, GENERAL, general, lines)
         tables.problems += _complaints(tables.general, GENERAL)
     else:
-        tables.problems.append(f"{path}: {GENERAL} must be a table, but it is {general!r}.")
+        tables.problems.append(f"{path}: {GENERAL} must be a table, but it is {_as_written(general)}.")
     for number, table in enumerate(_list_of_tables(path, content.get("datasets"), DATASET, tables.problems), start=1):
         tables.datasets.append(_dataset_tables(path, table, f"{DATASET} {number}", lines, tables.problems))
     return tables
@@ -170,8 +170,13 @@ def _key_complaint(name: str, value: Any, level: str) -> str | None:
     try:
         key.type.read(value)
     except NotThatType as error:
-        return f"{name} must be {error}, but it is {value!r}."
+        return f"{name} must be {error}, but it is {_as_written(value)}."
     return None
+
+
+def _as_written(value: Any) -> str:
+    """Spell a value as files do: true, not True."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _unknown_key(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from library.dataset.caption_files import find_caption_file, read_caption
+from library.dataset.caption_files import find_caption_file, likely_extension, read_caption
 from library.dataset.captions import caption_for_use
 from library.options.dataset_config import CaptionRules
 from library.options.errors import UserError
@@ -176,3 +176,10 @@ def test_the_caption_file_has_the_images_name_or_that_before_four_numbers(tmp_pa
     assert find_caption_file(str(tmp_path / "name.png"), ".txt") == str(tmp_path / "name.txt")
     assert find_caption_file(str(tmp_path / "name_10_20_30_40.png"), ".txt") == str(tmp_path / "name.txt")
     assert find_caption_file(str(tmp_path / "name.png"), ".caption") is None
+
+
+def test_caption_files_of_another_ending_are_pointed_at() -> None:
+    names = ["a.png", "a.txt", "b.png", "b.txt", "b.tags", "c.png", "d.txt", "a_sdxl.npz"]
+    told = likely_extension(["a.png", "b.png", "c.png"], names)
+    assert told == ' .txt files lie beside 2 of them: set caption_extension = ".txt" if they hold the captions.'
+    assert likely_extension(["c.png"], names) == ""

@@ -58,6 +58,7 @@ def test_missing_captions_are_warned_about_once_with_names(folder: Path, caplog:
     (record,) = caplog.records
     assert "5 of 5 images" in record.getMessage()
     assert "im0.png" in record.getMessage()
+    assert '.txt files lie beside 5 of them: set caption_extension = ".txt" if they hold the captions.' in record.getMessage()
     assert "Check caption_extension" in record.getMessage()
 
 
