@@ -6,6 +6,7 @@ from library.options.dataset_config import DatasetConfig, SubsetConfig
 from library.options.dataset_keys import PRESERVE
 from library.options.errors import UsageError
 from library.options.groups.loss import LossOptions
+from library.options.nearest import did_you_mean
 
 
 def check_data_terms(data: DatasetConfig, options: LossOptions, *, trains_network: bool) -> None:
@@ -73,6 +74,15 @@ def describe_data_terms(data: DatasetConfig, options: LossOptions) -> list[str]:
         lines.append(f"held to the model without the network: {_folders(preserved)}")
     strengths = sorted({section.network_multiplier for section in data.sections} - {1.0})
     return lines + [f"network strength {strength:g} for one dataset or more" for strength in strengths]
+
+
+def unread_attributes(data: DatasetConfig) -> str | None:
+    """Say which custom attributes nothing here reads, which may be a typing error; None where there are none."""
+    names = sorted({name for subset in _subsets(data) for name in subset.custom_attributes} - {PRESERVE})
+    if not names:
+        return None
+    meant = next(filter(None, (did_you_mean(name, [PRESERVE]) for name in names)), "")
+    return f"Nothing here reads the custom_attributes {', '.join(names)}; they are handed on with the images.{meant}"
 
 
 def _with_masks(data: DatasetConfig, options: LossOptions) -> tuple[list[SubsetConfig], list[SubsetConfig]]:

@@ -31,7 +31,7 @@ from library.options.dataset_config import DatasetConfig
 from library.options.record import option_values
 from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes, make_accelerator, shared_seed
-from library.training.data_terms import describe_data_terms
+from library.training.data_terms import describe_data_terms, unread_attributes
 from library.training.interrupt import StopRequest
 from library.training.logs import RunSummary, TrainingLog
 from library.training.looking import look, only_looks
@@ -258,6 +258,8 @@ def report(setting: Setting, objective: DdpmObjective) -> None:
         loss_terms=objective.describe() + describe_data_terms(setting.dataset.config, setting.options.loss),
     )
     log.info("Training\n%s", "\n".join(summary.lines()))
+    if unread := unread_attributes(setting.dataset.config):
+        log.warning("%s", unread)
 
 
 def open_trackers(recipe: Recipe, setting: Setting) -> RunLog:

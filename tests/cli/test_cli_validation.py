@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.cli.training_commands import (
@@ -25,14 +26,17 @@ def scalars(logs: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_measuring_the_loss_changes_no_bit_of_the_network(tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path, toy_images)
+    bf16 = ["--mixed_precision", "bf16", "--max_train_steps", "3"]
     often = [*SPLIT, "--validate_every_n_steps", "1", "--logging_dir", str(tmp_path / "logs"), "--max_validation_steps", "1"]
-    measured = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "measured", "--max_train_steps", "3", *often))
+    measured = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "measured", *bf16, *often))
     assert measured.returncode == 0, measured.stderr
     assert "training images × repeats: 3" in measured.stderr
     assert "validation images: 2" in measured.stderr
     rarely = [*SPLIT, "--validate_every_n_epochs", "99"]
-    unmeasured = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "unmeasured", "--max_train_steps", "3", *rarely))
+    unmeasured = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "unmeasured", *bf16, *rarely))
     assert unmeasured.returncode == 0, unmeasured.stderr
+    with safe_open(tmp_path / "measured" / "net.safetensors", "pt") as file:
+        assert file.metadata()["ss_num_validation_images"] == "2"
     assert_same_bits(tmp_path / "measured" / "net.safetensors", tmp_path / "unmeasured" / "net.safetensors")
 
     found = scalars(tmp_path / "logs")

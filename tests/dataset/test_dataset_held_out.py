@@ -9,7 +9,7 @@ from dataset_samples import FakeFamily, FakeVae, config, make_image, section, su
 from library.dataset.captions import settled_caption
 from library.dataset.dataset import Dataset
 from library.dataset.facts import bucket_info, folders, num_train_uses, tag_frequency
-from library.dataset.loader import load_batch
+from library.dataset.loader import Loader, load_batch
 from library.dataset.plan import Share
 from library.options.dataset_config import CaptionRules
 
@@ -153,3 +153,31 @@ def test_caches_hold_held_out_images(many: Path, family: FakeFamily, vae: FakeVa
     assert sorted(family.encoded_texts) == sorted(item.caption for item in dataset.encoded_items)
     (uses,) = dataset.held_out_batches()
     assert load_batch(dataset, 1, Share(uses, 1.0)).latents is not None
+
+
+def test_held_out_batches_are_the_same_for_any_number_of_workers_and_processes(many: Path) -> None:
+    dataset = Dataset(config(section(subset(many, validation_split=0.7, shuffle_caption=True), batch_size=2)), seed=0)
+
+    def keys(**options: int) -> list[tuple[str, ...]]:
+        loader = Loader(dataset, **options)
+        first = [tuple(batch.image_keys) for batch in loader.held_out()]
+        assert first == [tuple(batch.image_keys) for batch in loader.held_out()]
+        return first
+
+    alone = keys()
+    assert sorted(key for batch in alone for key in batch) == sorted(item.path for item in dataset.held_out)
+    assert [len(batch) for batch in alone].count(2) == 3
+    assert keys(num_workers=2) == alone
+    assert [keys(num_processes=2, process_index=process) for process in (0, 1)] == [alone[::2], alone[1::2]]
+    assert [tuple(batch.image_keys) for batch in Loader(dataset).held_out(2)] == alone[:2]
+
+
+def test_loading_held_out_images_disturbs_no_epoch(many: Path) -> None:
+    dataset = Dataset(config(section(subset(many, validation_split=0.4))), seed=0)
+    epoch, held_out = Loader(dataset, num_workers=2, persistent=True), Loader(dataset, num_workers=2)
+    plain = [batch.image_keys for batch in epoch.epoch(1)]
+    mixed = []
+    for batch in epoch.epoch(1):
+        mixed.append(batch.image_keys)
+        assert [loaded.loss_weights.tolist() for loaded in held_out.held_out()] == [[1.0, 1.0], [1.0, 1.0]]
+    assert mixed == plain

@@ -15,7 +15,7 @@ from library.options.dataset_config import DatasetConfig
 from library.options.errors import UsageError
 from library.options.groups.loss import LossOptions
 from library.options.groups.noise import NoiseOptions
-from library.training.data_terms import check_data_terms, describe_data_terms, needs_strength
+from library.training.data_terms import check_data_terms, describe_data_terms, needs_strength, unread_attributes
 from library.training.step import TrainStep
 from tests.dataset.dataset_samples import config, section, subset
 from tests.training.fake_run import FakeFamily, FakeRun, dataset
@@ -190,6 +190,17 @@ def test_normalising_without_masks_is_refused() -> None:
     assert "--masked_loss_normalize has no masks" in told
     with_alpha = config(section(subset("a", alpha_mask=True)))
     check_data_terms(with_alpha, LossOptions(masked_loss_normalize=True), trains_network=True)
+
+
+def test_attributes_that_nothing_reads_are_told() -> None:
+    data = config(
+        section(subset("a", custom_attributes={"diff_output_preservaton": True}), subset("b", custom_attributes=PRESERVED))
+    )
+    told = unread_attributes(data)
+    assert told is not None
+    assert told.startswith("Nothing here reads the custom_attributes diff_output_preservaton;")
+    assert told.endswith("Did you mean diff_output_preservation?")
+    assert unread_attributes(config(section(subset("a", custom_attributes=PRESERVED)))) is None
 
 
 def test_the_head_of_a_run_names_what_the_dataset_adds() -> None:
