@@ -47,10 +47,16 @@ class Model(nn.Module):
         return self.last(self.norm(self.first(x)).tanh()).square().mean()
 
 
-def train(options: OptimizerOptions, updates: int = 4, dtype: torch.dtype = torch.float32, start: dict | None = None):
+def train(
+    options: OptimizerOptions,
+    updates: int = 4,
+    dtype: torch.dtype = torch.float32,
+    start: dict | None = None,
+    rates: tuple[float, float] = (1e-2, 2e-2),
+):
     model = Model(dtype)
     parameters = list(model.parameters())
-    optimizer = make_optimizer(options, [{"params": parameters[:3], "lr": 1e-2}, {"params": parameters[3:], "lr": 2e-2}])
+    optimizer = make_optimizer(options, [{"params": parameters[:3], "lr": rates[0]}, {"params": parameters[3:], "lr": rates[1]}])
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(optimizer)
     updater = make_updater(optimizer, prepared, parameters, options, accelerator)
@@ -153,6 +159,27 @@ def test_steps_below_half_an_ulp_move_bfloat16_weights_as_far_as_they_should(nam
     assert abs(moved - 200 * 0.05) < 6 * (200 * 0.05) ** 0.5 / 4096**0.5 + 0.1  # 0.1: 8-bit state and averages that start at 0
     nearest = torch.ones(1, dtype=torch.bfloat16)
     assert (nearest - 0.05 * ulp) == nearest
+
+
+@pytest.mark.parametrize(
+    ("name", "counters", "alike"),
+    [("Prodigy", ("d", "d_max"), 0.6), ("AdamWScheduleFree", ("weight_sum", "lr_max"), 0.95)],
+)
+def test_what_an_optimizer_counts_for_a_whole_group_advances_with_bfloat16_weights(name, counters, alike) -> None:
+    """The course is that of float32 weights but for the rounding, which is large beside Prodigy's first steps."""
+    rate = 1.0 if name == "Prodigy" else 1e-2
+    options = OptimizerOptions(optimizer_type=name, learning_rate=rate, max_grad_norm=0)
+    moved, groups = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, state = train(options, updates=60, dtype=dtype, rates=(rate, rate))
+        moved[dtype] = torch.cat(
+            [(p.float() - old.float()).flatten() for p, old in zip(model.parameters(), Model(dtype).parameters(), strict=True)]
+        )
+        groups[dtype] = state["optimizer"]["param_groups"]
+    for full, half in zip(groups[torch.float32], groups[torch.bfloat16], strict=True):
+        assert half["k"] == full["k"] == 60
+        assert [half[key] for key in counters] == pytest.approx([full[key] for key in counters], rel=0.2)
+    assert nn.functional.cosine_similarity(moved[torch.float32], moved[torch.bfloat16], dim=0) > alike
 
 
 def test_rounding_is_right_on_average_and_keeps_what_needs_no_rounding() -> None:
