@@ -15,6 +15,7 @@ from library.options.optimizer_choices import (
     POLYNOMIAL_LR_END,
     RAMP_SHAPES,
     SCHEDULES,
+    STEPPED_ALONE,
     STEPPED_TOGETHER,
     TORCH_OPTIMIZERS,
     OptimizerChoice,
@@ -98,11 +99,11 @@ def steps_alone(name: str) -> bool:
     """Whether an optimizer computes the step of each parameter from that parameter alone, so that parameters can be stepped apart.
 
     Args:
-        name: `--optimizer_type`; classes of other packages are taken to do so unless they are known not to.
+        name: `--optimizer_type`; a class of a package that is not known to do so is taken not to.
     """
     choice = OPTIMIZERS.get(name.lower())
-    path = choice.class_path if choice else name
-    return not (path.startswith(STEPPED_TOGETHER) or path.lower().endswith("schedulefree"))
+    path = choice.class_path if choice else name if "." in name else f"torch.optim.{name}"
+    return path.startswith(STEPPED_ALONE) and path not in STEPPED_TOGETHER
 
 
 def fused_problems(options: OptimizerOptions, accumulation: int, mixed_precision: str) -> Iterator[str]:
@@ -128,8 +129,8 @@ def fused_problems(options: OptimizerOptions, accumulation: int, mixed_precision
         yield f"{flags[0]} cannot undo the gradient scaling of --mixed_precision fp16 in time. Use --mixed_precision bf16 or no."
     if not steps_alone(optimizer_name(options)):
         yield (
-            f"{flags[0]} steps every parameter by itself, but {optimizer_name(options)} computes its rate or average over all of "
-            "them. Choose another --optimizer_type, such as Adafactor or AdamW8bit."
+            f"{flags[0]} steps parameters apart, but {optimizer_name(options)} steps all of them at once, or is not known to do "
+            "otherwise. Choose another --optimizer_type, such as Adafactor or AdamW8bit."
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from library.optim import updates
 from library.optim.optimizers import make_optimizer
 from library.optim.parameter_steps import load_optimizer_state
 from library.optim.stochastic_rounding import round_stochastically
@@ -84,6 +85,35 @@ def options_of(name: str, **more: object) -> OptimizerOptions:
 def assert_same(one: nn.Module, other: nn.Module) -> None:
     for (name, tensor), theirs in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(tensor, theirs), name
+
+
+class CountsForGroup(torch.optim.Optimizer):
+    """Momentum whose bias is corrected by a count for the whole group, as in many optimizers of other packages."""
+
+    def __init__(self, params: list, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "step": 0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            group["step"] += 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+                    mean.lerp_(parameter.grad, 0.1)
+                    parameter.sub_(mean / (1 - 0.9 ** group["step"]) * group["lr"])
+
+
+def test_an_optimizer_of_an_unknown_package_steps_bfloat16_weights_once_for_all(monkeypatch) -> None:
+    monkeypatch.setattr(updates, "_CHUNK", 100)
+    options = OptimizerOptions(optimizer_type=f"{__name__}.CountsForGroup", max_grad_norm=0)
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, state = train(options, updates=20, dtype=dtype)
+        moved[dtype] = (model.first.weight.float() - Model(dtype).first.weight.float()).flatten()
+        assert [group["step"] for group in state["optimizer"]["param_groups"]] == [20, 20]
+    full, half = moved.values()
+    assert (half @ full / full.square().sum()).item() == pytest.approx(1, abs=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
