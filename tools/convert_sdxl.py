@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from library.options.entry import run_script
 from library.options.errors import UsageError
+from library.training.outputs import is_foreign_folder
 
 _LAYOUTS = {".safetensors": "safetensors", ".ckpt": "ckpt"}
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "float": "float32"}
@@ -68,6 +69,8 @@ def output_layout(arguments: argparse.Namespace) -> str:
         problems.append(f"--bin is for folders, but {out} is a file. Leave it out.")
     if layout is not None and out.is_dir():
         problems.append(f"{out} is a folder. Remove it, or choose another name for the file.")
+    if layout is None and arguments.overwrite and out.is_dir() and is_foreign_folder(out):
+        problems.append(f"{out} is a folder of something else (it has no model_index.json). Choose another name.")
     if problems:
         raise UsageError(problems)
     return layout or ("diffusers" if arguments.bin else "diffusers_safetensors")

@@ -39,12 +39,14 @@ def test_a_number_type_and_bin_files_can_be_asked_for(tiny_checkpoint: Path, tmp
         ("missing.safetensors", "folder", [], "There is no file or folder"),
         ("model", "model.pt", [], "should end in .safetensors or .ckpt"),
         ("model", "there", [], "there exists already"),
+        ("model", "there", ["--overwrite"], "is a folder of something else"),
         ("model", "new.safetensors", ["--bin"], "--bin is for folders"),
         ("model", "model", ["--overwrite"], "is the source itself"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence_each(tmp_path: Path, source: str, out: str, more: list[str], words: str) -> None:
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "photo.jpg").touch()
     (tmp_path / "model").mkdir()
     with pytest.raises(UsageError) as error:
         main([str(tmp_path / source), str(tmp_path / out), *more])
