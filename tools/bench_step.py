@@ -152,7 +152,7 @@ def make_unet(sizes: SdxlSizes, device: torch.device, dtype: torch.dtype, precis
     with default_dtype(dtype), device:
         unet = UNet(sizes.unet)
     unet.requires_grad_(False)
-    unet.set_attention("mem_eff_attn" if precision.mem_eff_attn else "xformers" if precision.xformers else "sdpa")
+    unet.set_attention(precision.attention)
     unet.enable_gradient_checkpointing(precision.gradient_checkpointing)
     if device.type == "cuda" and not isinstance(next(unet.parameters()), FakeTensor):
         unet.to(memory_format=torch.channels_last)

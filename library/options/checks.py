@@ -76,7 +76,7 @@ def _precision_problems(precision: WorkingPrecisionOptions) -> Iterator[str]:
     for name, half in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
         if getattr(precision, name) and precision.mixed_precision != half:
             yield f"--{name} keeps weights in the type of the computation, so it needs --mixed_precision {half}."
-    if precision.xformers and find_spec("xformers") is None:
+    if precision.wants_xformers and find_spec("xformers") is None:
         yield "--xformers needs the package xformers: pip install xformers, or leave it out, since PyTorch's attention is as fast."
 
 

@@ -188,6 +188,15 @@ def test_caching_tools_need_a_model_and_images_and_assume_sdxl(script):
     assert not parse(script, ["--pretrained_model_name_or_path", "owner/model", "--train_data_dir", "d"]).tool.sdxl
 
 
+@pytest.mark.parametrize(
+    ("script", "typed", "group"), [(SdxlTrainOptions, FINETUNE, "precision"), (SdxlGenImgOptions, DRAW, "model")]
+)
+@pytest.mark.parametrize(("more", "kind"), [("", "sdpa"), ("--xformers", "xformers"), ("--diffusers_xformers", "xformers")])
+def test_both_names_of_xformers_choose_its_attention(script, typed, group, more, kind, monkeypatch):
+    monkeypatch.setattr("library.options.checks.find_spec", lambda name: object())
+    assert getattr(parse(script, f"{typed} {more}".split()), group).attention == kind
+
+
 @pytest.mark.parametrize(("typed", "package"), [("--log_with wandb", "wandb"), ("--xformers", "xformers")])
 def test_a_missing_package_is_refused_with_the_pip_command(typed, package, monkeypatch):
     monkeypatch.setattr("library.options.checks.find_spec", lambda name: None)
