@@ -76,6 +76,8 @@ FINETUNE_REFUSED = [
     (f"--block_lr {','.join(['0'] * 23)}", "All learning rates are 0"),
     ("--block_lr 1e-5,1e-5", "these are 2"),
     (f"--block_lr {','.join(['x'] * 23)}", "'x' is not a number"),
+    (f"--block_lr {','.join(['1e-5'] * 22)},nan", "'nan' is not a number"),
+    (f"--block_lr inf,{','.join(['1e-5'] * 22)}", "'inf' is not a number"),
     ("--full_bf16", "--full_bf16 keeps weights in the type of the computation, so it needs --mixed_precision bf16"),
     ("--full_fp16 --mixed_precision bf16", "needs --mixed_precision fp16"),
     (f"{FUSED} --gradient_accumulation_steps 2", "--gradient_accumulation_steps 2 has nothing to add up"),
