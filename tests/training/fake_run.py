@@ -12,6 +12,7 @@ from library.dataset.batch import Batch
 from library.diffusion.objective import DdpmObjective
 from library.diffusion.schedule import NoiseSchedule
 from library.models.family import SizeConditioning, TextCond, Tokens
+from library.optim.optimizers import make_optimizer
 from library.optim.updates import make_updater
 from library.options.groups.loss import LossOptions
 from library.options.groups.noise import NoiseOptions
@@ -94,7 +95,14 @@ class FakeRun:
     """Everything a loop needs over the fake family, built the same way every time."""
 
     def __init__(
-        self, batches: list[Batch], *, updates: int, accumulation: int = 1, observers: Sequence[Any] = (), lr: float = 0.1
+        self,
+        batches: list[Batch],
+        *,
+        updates: int,
+        accumulation: int = 1,
+        observers: Sequence[Any] = (),
+        lr: float = 0.1,
+        optimizer_type: str = "AdamW",
     ) -> None:
         torch.manual_seed(0)
         denoiser = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)).requires_grad_(False)
@@ -102,13 +110,14 @@ class FakeRun:
         self.network = FakeNetwork(denoiser, encoders[0])
         objective = DdpmObjective(NoiseSchedule.make(), False, NoiseOptions(), LossOptions())
         step = TrainStep(self.network, ModelParts(FakeFamily(), denoiser, list(encoders), None), objective, train_text=True)
-        optimizer = torch.optim.AdamW(self.network.parameters(), lr=lr)
+        options = OptimizerOptions(optimizer_type=optimizer_type, learning_rate=lr)
+        optimizer = make_optimizer(options, [{"params": self.network.parameters()}])
         self.accelerator = Accelerator(cpu=True)
         self.trainable = NetworkTrainable(self.network, denoiser, encoders, None)
         self.losses: list[float] = []
         step, optimizer = self.accelerator.prepare(step, optimizer)
         parameters = list(self.network.parameters())
-        updater = make_updater(optimizer.optimizer, optimizer, parameters, OptimizerOptions(), self.accelerator)
+        updater = make_updater(optimizer.optimizer, optimizer, parameters, options, self.accelerator)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer.optimizer, 1.0, 0.1, total_iters=20)
         self.run = TrainingRun(
             self.accelerator, step, self.trainable, updater, schedule,
