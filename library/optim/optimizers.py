@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from library.options.checks_optimizer import (
+    class_path,
     did_you_mean_class,
     is_adafactor,
     missing_package,
@@ -79,9 +80,8 @@ def optimizer_class(options: OptimizerOptions) -> type[torch.optim.Optimizer]:
     Raises:
         UsageError: if its package is missing or has no such class.
     """
-    name, choice = optimizer_name(options), named_optimizer(options)
-    path = choice.class_path if choice else name if "." in name else f"torch.optim.{name}"
-    module_name, _, class_name = path.rpartition(".")
+    name = optimizer_name(options)
+    module_name, _, class_name = class_path(options).rpartition(".")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

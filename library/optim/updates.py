@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from library.optim.parameter_steps import ParameterSteps
-from library.options.checks_optimizer import optimizer_name, steps_alone
+from library.options.checks_optimizer import steps_alone
 from library.options.errors import UserError
 from library.options.groups.optimizer import OptimizerOptions
 
@@ -147,7 +147,7 @@ def make_updater(
     if accelerator.scaler is not None and any(parameter.dtype == torch.float16 for parameter in parameters):
         accept_half_gradients(accelerator.scaler)
     has_halves = any(parameter.dtype == torch.bfloat16 for parameter in parameters)
-    chunks = chunked(parameters, _CHUNK) if steps_alone(optimizer_name(options)) else [list(parameters)]
+    chunks = chunked(parameters, _CHUNK) if steps_alone(options) else [list(parameters)]
 
     def step_rounding(seed: int) -> None:
         for chunk in chunks:

@@ -70,6 +70,12 @@ def named_optimizer(options: OptimizerOptions) -> OptimizerChoice | None:
     return OPTIMIZERS.get(optimizer_name(options).lower())
 
 
+def class_path(options: OptimizerOptions) -> str:
+    """Return `package.module.Class` of the optimizer that was asked for."""
+    name, choice = optimizer_name(options), named_optimizer(options)
+    return choice.class_path if choice else name if "." in name else f"torch.optim.{name}"
+
+
 def optimizer_arguments(options: OptimizerOptions) -> dict[str, Any]:
     """Return the arguments of the optimizer beside its rate: the defaults of the name, then what `--optimizer_args` gives."""
     choice = named_optimizer(options)
@@ -95,14 +101,12 @@ def is_schedule_free(options: OptimizerOptions) -> bool:
     return optimizer_name(options).lower().endswith("schedulefree")
 
 
-def steps_alone(name: str) -> bool:
-    """Whether an optimizer computes the step of each parameter from that parameter alone, so that parameters can be stepped apart.
+def steps_alone(options: OptimizerOptions) -> bool:
+    """Whether the optimizer computes the step of each parameter from that parameter alone, so that parameters can be stepped apart.
 
-    Args:
-        name: `--optimizer_type`; a class of a package that is not known to do so is taken not to.
+    A class of a package that is not known to do so is taken not to.
     """
-    choice = OPTIMIZERS.get(name.lower())
-    path = choice.class_path if choice else name if "." in name else f"torch.optim.{name}"
+    path = class_path(options)
     return path.startswith(STEPPED_ALONE) and path not in STEPPED_TOGETHER
 
 
@@ -127,7 +131,7 @@ def fused_problems(options: OptimizerOptions, accumulation: int, mixed_precision
         )
     if mixed_precision == "fp16":
         yield f"{flags[0]} cannot undo the gradient scaling of --mixed_precision fp16 in time. Use --mixed_precision bf16 or no."
-    if not steps_alone(optimizer_name(options)):
+    if not steps_alone(options):
         yield (
             f"{flags[0]} steps parameters apart, but {optimizer_name(options)} steps all of them at once, or is not known to do "
             "otherwise. Choose another --optimizer_type, such as Adafactor or AdamW8bit."

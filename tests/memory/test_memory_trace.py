@@ -7,11 +7,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from library.memory.trace import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, StorageCounter
+from library.memory.traceable import KEPT_BY_BITSANDBYTES, kept_bytes, untraceable
+from library.optim.optimizers import make_optimizer
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import WorkingPrecisionOptions
 from tools.bench_step import make_run, one_step
-from tools.bench_trace import eight_bit_state, forecast
+from tools.bench_trace import forecast
 
 SMALL = BenchOptions(mode="finetune", size="tiny", resolution=128, batch_size=4)
 ADAFACTOR = {
@@ -93,15 +95,43 @@ def test_storages_are_counted_once_and_forgotten_when_they_are_gone() -> None:
     assert counter.peak.total == 12288 and moved.dtype == torch.float64
 
 
-def test_the_state_of_8_bit_optimizers_is_that_of_bitsandbytes() -> None:
-    import bitsandbytes
-
+@pytest.mark.parametrize("path", KEPT_BY_BITSANDBYTES)
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_the_computed_state_is_that_of_bitsandbytes(path: str) -> None:
     for count in (100, 4095, 4096, 10_000):
         parameter = torch.nn.Parameter(torch.zeros(count))
-        optimizer = bitsandbytes.optim.AdamW8bit([parameter])
+        name = path.rpartition(".")[2]
+        arguments = ("momentum=0.9",) if name == "SGD8bit" else None
+        optimizer = make_optimizer(OptimizerOptions(optimizer_type=path, optimizer_args=arguments), [{"params": [parameter]}])
         parameter.grad = torch.ones(count)
         optimizer.step()
         state = optimizer.state[parameter]
         tables = {"qmap1", "qmap2"}  # shared by all tensors of a device
         held = sum(value.nbytes for key, value in state.items() if isinstance(value, torch.Tensor) and key not in tables)
-        assert held == eight_bit_state(count, 2)
+        assert held == kept_bytes(count, *KEPT_BY_BITSANDBYTES[path])
+
+
+SPELLINGS = {
+    "use_8bit_adam": OptimizerOptions(use_8bit_adam=True),
+    "a bitsandbytes class": OptimizerOptions(optimizer_type="bitsandbytes.optim.AdEMAMix8bit"),
+    "Adafactor with relative steps": OptimizerOptions(optimizer_type="Adafactor", max_grad_norm=0),
+    **{name: OptimizerOptions(optimizer_type=name) for name in ("Lion", "AdamWScheduleFree", "RMSprop", "PagedAdamW32bit")},
+}
+SMALLEST = SMALL.model_copy(update={"resolution": 32, "batch_size": 1})
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_what_is_not_refused_can_be_forecast(name: str) -> None:
+    per_element = {"use_8bit_adam": 2, "a bitsandbytes class": 3, "PagedAdamW32bit": 8, "AdamWScheduleFree": 8}
+    per_element |= {"Lion": 4, "RMSprop": 4}
+    assert untraceable(SPELLINGS[name]) is None
+    parts = forecast(SMALLEST, WorkingPrecisionOptions(), SPELLINGS[name]).parts
+    if name in per_element:
+        assert parts[OPTIMIZER] == pytest.approx(per_element[name] / 4 * parts[WEIGHTS], rel=0.05)
+    else:
+        assert 0 < parts[OPTIMIZER] < 0.5 * parts[WEIGHTS]
+
+
+@pytest.mark.parametrize("name", ["Prodigy", "DAdaptAdam", "ASGD", "torch.optim.LBFGS", "bitsandbytes.optim.LAMB8bit", "o.Thing"])
+def test_what_cannot_be_traced_is_said_in_a_sentence(name: str) -> None:
+    assert f"--trace cannot forecast {name}" in (untraceable(OptimizerOptions(optimizer_type=name)) or "")
