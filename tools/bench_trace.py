@@ -1,7 +1,7 @@
 """Forecast the peak memory of a step at its real size, without a GPU and without the memory: traced with fake tensors.
 
 The step is the benchmark's own, made of tensors that have shapes and types but no data. What is not traced is added: the state of
-bitsandbytes' optimizers, whose kernels want real tensors. AdamW is traced with its fused kernel, which keeps no temporary copies.
+bitsandbytes' optimizers, whose kernels want real tensors. Torch's optimizers step with the kernels that training uses on a GPU.
 """
 
 from typing import Any, cast
@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from library.memory.pretend import PretendAccelerator
 from library.memory.trace import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, Peak, trace_peak
 from library.memory.traceable import ADAFACTOR, KEPT_BY_BITSANDBYTES, kept_bytes
+from library.optim.optimizers import choose_kernels
 from library.options.checks_optimizer import class_path
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
@@ -21,13 +22,16 @@ from library.training.step import TrainStep
 from tools.bench_step import make_run, one_step
 
 
-def forecast(bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: OptimizerOptions) -> Peak:
+def forecast(
+    bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: OptimizerOptions, device_type: str = "cuda"
+) -> Peak:
     """Return the peak of a training step.
 
     Args:
         bench: what is trained, at which size.
         precision: number types and checkpointing.
         optimizer: its options, see `library.memory.traceable`.
+        device_type: what the step would run on; decides the kernels of torch's optimizers.
     """
     device = torch.device("cpu")  # autograd's engine wants streams of any other device; sizes and kernels' results are the same
     compute = DTypes.of(precision, no_half_vae=False, save_precision=None).compute
@@ -35,14 +39,25 @@ def forecast(bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer:
         accelerator = PretendAccelerator(device, None if compute == torch.float32 else compute)
         run, batch = make_run(bench, precision, what_is_traced(optimizer), accelerator)
         inner = run.schedule.optimizer
-        for group in inner.param_groups:
-            if "fused" in group:
-                group["fused"], group["foreach"] = True, False
+        use_kernels_of(inner, device_type)
         modules = [run.trainable.module, cast(TrainStep, run.step).parts.denoiser]
         peak = trace_peak(lambda: one_step(run, batch), modules, inner, device)
         kept = KEPT_BY_BITSANDBYTES.get(class_path(optimizer), (0, 32))
         state = sum(kept_bytes(parameter.numel(), *kept) for group in inner.param_groups for parameter in group["params"])
     return Peak(peak.total + state, {**peak.parts, OPTIMIZER: peak.parts[OPTIMIZER] + state})
+
+
+def use_kernels_of(optimizer: torch.optim.Optimizer, device_type: str) -> None:
+    """Step with the kernels that training would use on a device, where the arguments do not choose others.
+
+    Args:
+        optimizer: as `make_optimizer` gives it, on the CPU.
+        device_type: "cuda" or "cpu".
+    """
+    choose_kernels(optimizer, device_type)
+    for group in optimizer.param_groups:
+        if device_type == "cuda" and group.get("foreach", False) is None and not (group.get("fused") or group["differentiable"]):
+            group["foreach"] = True  # torch's choice on a GPU
 
 
 def what_is_traced(optimizer: OptimizerOptions) -> OptimizerOptions:
