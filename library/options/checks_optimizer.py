@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -128,6 +129,11 @@ def fused_problems(options: OptimizerOptions, accumulation: int, mixed_precision
         yield (
             f"{flags[0]} drops gradients in the backward pass, so --gradient_accumulation_steps {accumulation} has nothing to "
             "add up. Leave one of them out; a larger --train_batch_size has the same effect as accumulation."
+        )
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # as launchers set it
+        yield (
+            f"{flags[0]} steps a parameter before the {processes} processes have exchanged its gradient, so they would drift "
+            "apart. Train in one process, or leave the option out."
         )
     if mixed_precision == "fp16":
         yield f"{flags[0]} cannot undo the gradient scaling of --mixed_precision fp16 in time. Use --mixed_precision bf16 or no."

@@ -190,6 +190,15 @@ def test_caching_tools_need_a_model_and_images_and_assume_sdxl(script):
     assert not parse(script, ["--pretrained_model_name_or_path", "owner/model", "--train_data_dir", "d"]).tool.sdxl
 
 
+@pytest.mark.parametrize("typed", ["--fused_backward_pass", "--fused_optimizer_groups 4"])
+def test_several_processes_that_step_in_the_backward_pass_are_refused(typed, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (told,) = refusal(SdxlTrainOptions, f"{FINETUNE} {typed}")
+    assert "before the 2 processes have exchanged its gradient" in told
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    parse(SdxlTrainOptions, f"{FINETUNE} {typed}".split())
+
+
 @pytest.mark.parametrize(
     ("script", "typed", "group"), [(SdxlTrainOptions, FINETUNE, "precision"), (SdxlGenImgOptions, DRAW, "model")]
 )
