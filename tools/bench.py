@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from library.files.atomic import atomic_write_text
 from library.memory.traceable import untraceable
+from library.options.checks import precision_problems
 from library.options.checks_optimizer import fused_problems, optimizer_name, optimizer_problems
 from library.options.entry import run_script
 from library.options.errors import UsageError
@@ -74,6 +75,7 @@ def check(options: BenchScriptOptions) -> None:
         near = f"the nearest are {below} and {below + SIZE_STEP}"
         raise UsageError([f"--resolution {resolution}: must be a multiple of {SIZE_STEP}; {near}."])
     problems = optimizer_problems(options.optimizer)
+    problems += precision_problems(options.precision)
     problems += fused_problems(options.optimizer, 1, options.precision.mixed_precision)
     if options.bench.trace and not problems and (problem := untraceable(options.optimizer)):
         problems.append(problem)
