@@ -93,16 +93,17 @@ def convert(source: Path, out: Path, layout: str, dtype_name: str | None, vae: s
 
     from library.models.family import ModelSource
     from library.models.sdxl.family import SdxlFamily
+    from library.models.sdxl.save_model import save_model, stored_model
 
     family = SdxlFamily.open(ModelSource(str(source), vae))
-    family.save_model(
+    checkpoint = family.checkpoint
+    save_model(
         out,
         layout,
-        {},
+        stored_model(checkpoint, {}, checkpoint.markers),
+        family.sizes,
         dtype=None if dtype_name is None else getattr(torch, dtype_name),
-        metadata={key: value for key, value in family.checkpoint.metadata.items() if key not in ("epoch", "global_step")},
-        v_prediction=family.declared_prediction() == "v",
-        zero_terminal_snr=family.declares_zero_terminal_snr(),
+        metadata={key: value for key, value in checkpoint.metadata.items() if key not in ("epoch", "global_step")},
     )
     sys.stdout.write(f"Wrote {out}\n")
 

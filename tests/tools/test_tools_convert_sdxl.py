@@ -1,5 +1,6 @@
 """The converter as a command: there and back without a loss, and mistakes in sentences."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from library.options.errors import UsageError
 from tools.convert_sdxl import main
@@ -25,6 +26,28 @@ def test_a_file_comes_back_from_a_folder_with_the_same_tensors_and_metadata(tiny
     assert all(after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items())
     with safe_open(tiny_checkpoint, "pt") as one, safe_open(tmp_path / "again.safetensors", "pt") as other:
         assert one.metadata() == other.metadata()
+
+
+@pytest.mark.parametrize(
+    ("markers", "metadata", "predicts", "ends_in_noise"),
+    [
+        (["ztsnr"], {}, "epsilon", True),
+        (["v_pred"], {}, "v_prediction", False),
+        (["v_pred", "ztsnr"], {}, "v_prediction", True),
+        ([], {"modelspec.prediction_type": "v"}, "v_prediction", False),
+    ],
+)
+def test_what_a_file_says_of_its_prediction_passes_through_unchanged(
+    tiny_checkpoint: Path, tmp_path: Path, markers: list[str], metadata: dict[str, str], predicts: str, ends_in_noise: bool
+) -> None:
+    tensors = load_file(tiny_checkpoint) | {marker: torch.zeros(0) for marker in markers}
+    save_file(tensors, tmp_path / "model.safetensors", metadata)
+    for source, out in (("model.safetensors", "folder"), ("folder", "back.safetensors"), ("model.safetensors", "copy.safetensors")):
+        main([str(tmp_path / source), str(tmp_path / out)])
+    scheduler = json.loads((tmp_path / "folder" / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"]) == (predicts, ends_in_noise)
+    for name in ("back", "copy"):
+        assert load_file(tmp_path / f"{name}.safetensors").keys() == tensors.keys(), name
 
 
 def test_a_number_type_and_bin_files_can_be_asked_for(tiny_checkpoint: Path, tmp_path: Path) -> None:
