@@ -28,6 +28,8 @@ ALONE = [
     if steps_alone(OptimizerOptions(optimizer_type=name)) and name != "Muon"  # which takes matrices only
 ]
 
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
 
 class Model(nn.Module):
     """A few layers of every kind of tensor; one is large enough for 8-bit state, one takes no part in the loss."""
@@ -138,6 +140,13 @@ def test_in_the_backward_pass_each_tensor_is_clipped_by_itself() -> None:
         if parameter.grad is not None:
             step = parameter.grad * min(1.0, 1e-3 / (parameter.grad.norm().item() + 1e-6))
             torch.testing.assert_close(result.data, parameter.data - (1e-2 if index < 3 else 2e-2) * step, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("fused", "norm", "told"), [(True, 1.0, True), (True, 0.0, False), (False, 1.0, False)])
+def test_that_each_tensor_is_clipped_by_itself_is_told_once(fused: bool, norm: float, told: bool, caplog) -> None:
+    with caplog.at_level("INFO", logger="library.optim.updates"):
+        train(OptimizerOptions(max_grad_norm=norm, fused_backward_pass=fused), updates=1)
+    assert [("--max_grad_norm 1 limits each tensor" in message) for message in caplog.messages] == [True] * told
 
 
 def test_a_gradient_is_gone_before_the_next_one_is_there() -> None:
