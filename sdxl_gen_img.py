@@ -105,7 +105,7 @@ def load_pipeline(checkpoint: str, options: SdxlGenImgOptions) -> "Pipeline":
     # SDXL's own VAE overflows in float16.
     vae_dtype = torch.float32 if model.no_half_vae or model.fp16 else dtype
     unet, vae = family.load_denoiser(dtype, device), family.load_vae(vae_dtype, device)
-    family.set_attention(unet, "xformers" if model.xformers else "sdpa")
+    family.set_attention(unet, model.attention)
     if model.opt_channels_last:
         for part in (unet, vae):
             part.to(memory_format=torch.channels_last)

@@ -52,6 +52,6 @@ def tiny_checkpoint(shared_tmp: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def toy_images() -> Path:
+def photos() -> Path:
     """Twelve photographs, JPEG and PNG, portrait and landscape, each with a caption in a .txt file; do not write there."""
     return ROOT / "examples" / "photos" / "images"

@@ -1,4 +1,8 @@
-"""The same model in diffusers: configuration folders with which diffusers opens a single-file checkpoint of any size, offline."""
+"""The same model in diffusers: configuration folders with which diffusers opens a single-file checkpoint of any size, offline.
+
+The independent reference for what `library.models.sdxl.write_folder` writes: it looks alike and shares no line with it on purpose,
+so that a mistake in the one shows against the other. Do not merge them.
+"""
 
 import json
 from pathlib import Path

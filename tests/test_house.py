@@ -125,7 +125,7 @@ def test_a_fresh_installation_has_every_package_that_is_imported() -> None:
 
 
 @pytest.mark.parametrize("picture", sorted(path.name for path in (ROOT / "examples/photos/images").glob("*.[jp]*g")))
-def test_every_toy_picture_has_a_caption_a_source_and_a_licence(picture: str) -> None:
+def test_every_photograph_has_a_caption_a_source_and_a_licence(picture: str) -> None:
     folder = ROOT / "examples" / "photos"
     assert (folder / "images" / picture).with_suffix(".txt").read_text(encoding="utf-8").strip()
     rows = [line for line in (folder / "SOURCES.md").read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{picture}`")]
@@ -133,7 +133,7 @@ def test_every_toy_picture_has_a_caption_a_source_and_a_licence(picture: str) ->
     assert any(licence in rows[0] for licence in ("CC0 1.0", "CC BY 2.0", "CC BY 4.0", "public domain"))
 
 
-def test_the_toy_pictures_are_few_and_of_every_kind() -> None:
+def test_the_photographs_are_few_and_of_every_kind() -> None:
     from PIL import Image
 
     files = list((ROOT / "examples" / "photos" / "images").glob("*.[jp]*g"))

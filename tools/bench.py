@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the project's folder is not on the path
 
 from library.files.atomic import atomic_write_text
-from library.options.checks_optimizer import fused_problems, optimizer_name
+from library.memory.traceable import untraceable
+from library.options.checks import precision_problems
+from library.options.checks_optimizer import fused_problems, optimizer_name, optimizer_problems
 from library.options.entry import run_script
 from library.options.errors import UsageError
 from library.options.groups.bench import BenchOptions
@@ -72,7 +74,12 @@ def check(options: BenchScriptOptions) -> None:
         below = resolution // SIZE_STEP * SIZE_STEP
         near = f"the nearest are {below} and {below + SIZE_STEP}"
         raise UsageError([f"--resolution {resolution}: must be a multiple of {SIZE_STEP}; {near}."])
-    if problems := list(fused_problems(options.optimizer, 1, options.precision.mixed_precision)):
+    problems = optimizer_problems(options.optimizer)
+    problems += precision_problems(options.precision)
+    problems += fused_problems(options.optimizer, 1, options.precision.mixed_precision)
+    if options.bench.trace and not problems and (problem := untraceable(options.optimizer)):
+        problems.append(problem)
+    if problems:
         raise UsageError(problems)
 
 
@@ -156,7 +163,8 @@ def main(argv: Sequence[str]) -> None:
     asked = (options.bench, options.precision, options.optimizer)
     has_gpu = torch.cuda.is_available()
     hardware = bench_step.hardware(torch.device("cuda" if has_gpu else "cpu"))
-    peak = bench_trace.forecast(*asked) if options.bench.trace or has_gpu else None
+    can_forecast = untraceable(options.optimizer) is None
+    peak = bench_trace.forecast(*asked) if options.bench.trace or (has_gpu and can_forecast) else None
     speed = None if options.bench.trace else bench_step.measure(*asked)
     facts = what_is_run(options, hardware) | (measured(speed) if speed else {}) | (bench_trace.rows(peak) if peak else {})
     print("\n".join(f"{name:<14} {value}" for name, value in facts.items()))

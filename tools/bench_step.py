@@ -26,6 +26,7 @@ from library.models.sdxl.family import SdxlFamily
 from library.models.sdxl.sizes import SdxlSizes, TextEncoderSizes, VaeSizes, plan_unet
 from library.models.sdxl.unet import UNet
 from library.optim.optimizers import make_optimizer
+from library.optim.schedules import make_schedule
 from library.optim.updates import make_updater
 from library.options.groups.bench import BenchOptions
 from library.options.groups.distributed import ProcessGroupOptions
@@ -33,6 +34,7 @@ from library.options.groups.loss import LossOptions
 from library.options.groups.noise import NoiseOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import WorkingPrecisionOptions
+from library.options.groups.scheduler import SchedulerOptions
 from library.training.accelerator import DTypes, make_accelerator
 from library.training.loop import TrainingRun, accumulate_gradient, update_parameters
 from library.training.step import ModelParts, TrainStep
@@ -135,7 +137,7 @@ def make_run(
         step=prepared_step,
         trainable=trainable,
         updater=make_updater(made, prepared_optimizer, parameters, optimizer, accelerator),
-        schedule=torch.optim.lr_scheduler.ConstantLR(made, factor=1.0),
+        schedule=make_schedule(SchedulerOptions(), optimizer, made, bench.warmup + bench.steps),
         batches=lambda epoch, first: [],
         batches_per_epoch=1,
         accumulation=1,
@@ -152,7 +154,7 @@ def make_unet(sizes: SdxlSizes, device: torch.device, dtype: torch.dtype, precis
     with default_dtype(dtype), device:
         unet = UNet(sizes.unet)
     unet.requires_grad_(False)
-    unet.set_attention("mem_eff_attn" if precision.mem_eff_attn else "xformers" if precision.xformers else "sdpa")
+    unet.set_attention(precision.attention)
     unet.enable_gradient_checkpointing(precision.gradient_checkpointing)
     if device.type == "cuda" and not isinstance(next(unet.parameters()), FakeTensor):
         unet.to(memory_format=torch.channels_last)

@@ -1,16 +1,19 @@
 """Forecast the peak memory of a step at its real size, without a GPU and without the memory: traced with fake tensors.
 
 The step is the benchmark's own, made of tensors that have shapes and types but no data. What is not traced is added: the state of
-8-bit optimizers, whose kernels want real tensors. AdamW is traced with its fused kernel, which keeps no temporary copies.
+bitsandbytes' optimizers, whose kernels want real tensors. Torch's optimizers step with the kernels that training uses on a GPU.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from library.memory.pretend import PretendAccelerator
 from library.memory.trace import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, Peak, trace_peak
+from library.memory.traceable import ADAFACTOR, KEPT_BY_BITSANDBYTES, kept_bytes
+from library.optim.optimizers import choose_kernels
+from library.options.checks_optimizer import class_path
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import WorkingPrecisionOptions
@@ -18,48 +21,55 @@ from library.training.accelerator import DTypes
 from library.training.step import TrainStep
 from tools.bench_step import make_run, one_step
 
-_MOMENTS_OF_8BIT = {"adamw8bit": 2, "pagedadamw8bit": 2, "lion8bit": 1, "pagedlion8bit": 1, "sgdnesterov8bit": 1}
-_SMALLEST_IN_8BIT = 4096
-"""bitsandbytes keeps the state of smaller tensors in float32."""
-_BLOCK_OF_8BIT = 256
-"""Elements that share a float32 scale."""
 
-
-def forecast(bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: OptimizerOptions) -> Peak:
+def forecast(
+    bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: OptimizerOptions, device_type: str = "cuda"
+) -> Peak:
     """Return the peak of a training step.
 
     Args:
         bench: what is trained, at which size.
         precision: number types and checkpointing.
-        optimizer: its options; of 8-bit ones the state is computed.
+        optimizer: its options, see `library.memory.traceable`.
+        device_type: what the step would run on; decides the kernels of torch's optimizers.
     """
-    moments = _MOMENTS_OF_8BIT.get(optimizer.optimizer_type.lower())
-    traced = optimizer if moments is None else optimizer.model_copy(update={"optimizer_type": "SGD", "optimizer_args": None})
     device = torch.device("cpu")  # autograd's engine wants streams of any other device; sizes and kernels' results are the same
     compute = DTypes.of(precision, no_half_vae=False, save_precision=None).compute
     with FakeTensorMode(allow_non_fake_inputs=True):
         accelerator = PretendAccelerator(device, None if compute == torch.float32 else compute)
-        run, batch = make_run(bench, precision, traced, accelerator)
+        run, batch = make_run(bench, precision, what_is_traced(optimizer), accelerator)
         inner = run.schedule.optimizer
-        for group in inner.param_groups:
-            if "fused" in group:
-                group["fused"], group["foreach"] = True, False
+        use_kernels_of(inner, device_type)
         modules = [run.trainable.module, cast(TrainStep, run.step).parts.denoiser]
         peak = trace_peak(lambda: one_step(run, batch), modules, inner, device)
-        state = 0 if moments is None else sum(eight_bit_state(p.numel(), moments) for g in inner.param_groups for p in g["params"])
+        kept = KEPT_BY_BITSANDBYTES.get(class_path(optimizer), (0, 32))
+        state = sum(kept_bytes(parameter.numel(), *kept) for group in inner.param_groups for parameter in group["params"])
     return Peak(peak.total + state, {**peak.parts, OPTIMIZER: peak.parts[OPTIMIZER] + state})
 
 
-def eight_bit_state(elements: int, moments: int) -> int:
-    """Return the bytes of bitsandbytes' block-wise 8-bit state of one tensor (Dettmers et al. 2022).
+def use_kernels_of(optimizer: torch.optim.Optimizer, device_type: str) -> None:
+    """Step with the kernels that training would use on a device, where the arguments do not choose others.
 
     Args:
-        elements: of the tensor.
-        moments: how many the optimizer keeps.
+        optimizer: as `make_optimizer` gives it, on the CPU.
+        device_type: "cuda" or "cpu".
     """
-    if elements < _SMALLEST_IN_8BIT:
-        return 4 * moments * elements
-    return moments * (elements + 4 * -(-elements // _BLOCK_OF_8BIT))
+    choose_kernels(optimizer, device_type)
+    for group in optimizer.param_groups:
+        if device_type == "cuda" and group.get("foreach", False) is None and not (group.get("fused") or group["differentiable"]):
+            group["foreach"] = True  # torch's choice on a GPU
+
+
+def what_is_traced(optimizer: OptimizerOptions) -> OptimizerOptions:
+    """Return the optimizer that stands for another one in the trace: one that makes tensors of the same sizes, or none."""
+    path = class_path(optimizer)
+    if path in KEPT_BY_BITSANDBYTES:
+        stands_in: dict[str, Any] = {"optimizer_type": "SGD", "optimizer_args": None, "use_8bit_adam": False}
+    elif path == ADAFACTOR:
+        stands_in = {"optimizer_args": (*(optimizer.optimizer_args or ()), "scale_parameter=False")}
+    else:
+        return optimizer
+    return optimizer.model_copy(update=stands_in)
 
 
 def rows(peak: Peak) -> dict[str, str]:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from library.options.entry import run_script
 from library.options.errors import UsageError
+from library.training.outputs import is_foreign_folder
 
 _LAYOUTS = {".safetensors": "safetensors", ".ckpt": "ckpt"}
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "float": "float32"}
@@ -68,6 +69,8 @@ def output_layout(arguments: argparse.Namespace) -> str:
         problems.append(f"--bin is for folders, but {out} is a file. Leave it out.")
     if layout is not None and out.is_dir():
         problems.append(f"{out} is a folder. Remove it, or choose another name for the file.")
+    if layout is None and arguments.overwrite and out.is_dir() and is_foreign_folder(out):
+        problems.append(f"{out} is a folder of something else (it has no model_index.json). Choose another name.")
     if problems:
         raise UsageError(problems)
     return layout or ("diffusers" if arguments.bin else "diffusers_safetensors")
@@ -90,16 +93,17 @@ def convert(source: Path, out: Path, layout: str, dtype_name: str | None, vae: s
 
     from library.models.family import ModelSource
     from library.models.sdxl.family import SdxlFamily
+    from library.models.sdxl.save_model import save_model, stored_model
 
     family = SdxlFamily.open(ModelSource(str(source), vae))
-    family.save_model(
+    checkpoint = family.checkpoint
+    save_model(
         out,
         layout,
-        {},
+        stored_model(checkpoint, {}, checkpoint.markers),
+        family.sizes,
         dtype=None if dtype_name is None else getattr(torch, dtype_name),
-        metadata={key: value for key, value in family.checkpoint.metadata.items() if key not in ("epoch", "global_step")},
-        v_prediction=family.declared_prediction() == "v",
-        zero_terminal_snr=family.declares_zero_terminal_snr(),
+        metadata={key: value for key, value in checkpoint.metadata.items() if key not in ("epoch", "global_step")},
     )
     sys.stdout.write(f"Wrote {out}\n")
 

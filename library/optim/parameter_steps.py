@@ -1,6 +1,6 @@
 """Step a part of an optimizer's parameters, and bfloat16 ones without losing small steps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,17 +34,24 @@ class ParameterSteps:
             parameters: of the optimizer.
             seed: of the rounding; a parameter's draws depend on it and on the parameter's place in the optimizer alone.
         """
-        chosen = set(parameters)
-        groups = self._optimizer.param_groups
-        self._optimizer.param_groups = [
-            {**group, "params": kept} for group in groups if (kept := [p for p in group["params"] if p in chosen])
-        ]
         halves = [p for p in parameters if p.dtype == torch.bfloat16 and p.grad is not None]
+        with self._narrowed_to(set(parameters)), self._in_float32(halves, seed):
+            self._optimizer.step()
+
+    @contextmanager
+    def _narrowed_to(self, chosen: Collection[nn.Parameter]) -> Iterator[None]:
+        """Leave only these parameters in the groups; the groups stay the same objects, for some optimizers count steps in them."""
+        groups = self._optimizer.param_groups
+        whole = [group["params"] for group in groups]
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p in chosen]
+        self._optimizer.param_groups = [group for group in groups if group["params"]]
         try:
-            with self._in_float32(halves, seed):
-                self._optimizer.step()
+            yield
         finally:
             self._optimizer.param_groups = groups
+            for group, params in zip(groups, whole, strict=True):
+                group["params"] = params
 
     @contextmanager
     def _in_float32(self, parameters: Sequence[nn.Parameter], seed: int) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """How gradients become an update: all parameters together after the backward pass, or each as soon as its gradient is there."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -7,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from library.optim.parameter_steps import ParameterSteps
-from library.options.checks_optimizer import optimizer_name, steps_alone
+from library.options.checks_optimizer import steps_alone
 from library.options.errors import UserError
 from library.options.groups.optimizer import OptimizerOptions
+
+logger = logging.getLogger(__name__)
 
 _CHUNK = 64 * 2**20
 """Elements whose float32 copies exist at a time while bfloat16 weights are stepped: a quarter of a GiB."""
@@ -143,11 +146,16 @@ def make_updater(
                 "--fused_backward_pass and --fused_optimizer_groups step a parameter before the processes have exchanged its "
                 "gradient, so the processes would drift apart. Train in one process, or leave the option out."
             )
+        if options.max_grad_norm > 0:
+            logger.info(
+                "--max_grad_norm %g limits each tensor's gradient by itself, since tensors are stepped in the backward pass.",
+                options.max_grad_norm,
+            )
         return UpdateInBackward(steps, groups, options.max_grad_norm)
     if accelerator.scaler is not None and any(parameter.dtype == torch.float16 for parameter in parameters):
         accept_half_gradients(accelerator.scaler)
     has_halves = any(parameter.dtype == torch.bfloat16 for parameter in parameters)
-    chunks = chunked(parameters, _CHUNK) if steps_alone(optimizer_name(options)) else [list(parameters)]
+    chunks = chunked(parameters, _CHUNK) if steps_alone(options) else [list(parameters)]
 
     def step_rounding(seed: int) -> None:
         for chunk in chunks:

@@ -61,7 +61,7 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
     yield from _source_problems(options.dataset)
     if options.output.output_dir is None:
         yield "--output_dir is missing. Name the folder for what is trained."
-    yield from _precision_problems(options.precision)
+    yield from precision_problems(options.precision)
     yield from fused_problems(options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision)
     yield from _noise_problems(options.noise)
     yield from _loss_problems(options.loss, options.model.v_parameterization)
@@ -75,11 +75,12 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
         yield "--persistent_data_loader_workers needs workers, but --max_data_loader_n_workers is 0. Leave one of them out."
 
 
-def _precision_problems(precision: WorkingPrecisionOptions) -> Iterator[str]:
+def precision_problems(precision: WorkingPrecisionOptions) -> Iterator[str]:
+    """Yield what cannot be computed in the wanted number types, or with the wanted attention."""
     for name, half in (("full_fp16", "fp16"), ("full_bf16", "bf16")):
         if getattr(precision, name) and precision.mixed_precision != half:
             yield f"--{name} keeps weights in the type of the computation, so it needs --mixed_precision {half}."
-    if precision.xformers and find_spec("xformers") is None:
+    if precision.wants_xformers and find_spec("xformers") is None:
         yield "--xformers needs the package xformers: pip install xformers, or leave it out, since PyTorch's attention is as fast."
 
 

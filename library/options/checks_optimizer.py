@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from library.options.optimizer_choices import (
     POLYNOMIAL_LR_END,
     RAMP_SHAPES,
     SCHEDULES,
+    STEPPED_ALONE,
     STEPPED_TOGETHER,
     TORCH_OPTIMIZERS,
     OptimizerChoice,
@@ -69,6 +71,12 @@ def named_optimizer(options: OptimizerOptions) -> OptimizerChoice | None:
     return OPTIMIZERS.get(optimizer_name(options).lower())
 
 
+def class_path(options: OptimizerOptions) -> str:
+    """Return `package.module.Class` of the optimizer that was asked for."""
+    name, choice = optimizer_name(options), named_optimizer(options)
+    return choice.class_path if choice else name if "." in name else f"torch.optim.{name}"
+
+
 def optimizer_arguments(options: OptimizerOptions) -> dict[str, Any]:
     """Return the arguments of the optimizer beside its rate: the defaults of the name, then what `--optimizer_args` gives."""
     choice = named_optimizer(options)
@@ -94,15 +102,13 @@ def is_schedule_free(options: OptimizerOptions) -> bool:
     return optimizer_name(options).lower().endswith("schedulefree")
 
 
-def steps_alone(name: str) -> bool:
-    """Whether an optimizer computes the step of each parameter from that parameter alone, so that parameters can be stepped apart.
+def steps_alone(options: OptimizerOptions) -> bool:
+    """Whether the optimizer computes the step of each parameter from that parameter alone, so that parameters can be stepped apart.
 
-    Args:
-        name: `--optimizer_type`; classes of other packages are taken to do so unless they are known not to.
+    A class of a package that is not known to do so is taken not to.
     """
-    choice = OPTIMIZERS.get(name.lower())
-    path = choice.class_path if choice else name
-    return not (path.startswith(STEPPED_TOGETHER) or path.lower().endswith("schedulefree"))
+    path = class_path(options)
+    return path.startswith(STEPPED_ALONE) and path not in STEPPED_TOGETHER
 
 
 def fused_problems(options: OptimizerOptions, accumulation: int, mixed_precision: str) -> Iterator[str]:
@@ -124,12 +130,17 @@ def fused_problems(options: OptimizerOptions, accumulation: int, mixed_precision
             f"{flags[0]} drops gradients in the backward pass, so --gradient_accumulation_steps {accumulation} has nothing to "
             "add up. Leave one of them out; a larger --train_batch_size has the same effect as accumulation."
         )
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # as launchers set it
+        yield (
+            f"{flags[0]} steps a parameter before the {processes} processes have exchanged its gradient, so they would drift "
+            "apart. Train in one process, or leave the option out."
+        )
     if mixed_precision == "fp16":
         yield f"{flags[0]} cannot undo the gradient scaling of --mixed_precision fp16 in time. Use --mixed_precision bf16 or no."
-    if not steps_alone(optimizer_name(options)):
+    if not steps_alone(options):
         yield (
-            f"{flags[0]} steps every parameter by itself, but {optimizer_name(options)} computes its rate or average over all of "
-            "them. Choose another --optimizer_type, such as Adafactor or AdamW8bit."
+            f"{flags[0]} steps parameters apart, but {optimizer_name(options)} steps all of them at once, or is not known to do "
+            "otherwise. Choose another --optimizer_type, such as Adafactor or AdamW8bit."
         )
 
 

@@ -37,7 +37,6 @@ NOT_BUILT: Mapping[str, str] = {
     **_refuse(_DEEPSPEED, "fp16_master_weights_and_gradients"),
     **_refuse(_COMPILE, "torch_compile", "dynamo_backend"),
     **_refuse(_FLUX, "flux"),
-    **_refuse("--xformers and --sdpa choose the attention", "diffusers_xformers"),
     **_refuse("the VAE decodes whole images", "vae_slices"),
     **_refuse(_INPUT_IMAGE, "image_path", "mask_path", "strength", "clip_vision_strength", "use_original_file_name"),
     **_refuse("the negative prompt shares the scale of the prompt", "negative_scale"),

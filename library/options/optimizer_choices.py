@@ -85,8 +85,12 @@ PIP_NAMES: Mapping[str, str] = {
 """What `pip install` calls packages whose import name differs."""
 
 
-STEPPED_TOGETHER = ("dadaptation.", "prodigyopt.", "prodigyplus.", "schedulefree.", "torch.optim.LBFGS")
-"""Packages and classes whose steps depend on all parameters at once, or count steps for a whole group."""
+STEPPED_ALONE = ("torch.optim.", "bitsandbytes.optim.", "lion_pytorch.", "transformers.optimization.")
+"""Packages whose optimizers step every parameter from that parameter alone. Those of others may look at all parameters at once, or
+count steps for a whole group."""
+
+STEPPED_TOGETHER = frozenset({"torch.optim.LBFGS"})
+"""The exceptions among them."""
 
 
 SCHEDULES: Mapping[str, tuple[str, ...]] = {

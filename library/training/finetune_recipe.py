@@ -19,9 +19,6 @@ from library.training.trainable import ModelTrainable
 
 log = logging.getLogger(__name__)
 
-_EXTENSIONS = {"safetensors": ".safetensors", "ckpt": ".ckpt", "diffusers": "", "diffusers_safetensors": ""}
-"""Of saved models, by layout; folders have none."""
-
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
@@ -75,8 +72,7 @@ class FinetuneRecipe:
             v_prediction=options.model.v_parameterization,
             zero_terminal_snr=options.noise.zero_terminal_snr,
         )
-        extension = _EXTENSIONS[options.output.layout]
-        return Trained(trainable, list(groups.values()), list(groups), any(self.encoder_rates), extension)
+        return Trained(trainable, list(groups.values()), list(groups), any(self.encoder_rates), options.output.extension)
 
     def metadata(self, setting: Setting, trained: Trained) -> MetadataAt:
         """A whole model says what it is; how it was trained is for networks."""

@@ -74,7 +74,7 @@ class NetworkRecipe:
         groups, descriptions = parameter_groups(network, rates, options.network.unet_lr, options.optimizer.learning_rate)
         network.prepare_grad_etc(encoders, denoiser)
         trainable = NetworkTrainable(network, denoiser, encoders, options.network.scale_weight_norms)
-        return Trained(trainable, groups, descriptions, trains_text, f".{options.output.save_model_as}")
+        return Trained(trainable, groups, descriptions, trains_text, options.output.extension)
 
     def metadata(self, setting: Setting, trained: Trained) -> MetadataAt:
         """Build what stays the same now; hashes of the base model are computed in the background until the first save."""

@@ -5,8 +5,9 @@ Everything here is decided before the loop and is free of torch; the loop only a
 
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,12 @@ SaveKind = Literal["epoch", "step", "final"]
 
 _UNNAMED: dict[SaveKind, str] = {"epoch": "epoch", "step": "at", "final": "last"}
 _NUMBERS: dict[SaveKind, str] = {"epoch": "-{:06d}", "step": "-step{:08d}", "final": ""}
+_NUMBER_PATTERNS: dict[SaveKind, str] = {"epoch": r"-\d{6,}", "step": r"-step\d{8,}", "final": ""}
+
+_OF_MODEL_FOLDERS = ("model_index.json",)
+"""What every diffusers folder of a whole model has."""
+_OF_STATE_FOLDERS = ("train_state.json", "optimizer.bin")
+"""Either is in a state folder, ours or an older one of sd-scripts."""
 
 
 def save_stem(kind: SaveKind, number: int, output_name: str | None) -> str:
@@ -251,7 +258,40 @@ def output_problems(output: SavingOptions) -> list[str]:
         problems.append(f"--output_dir {folder} cannot be made, because {above} is a file.")
     elif not os.access(above, os.W_OK):
         problems.append(f"--output_dir {folder} cannot be written to: you may not write in {above}.")
-    return problems
+    return problems + list(_blocked_names(folder, output.output_name or None, output.extension))
+
+
+def _blocked_names(folder: Path, output_name: str | None, extension: str) -> Iterator[str]:
+    """Yield a sentence for each thing that stands where the run may write, and is none of what a run writes there."""
+    occasions: tuple[SaveKind, ...] = ("epoch", "step", "final")
+    stems = "|".join(f"{re.escape(output_name or _UNNAMED[kind])}{_NUMBER_PATTERNS[kind]}" for kind in occasions)
+    for path in sorted(folder.iterdir()) if folder.is_dir() and os.access(folder, os.R_OK) else ():
+        if re.fullmatch(f"(?:{stems})-state", path.name):
+            what = _in_the_way(path, "", _OF_STATE_FOLDERS)
+        elif re.fullmatch(f"(?:{stems}){re.escape(extension)}", path.name):
+            what = _in_the_way(path, extension, _OF_MODEL_FOLDERS)
+        else:
+            continue
+        if what:
+            yield f"{path} is {what}, and the run would write there. Move it away, or choose another --output_name."
+
+
+def _in_the_way(path: Path, extension: str, signs: Sequence[str]) -> str | None:
+    if extension:
+        return "a folder" if path.is_dir() else None
+    if not path.is_dir():
+        return "a file"
+    return f"a folder of something else (it has no {signs[0]})" if is_foreign_folder(path, signs) else None
+
+
+def is_foreign_folder(path: Path, signs: Sequence[str] = _OF_MODEL_FOLDERS) -> bool:
+    """Tell whether a folder holds something, but nothing that marks a model folder, so that replacing it would lose other things.
+
+    Args:
+        path: of a folder.
+        signs: names of files, one of which the folder should have.
+    """
+    return any(path.iterdir()) and not any((path / name).exists() for name in signs)
 
 
 def _ceil_div(a: int, b: int) -> int:

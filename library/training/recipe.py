@@ -168,10 +168,8 @@ def warn_of_other_prediction(family: Family, v_parameterization: bool) -> None:
 
 def load_denoiser(setting: Setting, dtype: torch.dtype) -> nn.Module:
     """Load the denoiser, frozen, with the attention that was asked for."""
-    precision = setting.options.precision
     denoiser = setting.family.load_denoiser(dtype, setting.accelerator.device)
-    kind = "mem_eff_attn" if precision.mem_eff_attn else "xformers" if precision.xformers else "sdpa"
-    setting.family.set_attention(denoiser, kind)
+    setting.family.set_attention(denoiser, setting.options.precision.attention)
     if setting.accelerator.device.type == "cuda":
         denoiser.to(memory_format=torch.channels_last)
     return denoiser

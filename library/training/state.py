@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,6 +26,11 @@ from library.options.errors import UserError
 from library.training.position import Position
 
 TRAIN_STATE = "train_state.json"
+
+_NOT_IN_EVERY_VERSION = frozenset(
+    {"initial_lr", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay", "d_denom", "d_hat"}
+)
+"""Settings of parameter groups that come with a version of PyTorch, a schedule or a first step, and so tell no optimizers apart."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ def save_state(
         "seed": seed,
         "batches_per_epoch": batches_per_epoch,
         "losses": dict(losses),
+        "optimizer": class_path(live.optimizer),
     }
     tensors = {name: tensor.contiguous() for name, tensor in live.module.state_dict().items()}
     try:
@@ -122,6 +129,7 @@ def load_state(folder: Path, live: Resumable) -> None:
             f"--resume: {folder} was saved while something else was trained: {', '.join(differing)} do not fit. Use the options of "
             "the run that saved it: the same model and trained parts, for networks the same --network_dim and --network_args."
         )
+    _check_optimizer(folder, live.optimizer)
     live.module.load_state_dict({name: weights[name] for name in own})
     parts = [("optimizer.bin", live.optimizer), ("scheduler.bin", live.schedule)]
     if live.scaler is not None and (folder / "scaler.pt").is_file():
@@ -130,11 +138,39 @@ def load_state(folder: Path, live: Resumable) -> None:
         try:
             saved = torch.load(folder / name, map_location="cpu", weights_only=True)
             if part is live.optimizer:
+                _check_settings(part, saved)
                 load_optimizer_state(part, saved)
             else:
                 part.load_state_dict(saved)
-        except (ValueError, KeyError, RuntimeError, AttributeError, EOFError) as error:
+        except (ValueError, KeyError, RuntimeError, AttributeError, EOFError, UnpicklingError) as error:
             raise UserError(
                 f"--resume: {folder / name} does not fit this run ({error}). Use the same --optimizer_type and --lr_scheduler "
                 "as the run that saved it."
             ) from error
+
+
+def class_path(optimizer: Any) -> str:
+    """Return `package.module.Class` of an optimizer, wrapped by accelerate or not."""
+    cls = type(getattr(optimizer, "optimizer", optimizer))
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _check_optimizer(folder: Path, optimizer: Any) -> None:
+    saved = json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8")).get("optimizer")
+    if saved is not None and saved != class_path(optimizer):
+        raise UserError(
+            f"--resume: {folder} was saved with the optimizer {saved}, and this run has {class_path(optimizer)}, to which its "
+            "averages mean nothing. Use the --optimizer_type of the run that saved it."
+        )
+
+
+def _check_settings(optimizer: Any, saved: Mapping[str, Any]) -> None:
+    """Refuse the state of another optimizer where only the names of its settings tell, as in states of sd-scripts.
+
+    Raises:
+        ValueError: naming settings that one has and the other has not.
+    """
+    groups = (saved["param_groups"], optimizer.param_groups)
+    theirs, ours = ({key for group in each for key in group} - _NOT_IN_EVERY_VERSION for each in groups)
+    if differing := sorted(theirs ^ ours):
+        raise ValueError(f"only one of the two optimizers has {', '.join(differing)}")

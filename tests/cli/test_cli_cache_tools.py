@@ -23,11 +23,11 @@ LATENTS, TEXTS = "tools/cache_latents.py", "tools/cache_text_encoder_outputs.py"
 
 
 @pytest.fixture
-def data(tmp_path: Path, toy_images: Path) -> Path:
+def data(tmp_path: Path, photos: Path) -> Path:
     """Three photographs with captions, and the file that describes them."""
     images = tmp_path / "images"
     images.mkdir()
-    for picture in sorted(path for path in toy_images.iterdir() if path.suffix != ".txt" and path.with_suffix(".txt").exists())[:3]:
+    for picture in sorted(path for path in photos.iterdir() if path.suffix != ".txt" and path.with_suffix(".txt").exists())[:3]:
         shutil.copy(picture, images)
         shutil.copy(picture.with_suffix(".txt"), images)
     file = tmp_path / "data.toml"

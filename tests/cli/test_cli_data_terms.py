@@ -17,9 +17,9 @@ def with_key(dataset: Path, line: str) -> Path:
 
 
 def test_preserved_images_and_the_strength_of_the_network_change_what_is_learned(
-    tiny_checkpoint: Path, toy_images: Path, tmp_path: Path
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path
 ) -> None:
-    plain = write_dataset(tmp_path, toy_images)
+    plain = write_dataset(tmp_path, photos)
     preserving = with_key(plain, "custom_attributes = { diff_output_preservation = true }")
     stronger = plain.with_name("stronger.toml")
     stronger.write_text(plain.read_text().replace("batch_size =", "network_multiplier = 3\nbatch_size ="), encoding="utf-8")
@@ -36,8 +36,8 @@ def test_preserved_images_and_the_strength_of_the_network_change_what_is_learned
     assert any(not torch.equal(learned["plain"][name], learned["stronger"][name]) for name in ups)
 
 
-def test_what_needs_a_network_is_refused_without_one(tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
-    dataset = with_key(write_dataset(tmp_path, toy_images), "custom_attributes = { diff_output_preservation = true }")
+def test_what_needs_a_network_is_refused_without_one(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    dataset = with_key(write_dataset(tmp_path, photos), "custom_attributes = { diff_output_preservation = true }")
     dataset.write_text(dataset.read_text().replace("batch_size =", "network_multiplier = 3\nbatch_size ="), encoding="utf-8")
     done = run_command(finetune_arguments(tiny_checkpoint, dataset, tmp_path / "out"), script=FINETUNE)
     assert done.returncode == 2

@@ -15,8 +15,8 @@ from tests.cli.training_commands import arguments, finetune_arguments, run_comma
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, toy_images: Path) -> Path:
-    return write_dataset(tmp_path, toy_images, count=4, repeats=3)
+def dataset(tmp_path: Path, photos: Path) -> Path:
+    return write_dataset(tmp_path, photos, count=4, repeats=3)
 
 
 def test_everything_wrong_with_a_dataset_is_told_in_one_report(dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

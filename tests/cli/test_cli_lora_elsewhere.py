@@ -19,10 +19,10 @@ PROMPT, NEGATIVE, SEED, STEPS, SIDE = "a boat on the water", "blurry", 5, 4, 96
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, toy_images: Path) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, photos: Path) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     more = ["--learning_rate", "2e-2", "--max_train_steps", "8", "--network_args", "conv_dim=2", "--network_dropout", "0"]
-    done = run_command(arguments(tiny_checkpoint, write_dataset(folder, toy_images), folder / "out", *more))
+    done = run_command(arguments(tiny_checkpoint, write_dataset(folder, photos), folder / "out", *more))
     assert done.returncode == 0, done.stderr
     return folder / "out" / "net.safetensors"
 

@@ -8,8 +8,8 @@ from safetensors import safe_open
 from tests.cli.training_commands import arguments, assert_same_bits, run_command, write_dataset
 
 
-def test_a_metadata_file_trains_as_caption_files_do(tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path, toy_images, count=4)
+def test_a_metadata_file_trains_as_caption_files_do(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, photos, count=4)
     entries = {}
     for number, path in enumerate(sorted((tmp_path / "images").glob("*.jpg"))):
         text = path.with_suffix(".txt").rename(path.with_name(f"{number}.txt"))

@@ -13,9 +13,9 @@ SIZES = ("--min_bucket_reso", "32", "--max_bucket_reso", "128", "--bucket_reso_s
 
 
 @pytest.fixture
-def images(toy_images: Path, tmp_path: Path) -> Path:
+def images(photos: Path, tmp_path: Path) -> Path:
     """Four small pictures, each with a caption and with tags."""
-    write_dataset(tmp_path, toy_images, count=4)
+    write_dataset(tmp_path, photos, count=4)
     for path in (tmp_path / "images").glob("*.txt"):
         path.with_suffix(".caption").write_text("a young woman\n", encoding="utf-8")
         path.write_text("1girl, long_hair, rating:safe\n", encoding="utf-8")
@@ -64,8 +64,8 @@ def test_two_processes_share_the_encoding(tiny_checkpoint: Path, images: Path, t
     assert len(list(images.glob("*_sdxl.npz"))) == 4
 
 
-def test_a_lora_says_how_it_was_trained(tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path, toy_images, count=2)
+def test_a_lora_says_how_it_was_trained(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, photos, count=2)
     trained = run_command(arguments(tiny_checkpoint, dataset, tmp_path, "--max_train_steps", "1"))
     assert trained.returncode == 0, trained.stderr
     file = tmp_path / "net.safetensors"

@@ -41,10 +41,10 @@ def changed(before: Path, after: Path) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, toy_images: Path) -> tuple[Path, Path, list[str]]:
+def whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, photos: Path) -> tuple[Path, Path, list[str]]:
     """The output folder, dataset and options of a run of U-Net and text encoders that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    dataset = write_dataset(folder, toy_images, count=4)
+    dataset = write_dataset(folder, photos, count=4)
     more = ["--train_text_encoder", "--learning_rate_te1", "1e-4", "--gradient_accumulation_steps", "2", "--gradient_checkpointing"]
     more += ["--save_every_n_steps", "2", "--save_state", "--optimizer_type", "AdamW8bit"]
     finetune(tiny_checkpoint, dataset, folder / "out", *more)
@@ -78,9 +78,9 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(whole_run, tiny_ch
 
 
 def test_bfloat16_weights_stepped_in_the_backward_pass_resume_bit_for_bit(
-    tiny_checkpoint: Path, toy_images: Path, tmp_path: Path
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path
 ) -> None:
-    dataset = write_dataset(tmp_path, toy_images, count=4)
+    dataset = write_dataset(tmp_path, photos, count=4)
     finetune(tiny_checkpoint, dataset, tmp_path / "whole", *FUSED_BF16, "--save_every_n_steps", "1", "--save_state")
     finetune(
         tiny_checkpoint,
@@ -96,10 +96,10 @@ def test_bfloat16_weights_stepped_in_the_backward_pass_resume_bit_for_bit(
     assert {name.startswith(UNET) for name in changed(tiny_checkpoint, tmp_path / "whole" / "model.safetensors")} == {True}
 
 
-def test_a_block_with_rate_0_is_written_back_bit_for_bit(tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
+def test_a_block_with_rate_0_is_written_back_bit_for_bit(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     rates = ["1e-3"] * 23
     rates[0] = rates[4] = rates[11] = rates[22] = "0"
-    dataset = write_dataset(tmp_path, toy_images, count=2)
+    dataset = write_dataset(tmp_path, photos, count=2)
     more = ["--block_lr", ",".join(rates), "--max_train_steps", "1", "--cache_latents"]
     finetune(tiny_checkpoint, dataset, tmp_path / "out", *more)
     frozen = tuple(f"{UNET}{block}." for block in ("time_embed", "label_emb", "input_blocks.3", "middle_block.1", "out"))
@@ -108,7 +108,7 @@ def test_a_block_with_rate_0_is_written_back_bit_for_bit(tiny_checkpoint: Path, 
 
 
 def test_two_processes_of_two_images_give_the_gradient_of_one_process_of_four(
-    tiny_checkpoint: Path, toy_images: Path, tmp_path: Path
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path
 ) -> None:
     sgd = [
         "--optimizer_type",
@@ -123,11 +123,11 @@ def test_two_processes_of_two_images_give_the_gradient_of_one_process_of_four(
     ]
     configs = {}
     for size in (2, 4):
-        configs[size] = write_dataset(tmp_path / str(size), toy_images, batch_size=size, count=4)
+        configs[size] = write_dataset(tmp_path / str(size), photos, batch_size=size, count=4)
         text = configs[size].read_text().replace("enable_bucket = true", "enable_bucket = false")
         configs[size].write_text(text.replace(f"{tmp_path}/2/images", f"{tmp_path}/4/images"))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    write_dataset(tmp_path / "4", toy_images, batch_size=4, count=4)
+    write_dataset(tmp_path / "4", photos, batch_size=4, count=4)
     configs[4].write_text(configs[4].read_text().replace("enable_bucket = true", "enable_bucket = false"))
     finetune(tiny_checkpoint, configs[2], tmp_path / "two", *sgd, launcher=launcher)
     finetune(tiny_checkpoint, configs[4], tmp_path / "one", *sgd)
@@ -141,8 +141,8 @@ def test_two_processes_of_two_images_give_the_gradient_of_one_process_of_four(
 @pytest.mark.parametrize(
     ("layout", "name"), [("ckpt", "model.ckpt"), ("diffusers", "model"), ("diffusers_safetensors", "model")], ids=str
 )
-def test_models_are_saved_in_every_layout(layout: str, name: str, tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path, toy_images, count=2)
+def test_models_are_saved_in_every_layout(layout: str, name: str, tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, photos, count=2)
     more = ["--save_model_as", layout, "--max_train_steps", "1", "--v_parameterization", "--save_precision", "bf16"]
     more += ["--learning_rate", "0", "--train_text_encoder", "--learning_rate_te1", "0", "--learning_rate_te2", "1e-3"]
     finetune(tiny_checkpoint, dataset, tmp_path / "out", *more)
@@ -154,8 +154,8 @@ def test_models_are_saved_in_every_layout(layout: str, name: str, tiny_checkpoin
         assert same == (part != "te2"), part
 
 
-def test_a_metadata_file_and_sample_images(tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
-    write_dataset(tmp_path, toy_images, count=2)
+def test_a_metadata_file_and_sample_images(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    write_dataset(tmp_path, photos, count=2)
     lines = [f'{{"image_path": "{path.name}", "caption": "a photo"}}' for path in sorted((tmp_path / "images").glob("*.jpg"))]
     (tmp_path / "meta.jsonl").write_text("\n".join(lines))
     (tmp_path / "prompts.txt").write_text("a red house --d 3 --s 2\n")
@@ -181,9 +181,9 @@ def test_a_metadata_file_and_sample_images(tiny_checkpoint: Path, toy_images: Pa
     ],
 )
 def test_mistakes_are_told_in_a_sentence_with_status_2(
-    more: list[str], words: str, tiny_checkpoint: Path, toy_images: Path, tmp_path: Path
+    more: list[str], words: str, tiny_checkpoint: Path, photos: Path, tmp_path: Path
 ) -> None:
-    dataset = write_dataset(tmp_path, toy_images, count=1)
+    dataset = write_dataset(tmp_path, photos, count=1)
     done = run_command(finetune_arguments(tiny_checkpoint, dataset, tmp_path / "out", *more), script=FINETUNE)
     assert done.returncode == 2
     assert words in done.stderr and "Traceback" not in done.stderr

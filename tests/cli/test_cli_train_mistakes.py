@@ -16,8 +16,8 @@ from tests.cli.training_commands import ROOT, SCRIPT, arguments, environment, ru
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, toy_images: Path) -> Path:
-    return write_dataset(tmp_path, toy_images, count=3)
+def dataset(tmp_path: Path, photos: Path) -> Path:
+    return write_dataset(tmp_path, photos, count=3)
 
 
 def cut_off(checkpoint: Path, folder: Path) -> Path:

@@ -22,15 +22,15 @@ from tests.cli.training_commands import (
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, toy_images: Path) -> Path:
-    return write_dataset(tmp_path, toy_images)
+def dataset(tmp_path: Path, photos: Path) -> Path:
+    return write_dataset(tmp_path, photos)
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, toy_images: Path) -> tuple[Path, Path]:
+def whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, photos: Path) -> tuple[Path, Path]:
     """The output folder and dataset of a run of six steps that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    dataset = write_dataset(folder, toy_images)
+    dataset = write_dataset(folder, photos)
     more = [
         "--save_every_n_steps",
         "2",
@@ -107,7 +107,7 @@ def test_ctrl_c_saves_and_prints_the_command_that_continues(
 
 
 def test_two_processes_of_two_images_give_the_gradient_of_one_process_of_four(
-    tiny_checkpoint: Path, toy_images: Path, tmp_path: Path
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path
 ) -> None:
     sgd = [
         "--optimizer_type",
@@ -121,8 +121,8 @@ def test_two_processes_of_two_images_give_the_gradient_of_one_process_of_four(
         "--network_dropout",
         "0",
     ]
-    two = write_dataset(tmp_path / "two", toy_images, batch_size=2, count=4)
-    one = write_dataset(tmp_path / "one", toy_images, batch_size=4, count=4)
+    two = write_dataset(tmp_path / "two", photos, batch_size=2, count=4)
+    one = write_dataset(tmp_path / "one", photos, batch_size=4, count=4)
     for config in (one, two):  # one bucket, so that one update sees all four images
         config.write_text(
             config.read_text()

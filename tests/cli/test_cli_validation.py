@@ -24,8 +24,8 @@ def scalars(logs: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def test_measuring_the_loss_changes_no_bit_of_the_network(tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path, toy_images)
+def test_measuring_the_loss_changes_no_bit_of_the_network(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, photos)
     bf16 = ["--mixed_precision", "bf16", "--max_train_steps", "3"]
     often = [*SPLIT, "--validate_every_n_steps", "1", "--logging_dir", str(tmp_path / "logs"), "--max_validation_steps", "1"]
     measured = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "measured", *bf16, *often))
@@ -50,8 +50,8 @@ def test_measuring_the_loss_changes_no_bit_of_the_network(tiny_checkpoint: Path,
     assert epoch == (1, averages[2])
 
 
-def test_two_processes_measure_what_one_measures(tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path, toy_images, batch_size=1, count=8)
+def test_two_processes_measure_what_one_measures(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, photos, batch_size=1, count=8)
     # The first update has the rate 0, so both measure the same weights.
     more = [*SPLIT, "--max_train_steps", "1", "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "5"]
     more += ["--validate_every_n_steps", "1", "--cache_latents"]
@@ -67,10 +67,8 @@ def test_two_processes_measure_what_one_measures(tiny_checkpoint: Path, toy_imag
     assert values[0] == pytest.approx(values[1], rel=1e-6)
 
 
-def test_a_model_is_measured_too_and_what_holds_nothing_out_is_told(
-    tiny_checkpoint: Path, toy_images: Path, tmp_path: Path
-) -> None:
-    dataset = write_dataset(tmp_path, toy_images)
+def test_a_model_is_measured_too_and_what_holds_nothing_out_is_told(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, photos)
     dataset.write_text(dataset.read_text().replace("[general]", "[general]\nvalidation_split = 0.4"), encoding="utf-8")
     logs = ["--logging_dir", str(tmp_path / "logs"), "--max_train_steps", "2", "--validate_every_n_steps", "2"]
     done = run_command(finetune_arguments(tiny_checkpoint, dataset, tmp_path / "out", *logs), script=FINETUNE)
@@ -78,15 +76,15 @@ def test_a_model_is_measured_too_and_what_holds_nothing_out_is_told(
     ((step, value),) = scalars(tmp_path / "logs")["loss/validation/step_average"]
     assert step == 2 and 0 < value < 10
 
-    whole = write_dataset(tmp_path / "whole", toy_images, count=1)
+    whole = write_dataset(tmp_path / "whole", photos, count=1)
     more = ["--max_train_steps", "1", "--validate_every_n_steps", "2"]
     done = run_command(finetune_arguments(tiny_checkpoint, whole, tmp_path / "out2", *more), script=FINETUNE)
     assert done.returncode == 0, done.stderr
     assert "No images are held out, so --validate_every_n_steps has no effect." in done.stderr
 
 
-def test_a_share_that_leaves_nothing_to_train_on_is_refused(tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path, toy_images)
+def test_a_share_that_leaves_nothing_to_train_on_is_refused(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, photos)
     done = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "out", "--validation_split", "1"))
     assert done.returncode == 2
     assert "--validation_split" in done.stderr

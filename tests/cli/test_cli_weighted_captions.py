@@ -10,8 +10,8 @@ STEPS = ["--max_train_steps", "2", "--network_train_unet_only", "--network_dropo
 WEIGHTED, DISK = "--weighted_captions", "--cache_text_encoder_outputs_to_disk"
 
 
-def test_brackets_weigh_captions_live_and_cached_alike(tiny_checkpoint: Path, toy_images: Path, tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path, toy_images, batch_size=1, count=3)
+def test_brackets_weigh_captions_live_and_cached_alike(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, photos, batch_size=1, count=3)
     fixed = dataset.read_text().replace("shuffle_caption = true\n", "").replace("caption_tag_dropout_rate = 0.2\n", "")
     dataset.write_text(fixed, encoding="utf-8")
     for path in (tmp_path / "images").glob("*.txt"):

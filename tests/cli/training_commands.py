@@ -36,11 +36,11 @@ num_repeats = {repeats}
 """
 
 
-def write_dataset(folder: Path, toy_images: Path, *, batch_size: int = 2, repeats: int = 1, count: int = 5) -> Path:
-    """Copy some of the toy pictures, small, and describe them in a dataset file."""
+def write_dataset(folder: Path, photos: Path, *, batch_size: int = 2, repeats: int = 1, count: int = 5) -> Path:
+    """Copy some of the photographs, small, and describe them in a dataset file."""
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
-    for path in sorted(toy_images.glob("*.jpg"))[:count]:
+    for path in sorted(photos.glob("*.jpg"))[:count]:
         with Image.open(path) as image:
             image.resize((image.width // 4, image.height // 4)).save(images / path.name)
         caption = path.with_suffix(".txt").read_text(encoding="utf-8")

@@ -123,6 +123,13 @@ def test_a_ckpt_counts_on_from_its_source(tiny_file, tmp_path) -> None:
     assert "model.diffusion_model.out.2.weight" in content["state_dict"]
 
 
+def test_an_epoch_that_is_no_number_is_not_counted_on(tiny_file, tmp_path) -> None:
+    save_file(load_file(tiny_file), tmp_path / "source.safetensors", {"epoch": "1/3", "global_step": "40"})
+    save(open_model(tmp_path / "source.safetensors"), tmp_path / "m.ckpt", "ckpt", progress=(2, 2))
+    content = torch.load(tmp_path / "m.ckpt", weights_only=True)
+    assert (content["epoch"], content["global_step"]) == (2, 42)
+
+
 def test_a_model_can_be_saved_over_the_file_it_is_read_from(mixed_file) -> None:
     family = open_model(mixed_file)
     before = {name: tensor.clone() for name, tensor in load_file(mixed_file).items()}

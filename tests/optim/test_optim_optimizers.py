@@ -3,6 +3,7 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.optimization import Adafactor
 
 from library.optim.optimizers import describe_optimizer, make_optimizer, optimizer_class
@@ -106,6 +107,26 @@ def test_a_saved_state_continues_bit_for_bit(name, parameters, tmp_path):
         step(resumed, copies, seed)
     for p, copy in zip(parameters, copies, strict=True):
         assert torch.equal(p, copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "device", "fused"),
+    [
+        ("AdamW", (), "cuda", True),
+        ("Adam", (), "cuda", True),
+        ("SGDNesterov", (), "cuda", True),
+        ("AdamW", (), "cpu", None),
+        ("AdamW", ("foreach=True",), "cuda", None),
+        ("AdamW", ("fused=False",), "cuda", False),
+        ("Adagrad", (), "cuda", None),
+    ],
+)
+def test_fused_kernels_are_chosen_on_a_gpu_and_nowhere_else(name, arguments, device, fused):
+    with FakeTensorMode():  # a GPU that is not there
+        on_device = [torch.nn.Parameter(torch.zeros(8, device=device)) for _ in range(2)]
+        optimizer = make_optimizer(options(name, *arguments), groups(on_device, 1e-4, 2e-4))
+    assert [group["fused"] for group in optimizer.param_groups] == [fused, fused]
+    assert not getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def test_adamw_equals_the_formula_in_float64(parameters):

@@ -10,26 +10,25 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from library.optim import updates
 from library.optim.optimizers import make_optimizer
 from library.optim.parameter_steps import load_optimizer_state
 from library.optim.stochastic_rounding import round_stochastically
 from library.optim.updates import accept_half_gradients, chunked, fused_groups, make_updater
+from library.options.checks_optimizer import steps_alone
 from library.options.errors import UserError
 from library.options.groups.optimizer import OptimizerOptions
+from library.options.optimizer_choices import OPTIMIZERS, TORCH_OPTIMIZERS
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "compat" / "training_reference_values.json").read_text(encoding="utf-8"))
 FIXED = ("relative_step=False", "scale_parameter=True", "warmup_init=False")
-OPTIMIZERS = {
-    "AdamW": (),
-    "AdamW8bit": (),
-    "PagedAdamW8bit": (),
-    "Lion": (),
-    "SGDNesterov": (),
-    "Adafactor": FIXED,
-    "NAdam": (),
-    "RAdam": (),
-    "RMSprop": (),
-}
+ALONE = [
+    name
+    for name in (*(choice.name for choice in OPTIMIZERS.values()), *TORCH_OPTIMIZERS)
+    if steps_alone(OptimizerOptions(optimizer_type=name)) and name != "Muon"  # which takes matrices only
+]
+
+pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
 
 class Model(nn.Module):
@@ -47,10 +46,16 @@ class Model(nn.Module):
         return self.last(self.norm(self.first(x)).tanh()).square().mean()
 
 
-def train(options: OptimizerOptions, updates: int = 4, dtype: torch.dtype = torch.float32, start: dict | None = None):
+def train(
+    options: OptimizerOptions,
+    updates: int = 4,
+    dtype: torch.dtype = torch.float32,
+    start: dict | None = None,
+    rates: tuple[float, float] = (1e-2, 2e-2),
+):
     model = Model(dtype)
     parameters = list(model.parameters())
-    optimizer = make_optimizer(options, [{"params": parameters[:3], "lr": 1e-2}, {"params": parameters[3:], "lr": 2e-2}])
+    optimizer = make_optimizer(options, [{"params": parameters[:3], "lr": rates[0]}, {"params": parameters[3:], "lr": rates[1]}])
     accelerator = Accelerator(cpu=True)
     prepared = accelerator.prepare(optimizer)
     updater = make_updater(optimizer, prepared, parameters, options, accelerator)
@@ -72,7 +77,12 @@ def train(options: OptimizerOptions, updates: int = 4, dtype: torch.dtype = torc
 
 
 def options_of(name: str, **more: object) -> OptimizerOptions:
-    return OptimizerOptions(optimizer_type=name, optimizer_args=OPTIMIZERS[name], learning_rate=1e-2, **{"max_grad_norm": 0} | more)
+    return OptimizerOptions(
+        optimizer_type=name,
+        optimizer_args=FIXED if name == "Adafactor" else None,
+        learning_rate=1e-2,
+        **{"max_grad_norm": 0} | more,
+    )
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
@@ -80,8 +90,37 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(tensor, theirs), name
 
 
+class CountsForGroup(torch.optim.Optimizer):
+    """Momentum whose bias is corrected by a count for the whole group, as in many optimizers of other packages."""
+
+    def __init__(self, params: list, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "step": 0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            group["step"] += 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    mean = self.state[parameter].setdefault("mean", torch.zeros_like(parameter))
+                    mean.lerp_(parameter.grad, 0.1)
+                    parameter.sub_(mean / (1 - 0.9 ** group["step"]) * group["lr"])
+
+
+def test_an_optimizer_of_an_unknown_package_steps_bfloat16_weights_once_for_all(monkeypatch) -> None:
+    monkeypatch.setattr(updates, "_CHUNK", 100)
+    options = OptimizerOptions(optimizer_type=f"{__name__}.CountsForGroup", max_grad_norm=0)
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, state = train(options, updates=20, dtype=dtype)
+        moved[dtype] = (model.first.weight.float() - Model(dtype).first.weight.float()).flatten()
+        assert [group["step"] for group in state["optimizer"]["param_groups"]] == [20, 20]
+    full, half = moved.values()
+    assert (half @ full / full.square().sum()).item() == pytest.approx(1, abs=0.1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ALONE)
 @pytest.mark.parametrize("fused", [{"fused_backward_pass": True}, {"fused_optimizer_groups": 3}], ids=["each", "groups"])
 def test_stepping_in_the_backward_pass_equals_stepping_after_it_bit_for_bit(name, fused, dtype) -> None:
     with warnings.catch_warnings():
@@ -101,6 +140,13 @@ def test_in_the_backward_pass_each_tensor_is_clipped_by_itself() -> None:
         if parameter.grad is not None:
             step = parameter.grad * min(1.0, 1e-3 / (parameter.grad.norm().item() + 1e-6))
             torch.testing.assert_close(result.data, parameter.data - (1e-2 if index < 3 else 2e-2) * step, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("fused", "norm", "told"), [(True, 1.0, True), (True, 0.0, False), (False, 1.0, False)])
+def test_that_each_tensor_is_clipped_by_itself_is_told_once(fused: bool, norm: float, told: bool, caplog) -> None:
+    with caplog.at_level("INFO", logger="library.optim.updates"):
+        train(OptimizerOptions(max_grad_norm=norm, fused_backward_pass=fused), updates=1)
+    assert [("--max_grad_norm 1 limits each tensor" in message) for message in caplog.messages] == [True] * told
 
 
 def test_a_gradient_is_gone_before_the_next_one_is_there() -> None:
@@ -153,6 +199,27 @@ def test_steps_below_half_an_ulp_move_bfloat16_weights_as_far_as_they_should(nam
     assert abs(moved - 200 * 0.05) < 6 * (200 * 0.05) ** 0.5 / 4096**0.5 + 0.1  # 0.1: 8-bit state and averages that start at 0
     nearest = torch.ones(1, dtype=torch.bfloat16)
     assert (nearest - 0.05 * ulp) == nearest
+
+
+@pytest.mark.parametrize(
+    ("name", "counters", "alike"),
+    [("Prodigy", ("d", "d_max"), 0.6), ("AdamWScheduleFree", ("weight_sum", "lr_max"), 0.95)],
+)
+def test_what_an_optimizer_counts_for_a_whole_group_advances_with_bfloat16_weights(name, counters, alike) -> None:
+    """The course is that of float32 weights but for the rounding, which is large beside Prodigy's first steps."""
+    rate = 1.0 if name == "Prodigy" else 1e-2
+    options = OptimizerOptions(optimizer_type=name, learning_rate=rate, max_grad_norm=0)
+    moved, groups = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, state = train(options, updates=60, dtype=dtype, rates=(rate, rate))
+        moved[dtype] = torch.cat(
+            [(p.float() - old.float()).flatten() for p, old in zip(model.parameters(), Model(dtype).parameters(), strict=True)]
+        )
+        groups[dtype] = state["optimizer"]["param_groups"]
+    for full, half in zip(groups[torch.float32], groups[torch.bfloat16], strict=True):
+        assert half["k"] == full["k"] == 60
+        assert [half[key] for key in counters] == pytest.approx([full[key] for key in counters], rel=0.2)
+    assert nn.functional.cosine_similarity(moved[torch.float32], moved[torch.bfloat16], dim=0) > alike
 
 
 def test_rounding_is_right_on_average_and_keeps_what_needs_no_rounding() -> None:

@@ -77,13 +77,17 @@ FINETUNE_REFUSED = [
     (f"--block_lr {','.join(['0'] * 23)}", "All learning rates are 0"),
     ("--block_lr 1e-5,1e-5", "these are 2"),
     (f"--block_lr {','.join(['x'] * 23)}", "'x' is not a number"),
+    (f"--block_lr {','.join(['1e-5'] * 22)},nan", "'nan' is not a number"),
+    (f"--block_lr inf,{','.join(['1e-5'] * 22)}", "'inf' is not a number"),
     ("--full_bf16", "--full_bf16 keeps weights in the type of the computation, so it needs --mixed_precision bf16"),
     ("--full_fp16 --mixed_precision bf16", "needs --mixed_precision fp16"),
     (f"{FUSED} --gradient_accumulation_steps 2", "--gradient_accumulation_steps 2 has nothing to add up"),
     (f"{FUSED} --fused_optimizer_groups 4", "exclude each other"),
     (f"{FUSED} --mixed_precision fp16", "cannot undo the gradient scaling"),
-    ("--fused_backward_pass --optimizer_type Prodigy --learning_rate 1", "Prodigy computes its rate or average over all"),
-    ("--fused_optimizer_groups 4 --optimizer_type AdamWScheduleFree", "AdamWScheduleFree computes its rate or average over all"),
+    ("--fused_backward_pass --optimizer_type Prodigy --learning_rate 1", "Prodigy steps all of them at once"),
+    ("--fused_optimizer_groups 4 --optimizer_type AdamWScheduleFree", "AdamWScheduleFree steps all of them at once"),
+    ("--fused_backward_pass --optimizer_type collections.Counter", "Counter steps all of them at once, or is not known"),
+    ("--fused_backward_pass --optimizer_type torch.optim.LBFGS", "LBFGS steps all of them at once"),
     ("--learning_rate=-1e-5", "is negative, which AdamW cannot use"),
     ("--train_text_encoder --learning_rate_te1=-1e-5", "The learning rate -1e-05 is negative, which AdamW cannot use"),
     (f"--block_lr={','.join(['-1e-5'] * 23)}", "is negative, which AdamW cannot use"),
@@ -92,6 +96,8 @@ FINETUNE_ACCEPTED = [
     "--learning_rate=-1e-5 --optimizer_type Adafactor --optimizer_args relative_step=False",
     FUSED,
     "--fused_optimizer_groups 10",
+    "--fused_backward_pass --optimizer_type Lion8bit",
+    "--fused_backward_pass --optimizer_type torch.optim.Adamax",
     "--fused_optimizer_groups 0 --gradient_accumulation_steps 2",
     "--learning_rate 0 --train_text_encoder --learning_rate_te2 1e-6",
     f"--block_lr {','.join(['0'] * 22)},1e-5",
@@ -183,6 +189,24 @@ def test_caching_tools_need_a_model_and_images_and_assume_sdxl(script):
     assert "--pretrained_model_name_or_path is missing" in told
     assert "There are no training images" in told
     assert not parse(script, ["--pretrained_model_name_or_path", "owner/model", "--train_data_dir", "d"]).tool.sdxl
+
+
+@pytest.mark.parametrize("typed", ["--fused_backward_pass", "--fused_optimizer_groups 4"])
+def test_several_processes_that_step_in_the_backward_pass_are_refused(typed, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (told,) = refusal(SdxlTrainOptions, f"{FINETUNE} {typed}")
+    assert "before the 2 processes have exchanged its gradient" in told
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    parse(SdxlTrainOptions, f"{FINETUNE} {typed}".split())
+
+
+@pytest.mark.parametrize(
+    ("script", "typed", "group"), [(SdxlTrainOptions, FINETUNE, "precision"), (SdxlGenImgOptions, DRAW, "model")]
+)
+@pytest.mark.parametrize(("more", "kind"), [("", "sdpa"), ("--xformers", "xformers"), ("--diffusers_xformers", "xformers")])
+def test_both_names_of_xformers_choose_its_attention(script, typed, group, more, kind, monkeypatch):
+    monkeypatch.setattr("library.options.checks.find_spec", lambda name: object())
+    assert getattr(parse(script, f"{typed} {more}".split()), group).attention == kind
 
 
 @pytest.mark.parametrize(("typed", "package"), [("--log_with wandb", "wandb"), ("--xformers", "xformers")])

@@ -133,6 +133,9 @@ def test_a_trace_forecasts_the_peak_without_measuring(tmp_path: Path, capsys: py
         (["--mode", "loora"], ["loora", "lora", "finetune"]),
         (["--stepz", "3"], ["--stepz", "--steps"]),
         (["--batch_size", "0"], ["batch_size"]),
+        (["--optimizer_type", "Prodigy", "--trace"], ["--trace cannot forecast Prodigy"]),
+        (["--full_bf16"], ["--full_bf16", "--mixed_precision bf16"]),
+        (["--optimizer_type", "AdamX"], ["there is no optimizer 'AdamX'"]),
     ],
 )
 def test_wrong_options_end_with_status_2_before_torch_is_imported(arguments: list[str], words: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The converter as a command: there and back without a loss, and mistakes in sentences."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from library.options.errors import UsageError
 from tools.convert_sdxl import main
@@ -27,6 +28,28 @@ def test_a_file_comes_back_from_a_folder_with_the_same_tensors_and_metadata(tiny
         assert one.metadata() == other.metadata()
 
 
+@pytest.mark.parametrize(
+    ("markers", "metadata", "predicts", "ends_in_noise"),
+    [
+        (["ztsnr"], {}, "epsilon", True),
+        (["v_pred"], {}, "v_prediction", False),
+        (["v_pred", "ztsnr"], {}, "v_prediction", True),
+        ([], {"modelspec.prediction_type": "v"}, "v_prediction", False),
+    ],
+)
+def test_what_a_file_says_of_its_prediction_passes_through_unchanged(
+    tiny_checkpoint: Path, tmp_path: Path, markers: list[str], metadata: dict[str, str], predicts: str, ends_in_noise: bool
+) -> None:
+    tensors = load_file(tiny_checkpoint) | {marker: torch.zeros(0) for marker in markers}
+    save_file(tensors, tmp_path / "model.safetensors", metadata)
+    for source, out in (("model.safetensors", "folder"), ("folder", "back.safetensors"), ("model.safetensors", "copy.safetensors")):
+        main([str(tmp_path / source), str(tmp_path / out)])
+    scheduler = json.loads((tmp_path / "folder" / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    assert (scheduler["prediction_type"], scheduler["rescale_betas_zero_snr"]) == (predicts, ends_in_noise)
+    for name in ("back", "copy"):
+        assert load_file(tmp_path / f"{name}.safetensors").keys() == tensors.keys(), name
+
+
 def test_a_number_type_and_bin_files_can_be_asked_for(tiny_checkpoint: Path, tmp_path: Path) -> None:
     main([str(tiny_checkpoint), str(tmp_path / "folder"), "--bin", "--save_precision", "bf16"])
     weights = torch.load(tmp_path / "folder" / "unet" / "diffusion_pytorch_model.bin", weights_only=True)
@@ -39,12 +62,14 @@ def test_a_number_type_and_bin_files_can_be_asked_for(tiny_checkpoint: Path, tmp
         ("missing.safetensors", "folder", [], "There is no file or folder"),
         ("model", "model.pt", [], "should end in .safetensors or .ckpt"),
         ("model", "there", [], "there exists already"),
+        ("model", "there", ["--overwrite"], "is a folder of something else"),
         ("model", "new.safetensors", ["--bin"], "--bin is for folders"),
         ("model", "model", ["--overwrite"], "is the source itself"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence_each(tmp_path: Path, source: str, out: str, more: list[str], words: str) -> None:
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "photo.jpg").touch()
     (tmp_path / "model").mkdir()
     with pytest.raises(UsageError) as error:
         main([str(tmp_path / source), str(tmp_path / out), *more])

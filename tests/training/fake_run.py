@@ -12,6 +12,7 @@ from library.dataset.batch import Batch
 from library.diffusion.objective import DdpmObjective
 from library.diffusion.schedule import NoiseSchedule
 from library.models.family import SizeConditioning, TextCond, Tokens
+from library.optim.optimizers import make_optimizer
 from library.optim.updates import make_updater
 from library.options.groups.loss import LossOptions
 from library.options.groups.noise import NoiseOptions
@@ -105,7 +106,7 @@ class FakeRun:
         accumulation: int = 1,
         observers: Sequence[Any] = (),
         lr: float = 0.1,
-        optimizer_class: Any = torch.optim.AdamW,
+        optimizer_type: str = "AdamW",
     ) -> None:
         torch.manual_seed(0)
         denoiser = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)).requires_grad_(False)
@@ -115,12 +116,13 @@ class FakeRun:
         self.trainable = NetworkTrainable(self.network, denoiser, encoders, None)
         parts = ModelParts(FakeFamily(), denoiser, list(encoders), None)
         step = TrainStep(self.network, parts, objective, train_text=True, set_strength=self.trainable.set_strength)
-        self.optimizer = optimizer = optimizer_class(self.network.parameters(), lr=lr)
+        options = OptimizerOptions(optimizer_type=optimizer_type, learning_rate=lr)
+        self.optimizer = optimizer = make_optimizer(options, [{"params": self.network.parameters()}])
         self.accelerator = Accelerator(cpu=True)
         self.losses: list[float] = []
         step, optimizer = self.accelerator.prepare(step, optimizer)
         parameters = list(self.network.parameters())
-        updater = make_updater(optimizer.optimizer, optimizer, parameters, OptimizerOptions(), self.accelerator)
+        updater = make_updater(optimizer.optimizer, optimizer, parameters, options, self.accelerator)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer.optimizer, 1.0, 0.1, total_iters=20)
         self.run = TrainingRun(
             self.accelerator, step, self.trainable, updater, schedule,

@@ -144,6 +144,37 @@ def test_the_state_of_another_network_is_refused(tmp_path: Path) -> None:
     assert json.loads((state_folder(tmp_path) / "train_state.json").read_text())["current_step"] == 1
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["named in the state", "known by its settings"])
+@pytest.mark.parametrize(
+    ("saved", "now"), [("AdamW", "SGD"), ("AdamW", "Lion"), ("Lion", "AdamW"), ("AdamW", "AdamW8bit"), ("Lion8bit", "RAdam")]
+)
+def test_the_state_of_another_optimizer_is_refused(tmp_path: Path, saved: str, now: str, named: bool) -> None:
+    run = FakeRun(dataset(5), updates=1, optimizer_type=saved)
+    save_state(state_folder(tmp_path), run.live, run.train(), SEED, 5, {})
+    if not named:
+        (state_folder(tmp_path) / "train_state.json").write_text('{"current_epoch": 1, "current_step": 1}')
+    other = FakeRun(dataset(5), updates=2, optimizer_type=now)
+    with pytest.raises(UserError, match="--optimizer_type") as told:
+        load_state(state_folder(tmp_path), other.live)
+    assert (f".{saved}" in str(told.value)) == named
+
+
+def test_a_state_without_the_optimizers_name_still_goes_on(tmp_path: Path) -> None:
+    run = FakeRun(dataset(5), updates=2)
+    save_state(state_folder(tmp_path), run.live, run.train(), SEED, 5, {})
+    (state_folder(tmp_path) / "train_state.json").write_text('{"current_epoch": 1, "current_step": 2}')
+    saved = torch.load(state_folder(tmp_path) / "optimizer.bin", weights_only=True)
+    for group in saved["param_groups"]:
+        del group["decoupled_weight_decay"]  # as an older PyTorch wrote it
+    torch.save(saved, state_folder(tmp_path) / "optimizer.bin")
+    other = FakeRun(dataset(5), updates=4)
+    load_state(state_folder(tmp_path), other.live)
+    whole = FakeRun(dataset(5), updates=4)
+    whole.train()
+    other.train(Position(epoch=1, batch=2, update=2))
+    assert all(torch.equal(whole.weights()[name], tensor) for name, tensor in other.weights().items())
+
+
 def test_the_command_that_continues_starts_as_this_one_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
     assert launcher(1) == ["python"] and launcher(2) == ["torchrun", "--nproc_per_node", "2"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from library.options.errors import UserError
-from library.options.groups.output import OutputOptions
+from library.options.groups.output import ModelOutputOptions, OutputOptions
 from library.options.groups.state import StateOptions
 from library.training.outputs import (
     RunLength,
@@ -194,6 +194,41 @@ def test_an_output_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     (problem,) = output_problems(OutputOptions(output_dir=str(tmp_path / "file" / "out")))
     assert "is a file" in problem
     assert output_problems(OutputOptions(output_dir=str(tmp_path / "new" / "out"), output_name="my.v2")) == []
+
+
+def test_a_folder_or_file_of_something_else_in_the_place_of_a_model_is_refused(tmp_path: Path) -> None:
+    folders = ModelOutputOptions(output_dir=str(tmp_path), output_name="dog", save_model_as="diffusers")
+    (tmp_path / "dog").mkdir()
+    assert output_problems(folders) == []
+    (tmp_path / "dog" / "photo.jpg").touch()
+    (told,) = output_problems(folders)
+    assert str(tmp_path / "dog") in told and "model_index.json" in told and "--output_name" in told
+    (tmp_path / "dog" / "model_index.json").touch()
+    (tmp_path / "dog-000002").touch()
+    (tmp_path / "dog-notes").touch()
+    (told,) = output_problems(folders)
+    assert f"{tmp_path / 'dog-000002'} is a file" in told
+
+
+@pytest.mark.parametrize(("chosen", "extension"), [("ckpt", ".ckpt"), (None, ".safetensors")])
+def test_a_folder_in_the_place_of_a_model_file_is_refused(chosen: str | None, extension: str, tmp_path: Path) -> None:
+    for name in (f"m{extension}", f"m-step00000010{extension}"):
+        (tmp_path / name).mkdir()
+        (told,) = output_problems(ModelOutputOptions(output_dir=str(tmp_path), output_name="m", save_model_as=chosen))
+        assert f"{tmp_path / name} is a folder" in told
+        (tmp_path / name).rmdir()
+    (tmp_path / f"m{extension}").touch()
+    assert output_problems(ModelOutputOptions(output_dir=str(tmp_path), output_name="m", save_model_as=chosen)) == []
+
+
+def test_a_folder_of_something_else_in_the_place_of_a_state_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "at-step00000010-state"
+    state.mkdir()
+    (state / "diary.txt").touch()
+    (told,) = output_problems(OutputOptions(output_dir=str(tmp_path)))
+    assert str(state) in told and "train_state.json" in told
+    (state / "train_state.json").touch()
+    assert output_problems(OutputOptions(output_dir=str(tmp_path))) == []
 
 
 def test_saving_can_be_checked_without_torch() -> None:

@@ -94,10 +94,9 @@ def test_images_weigh_the_same_in_batches_of_any_size() -> None:
 
 @pytest.mark.parametrize("name", ["AdamW", "AdamWScheduleFree"])
 def test_training_ends_with_the_same_bits_whether_or_not_the_loss_is_measured(name: str) -> None:
-    optimizer_class = torch.optim.AdamW if name == "AdamW" else pytest.importorskip("schedulefree").AdamWScheduleFree
     ends = []
     for plan in (ValidationPlan(1, 1), NEVER):
-        run = FakeRun(dataset(5), updates=6, optimizer_class=optimizer_class)
+        run = FakeRun(dataset(5), updates=6, optimizer_type=name)
         seen = Seen()
         averaged = functools.partial(averaged_weights, run.optimizer)
         run.run.observers = [observer(run, plan, averaged=averaged, trackers=RunLog([seen]))]
@@ -112,7 +111,7 @@ def test_training_ends_with_the_same_bits_whether_or_not_the_loss_is_measured(na
 
 
 def test_the_averaged_weights_are_measured_where_there_are_any() -> None:
-    run = FakeRun(dataset(5), updates=6, optimizer_class=pytest.importorskip("schedulefree").AdamWScheduleFree)
+    run = FakeRun(dataset(5), updates=6, optimizer_type="AdamWScheduleFree")
     run.optimizer.train()
     run.train()
     trained = observer(run).measure()

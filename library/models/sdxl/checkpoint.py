@@ -26,3 +26,9 @@ class Checkpoint:
     """A number that OpenCLIP's files carry and SDXL never uses; kept for files saved later."""
     ignored: tuple[str, ...] = ()
     """Names of tensors that belong to no part."""
+
+
+def told_prediction(metadata: Mapping[str, str]) -> str | None:
+    """Return what modelspec metadata says that the U-Net predicts, "v" or "epsilon"; None where it says nothing."""
+    told = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key") or ""
+    return "v" if told.startswith("v") else "epsilon" if told.startswith("eps") else None

@@ -50,7 +50,8 @@ def open_folder(folder: Path, prefer_fp16: bool = False, mmap: bool = True) -> C
     facts = _read_json(folder / SINGLE_FILE_FACTS)
     told = facts.get("metadata", _sizes_told(folder))
     metadata = {str(key): str(value) for key, value in told.items()}
-    return Checkpoint(str(folder), parts, metadata, _markers(folder), _logit_scale(facts))
+    markers = _markers(folder).difference(facts.get("no_markers", ()))
+    return Checkpoint(str(folder), parts, metadata, markers, _logit_scale(facts))
 
 
 def _logit_scale(facts: Mapping[str, Any]) -> Entry | None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from library.models.family import LatentCacheSpec, ModelSource, SizeConditioning, TextCacheSpec, TextCond, Tokens
 from library.models.prompt_weights import PromptStyle
 from library.models.sdxl.build import build_part, file_names
-from library.models.sdxl.checkpoint import Checkpoint
+from library.models.sdxl.checkpoint import Checkpoint, told_prediction
 from library.models.sdxl.embeddings import size_embedding
 from library.models.sdxl.open_model import check_parts, open_checkpoint
 from library.models.sdxl.save_model import save_model, stored_model
@@ -171,11 +171,7 @@ class SdxlFamily:
 
     def declared_prediction(self) -> str | None:
         """Return what the files say the U-Net predicts, "v" or "epsilon"; None where they say nothing."""
-        about = self.checkpoint.metadata
-        told = about.get("modelspec.prediction_type") or about.get("modelspec.predict_key") or ""
-        if "v_pred" in self.checkpoint.markers or told.startswith("v"):
-            return "v"
-        return "epsilon" if told.startswith("eps") else None
+        return "v" if "v_pred" in self.checkpoint.markers else told_prediction(self.checkpoint.metadata)
 
     def declares_zero_terminal_snr(self) -> bool:
         """Return whether the files say that the noise schedule ends in pure noise."""

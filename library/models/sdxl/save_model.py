@@ -77,6 +77,9 @@ def save_model(
     if layout == "safetensors":
         save_safetensors(path, tensors, {"format": "pt"} | told, dtype)
         return
-    counted = {key: int(model.metadata.get(key, 0)) + now for key, now in zip(("epoch", "global_step"), progress, strict=True)}
+    before = {key: model.metadata.get(key, "") for key in ("epoch", "global_step")}
+    counted = {  # other programs also write "1/3" there
+        key: (int(text) if text.isdecimal() else 0) + now for (key, text), now in zip(before.items(), progress, strict=True)
+    }
     converted = {name: in_dtype(tensor, dtype) for name, tensor in tensors.items()}
     save_pickle_checkpoint(path, {"state_dict": converted, **counted, "metadata": told})

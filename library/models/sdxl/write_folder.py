@@ -11,6 +11,7 @@ from torch import Tensor
 from library.files.atomic import atomic_folder
 from library.files.pickle_io import save_pickle_checkpoint
 from library.files.safetensors_io import save_safetensors
+from library.models.sdxl.checkpoint import told_prediction
 from library.models.sdxl.diffusers_folder import SINGLE_FILE_FACTS, SUBFOLDERS, ldm_renamer
 from library.models.sdxl.sizes import DownsampleSize, SdxlSizes, TextEncoderSizes, TransformerSize
 from library.models.sdxl.text_encoders import build_text_encoder
@@ -53,18 +54,19 @@ def write_folder(
         dtype: floating-point tensors are saved as this; None keeps each as it is.
         metadata: goes to a file that only this suite reads, with what else a single file has and a folder has no place for.
         logit_scale: OpenCLIP's, or None.
-        markers: "v_pred" and "ztsnr" as wanted.
+        markers: "v_pred" and "ztsnr" as a single file would have them; metadata may say the former too.
 
     Raises:
         UserError: the U-Net is not one that diffusers has, the disk is full, or the folder is not writable.
     """
+    implied = frozenset({"v_pred"} if told_prediction(metadata) == "v" else ()) - markers
     unet = unet_config(sizes, str(path))
     names = diffusers_unet_names(unet)
     named = {**parts, "unet": {names[name]: tensor for name, tensor in parts["unet"].items()}}
     configs: dict[str, Mapping[str, Any]] = {
         "model_index.json": _MODEL_INDEX,
-        SINGLE_FILE_FACTS: single_file_facts(metadata, logit_scale),
-        "scheduler/scheduler_config.json": scheduler_config(markers),
+        SINGLE_FILE_FACTS: single_file_facts(metadata, logit_scale, implied),
+        "scheduler/scheduler_config.json": scheduler_config(markers | implied),
         "unet/config.json": unet,
         "vae/config.json": vae_config(sizes),
         "text_encoder/config.json": text_config(sizes.te1),
@@ -96,9 +98,17 @@ def in_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
-def single_file_facts(metadata: Mapping[str, str], logit_scale: Tensor | None) -> dict[str, Any]:
-    """Return what a single file says and a folder has no place for, so that converting back loses nothing."""
+def single_file_facts(metadata: Mapping[str, str], logit_scale: Tensor | None, implied: frozenset[str]) -> dict[str, Any]:
+    """Return what a single file says and a folder has no place for, so that converting back loses and adds nothing.
+
+    Args:
+        metadata: of the file.
+        logit_scale: OpenCLIP's, or None.
+        implied: markers that the file does not have, though the scheduler's configuration says what they would.
+    """
     facts: dict[str, Any] = {"metadata": dict(metadata)}
+    if implied:
+        facts["no_markers"] = sorted(implied)
     if logit_scale is not None:
         facts["logit_scale"] = {"value": logit_scale.double().item(), "dtype": str(logit_scale.dtype).removeprefix("torch.")}
     return facts

@@ -1,5 +1,6 @@
 """Options about which parts of a whole model are trained, and how fast."""
 
+import math
 from typing import Annotated, ClassVar
 
 from pydantic import field_validator
@@ -56,16 +57,21 @@ def parse_rates(text: str) -> tuple[float, ...]:
     """Read the 23 numbers of `--block_lr`.
 
     Raises:
-        ValueError: there are more or fewer, or one of them is no number.
+        ValueError: there are more or fewer, or one of them is no finite number.
     """
     parts = [part.strip() for part in text.split(",")]
     if len(parts) != NUM_BLOCKS:
         raise ValueError(
             f"{NUM_BLOCKS} learning rates with commas are wanted, one for each block of the U-Net; these are {len(parts)}"
         )
-    for part in parts:
-        try:
-            float(part)
-        except ValueError:
-            raise ValueError(f"{part!r} is not a number; a rate looks like 1e-5") from None
-    return tuple(float(part) for part in parts)
+    return tuple(map(_rate, parts))
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not math.isfinite(rate):
+        raise ValueError(f"{text!r} is not a number; a rate looks like 1e-5")
+    return rate

@@ -20,12 +20,17 @@ class GenModelOptions(OptionGroup):
     clip_skip: int | None = option(None, "Without influence on SDXL.", ge=1)
     xformers: bool = flag("Use the attention of xformers.")
     sdpa: bool = flag("Use the attention of PyTorch, which is the default.")
-    diffusers_xformers: bool = flag("Use the attention of xformers through diffusers.")
+    diffusers_xformers: bool = flag("The same as --xformers.")
     opt_channels_last: bool = flag("Lay out memory channels last.")
     vae_batch_size: float | None = option(
         None, "Images per call of the VAE; below 1 a share of --batch_size, and --batch_size when left out.", gt=0
     )
     vae_slices: int | None = option(None, "Slices in which an image passes through the VAE.", ge=1)
+
+    @property
+    def attention(self) -> str:
+        """The attention in effect: "xformers" or "sdpa"; there is one U-Net and so one switch."""
+        return "xformers" if self.xformers or self.diffusers_xformers else "sdpa"
 
 
 class PromptOptions(OptionGroup):

@@ -16,7 +16,10 @@ class OptimizerOptions(OptionGroup):
     use_lion_optimizer: bool = flag("Old spelling of --optimizer_type Lion.")
     learning_rate: float = option(2e-6, "Learning rate of everything that has no rate of its own.")
     max_grad_norm: float = option(
-        1.0, "Largest norm of all gradients together; larger ones are scaled down. 0 switches it off.", ge=0
+        1.0,
+        "Largest norm of all gradients together, or of each tensor's gradient where a fused option steps it in the backward pass; "
+        "larger ones are scaled down. 0 switches it off.",
+        ge=0,
     )
     fused_backward_pass: bool = flag("Step each parameter inside the backward pass and free its gradient at once.")
     fused_optimizer_groups: Annotated[int | None, SameAsUnset(0)] = option(

@@ -29,11 +29,21 @@ class SavingOptions(OptionGroup):
         None, "Like --save_last_n_steps, for state folders.", ge=1
     )
 
+    @property
+    def extension(self) -> str:
+        """Of saved models, with its dot; "" for models saved as folders."""
+        return ".safetensors"
+
 
 class OutputOptions(SavingOptions):
     """Saving of network files."""
 
     save_model_as: Literal["ckpt", "pt", "safetensors"] = option("safetensors", "File format; only safetensors carries metadata.")
+
+    @property
+    def extension(self) -> str:
+        """Of saved networks, with its dot."""
+        return f".{self.save_model_as}"
 
 
 class ModelOutputOptions(SavingOptions):
@@ -50,3 +60,8 @@ class ModelOutputOptions(SavingOptions):
         if self.save_model_as == "diffusers" and self.use_safetensors:
             return "diffusers_safetensors"
         return self.save_model_as or "safetensors"
+
+    @property
+    def extension(self) -> str:
+        """Of saved models, with its dot; "" for diffusers folders."""
+        return {"safetensors": ".safetensors", "ckpt": ".ckpt"}.get(self.layout, "")

@@ -19,6 +19,16 @@ class WorkingPrecisionOptions(OptionGroup):
     sdpa: bool = flag("Use the attention of PyTorch, which is the default.")
     mem_eff_attn: bool = flag("Use slow attention in small pieces that needs little memory.")
 
+    @property
+    def wants_xformers(self) -> bool:
+        """Whether the attention of xformers was asked for, by whatever name."""
+        return self.xformers
+
+    @property
+    def attention(self) -> str:
+        """The attention in effect: "mem_eff_attn", "xformers" or "sdpa"."""
+        return "mem_eff_attn" if self.mem_eff_attn else "xformers" if self.wants_xformers else "sdpa"
+
 
 class PrecisionOptions(WorkingPrecisionOptions):
     """Number types, memory and attention of network training."""
@@ -30,4 +40,9 @@ class PrecisionOptions(WorkingPrecisionOptions):
 class FinetunePrecisionOptions(WorkingPrecisionOptions):
     """Number types, memory and attention of fine-tuning."""
 
-    diffusers_xformers: bool = flag("Use the attention of xformers in the VAE.")
+    diffusers_xformers: bool = flag("The same as --xformers.")
+
+    @property
+    def wants_xformers(self) -> bool:
+        """Whether the attention of xformers was asked for; there is one U-Net and so one switch."""
+        return self.xformers or self.diffusers_xformers

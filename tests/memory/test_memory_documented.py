@@ -1,0 +1,53 @@
+"""The memory tables of the documentation say what the committed results say."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = {
+    path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks/results").glob("traced_*.json"))
+}
+COLUMNS = ("weights", "gradients", "optimizer", "activations", "total")
+
+
+def rows(page: str, pattern: str) -> list[tuple[str, ...]]:
+    return re.findall(pattern, (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def training_row(options: dict[str, Any]) -> tuple[str, str]:
+    """Return the first two cells that docs/training.md has for a result."""
+    precision, optimizer = options["precision"], options["optimizer"]
+    weights = "bfloat16" if precision["full_bf16"] else "float32"
+    flags = [f"--mixed_precision {precision['mixed_precision']}"] if precision["mixed_precision"] != "no" else []
+    flags += ["--full_bf16"] if precision["full_bf16"] else []
+    groups = optimizer["fused_optimizer_groups"]
+    how = "`--fused_backward_pass`" if optimizer["fused_backward_pass"] else "stepped after the backward pass"
+    return f"{weights}, `{' '.join(flags)}`" if flags else weights, f"`--fused_optimizer_groups {groups}`" if groups else how
+
+
+def test_every_traced_result_has_its_figures_in_the_table_of_performance() -> None:
+    table = rows("performance.md", r"^\| `(traced_\w+\.json)` \| .*? \| ([\d.| ]+) \|$")
+    shown = {name: figures.split(" | ") for name, figures in table}
+    expected = {name: [f"{result['traced_peak_gib'][column]:.2f}" for column in COLUMNS] for name, result in RESULTS.items()}
+    assert shown == expected
+
+
+def test_the_table_of_training_has_the_same_peaks() -> None:
+    peaks = {
+        training_row(result["options"]): f"{result['traced_peak_gib']['total']:.1f}"
+        for result in RESULTS.values()
+        if result["options"]["bench"]["mode"] == "finetune" and result["options"]["optimizer"]["optimizer_type"] == "Adafactor"
+    }
+    table = rows("training.md", r"^\| (\S.*?) \| (.+?) \| ([\d.]+) GiB \|$")
+    assert len(table) == 6
+    for weights, how, peak in table:
+        assert peaks[weights, how] == peak, (weights, how)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_names_the_command_that_made_it(name: str) -> None:
+    assert RESULTS[name]["command"].endswith(f"--trace --json benchmarks/results/{name}")
