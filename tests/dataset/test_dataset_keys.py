@@ -1,6 +1,6 @@
 """Every key of a dataset file, in every kind of dataset, at every level: where it is taken and where it is refused."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,17 @@ from dataset_files import KINDS, READ, SOURCES, TABLE, load, problems
 from library.options import dataset_file
 from library.options.dataset_config import DatasetConfig
 from library.options.dataset_keys import KEYS
+from library.options.parse import parse
+from library.options.scripts import (
+    CacheLatentsOptions,
+    CacheTextEncoderOutputsOptions,
+    ScriptOptions,
+    SdxlTrainNetworkOptions,
+    SdxlTrainOptions,
+    TrainingOptions,
+)
+from library.training import inputs
+from tools import cache_latents, cache_text_encoder_outputs
 
 LEVELS = ("general", "dataset", "subset")
 
@@ -249,3 +260,22 @@ def test_the_masked_loss_without_masks_on_the_command_line_is_refused() -> None:
 def test_folders_on_the_command_line_beside_a_file_are_told_to_be_ignored() -> None:
     config = load(write(SOURCES["folder"]), train_data_dir="x", conditioning_data_dir="y")
     assert "--train_data_dir, --conditioning_data_dir is ignored because --dataset_config names the images." in config.warnings
+
+
+@pytest.mark.parametrize("name", ["sdxl_train", "sdxl_train_network", "cache_latents", "cache_text_encoder_outputs"])
+def test_every_command_takes_masks_with_the_masked_loss(name: str) -> None:
+    Path("images/a.png").touch()
+    read: dict[str, tuple[type[ScriptOptions], Callable[[Any], DatasetConfig]]] = {
+        "sdxl_train": (SdxlTrainOptions, inputs.dataset_definition),
+        "sdxl_train_network": (SdxlTrainNetworkOptions, inputs.dataset_definition),
+        "cache_latents": (CacheLatentsOptions, cache_latents.dataset_definition),
+        "cache_text_encoder_outputs": (CacheTextEncoderOutputsOptions, cache_text_encoder_outputs.dataset_definition),
+    }
+    script, definition = read[name]
+    Path("model.safetensors").touch()
+    words = ["--pretrained_model_name_or_path", "model.safetensors", "--resolution", "512", "--masked_loss"]
+    words += ["--train_data_dir", "images", "--conditioning_data_dir", "masks"]
+    if issubclass(script, TrainingOptions):
+        words += ["--output_dir", "out"] + (["--network_module", "networks.lora"] if name == "sdxl_train_network" else [])
+    (subset,) = definition(parse(script, words)).sections[0].subsets
+    assert (subset.image_dir, subset.conditioning_data_dir) == ("images", "masks")
