@@ -41,7 +41,7 @@ def load_dataset_config(
         dataset: says which file or folders.
         caption: fallbacks of caption keys.
         image: fallbacks of size and augmentation keys.
-        cache: what is cached, which some caption settings exclude.
+        cache: what is cached, which some augmentation excludes.
         validation: fallbacks of the validation keys.
         masked_loss: whether the loss is weighted by masks; only then has a dataset a use for conditioning images.
         size_multiple: sides of training images must be multiples of this many pixels.

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,10 @@ from library.dataset.dataset import Dataset
 from library.dataset.loader import Loader, make_loader
 from library.dataset.plan import EpochPlan, draw_seed, plan_epoch
 from library.options.errors import UserError
+from library.options.groups.dataset import DatasetOptions
+from library.options.groups.length import LengthOptions
+from library.training import recipe
+from library.training.outputs import RunLength
 
 
 def bucketed(folder: Path, *, seed: int = 1, batch_size: int = 2, repeats: int = 3, **rules: object) -> Dataset:
@@ -213,3 +219,16 @@ def test_captions_grow_with_the_updates_of_the_tag_warm_up_across_epochs_and_aft
     assert lengths == [min(update * 3 // 6, 3) for update in updates]
     resumed = [len([*filter(None, batch.captions[0].split(", "))]) for batch in loader.epoch(2, 2)]
     assert resumed == lengths[7:10]
+
+
+def test_training_tells_the_loader_how_long_it_is_and_what_an_update_is(folder: Path) -> None:
+    dataset = bucketed(folder, repeats=1, batch_size=1, token_warmup_min=0, token_warmup_step=0.5)
+    options = SimpleNamespace(
+        dataset=DatasetOptions(max_data_loader_n_workers=0), length=LengthOptions(gradient_accumulation_steps=2)
+    )
+    accelerator = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    length = RunLength.of(dataset.batches_per_epoch(1), 2, 12, None)
+    setting: Any = SimpleNamespace(options=options, accelerator=accelerator, dataset=dataset, length=length)
+    loader = recipe.make_loader(setting, persistent=False)
+    lengths = [len([*filter(None, batch.captions[0].split(", "))]) for epoch in (1, 2) for batch in loader.epoch(epoch)]
+    assert lengths == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
