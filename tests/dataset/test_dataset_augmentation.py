@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dataset_files import load
 from dataset_samples import config, make_image, section, subset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from library.dataset.findings import Findings, Kind, Severity
 from library.dataset.index import build_index
 from library.dataset.loader import make_loader
 from library.dataset.plan import draw_seed
+from library.options.errors import UsageError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
 
@@ -267,3 +269,25 @@ def test_colours_of_the_batch_change(folder: Path) -> None:
             changed, same = changed + (not equal), same + equal
     assert changed > 40
     assert same > 100
+
+
+@pytest.mark.parametrize("key", ["color_aug", "random_crop", "face_crop_aug_range"])
+def test_what_changes_pixels_from_use_to_use_is_refused_with_cached_latents(folder: Path, tmp_path: Path, key: str) -> None:
+    file = tmp_path / "data.toml"
+    value = "[1.0, 2.0]" if key == "face_crop_aug_range" else "true"
+    file.write_text(f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{folder.as_posix()}"\n{key} = {value}\n')
+    assert getattr(load(file).sections[0].subsets[0], key)
+    for caching in ("cache_latents", "cache_latents_to_disk"):
+        with pytest.raises(UsageError) as caught:
+            load(file, {caching: True})
+        (problem,) = caught.value.problems
+        told = "changes the image from use to use; --cache_latents encodes it once. Switch one of them off."
+        assert problem.endswith(f"{key} of {folder.as_posix()} {told}")
+
+
+def test_mirroring_and_masks_go_with_cached_latents(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "data.toml"
+    keys = "flip_aug = true\nalpha_mask = true"
+    file.write_text(f'[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{folder.as_posix()}"\n{keys}\n')
+    (subset,) = load(file, {"cache_latents": True}).sections[0].subsets
+    assert subset.flip_aug and subset.alpha_mask

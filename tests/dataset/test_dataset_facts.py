@@ -63,3 +63,13 @@ def test_without_a_dataset_file_the_facts_are_flat(folder: Path, processes: int)
 def test_tags_of_one_folder_in_two_datasets_are_counted_once(folder: Path) -> None:
     dataset = Dataset(config(section(subset(folder)), section(subset(folder), resolution=(32, 32))), 1)
     assert metadata_facts(dataset)["ss_tag_frequency"]["images"]["tag a"] == 5
+
+
+@pytest.mark.parametrize("name", ["color_aug", "random_crop", "flip_aug"])
+def test_augmentation_is_noted(folder: Path, name: str) -> None:
+    for switched in (False, True):
+        source = subset(folder, **{name: switched})
+        flat = metadata_facts(Dataset(config(section(source), from_file=False), 1))
+        assert flat[f"ss_{name}"] is switched
+        (described,) = metadata_facts(Dataset(config(section(source)), 1))["ss_datasets"]
+        assert described["subsets"][0][name] is switched
