@@ -186,6 +186,7 @@ def made_up_folder(count: int) -> "Callable[[str], FolderFiles]":
         def __init__(self, folder: str) -> None:
             super().__init__(folder)
             self.images = [f"{number:07}.jpg" for number in range(count)]
+            self.stems = [name[:-4] for name in self.images]
             self.names = frozenset([*self.images, *(f"{number:07}.txt" for number in range(count))])
 
         def image_facts(self, names: Sequence[str], problems: dict[str, str]) -> list[int | None]:

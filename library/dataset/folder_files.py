@@ -4,7 +4,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +28,6 @@ _SAVED_EVERY = 5.0
 _MANY = 5000
 
 Found = TypeVar("Found", int, str)
-Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
@@ -47,10 +46,12 @@ class FolderFiles:
         """What stands before the names."""
         self.real = os.path.realpath(folder)
         """The folder, the same from wherever it is seen, without separator at its end."""
-        self.names = frozenset(name for name in os.listdir(folder or ".") if name[-4:] != ".npz")
-        """Of all files but caches, and of folders."""
+        self.names = frozenset(os.listdir(folder or "."))
+        """Of all files and folders."""
         self.images = sorted(name for name in self.names if name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != ".")
         """The names of all images, and of folders that are named as if they were images."""
+        self.stems = [name[: name.rindex(".")] for name in self.images]
+        """The same names without their endings."""
         self.store = IndexStore(self.real)
         """What is remembered of the files."""
 
@@ -76,18 +77,23 @@ class FolderFiles:
         self,
         names: Sequence[str],
         problems: dict[str, str],
-        known: Iterable[tuple[str, int, int, Found]],
+        known: list[tuple[str, int, int, Found]],
         read: Callable[[str], Found],
         save: Callable[[list[tuple[str, int, int, Found]]], None],
     ) -> list[Found | None]:
         """Take what is known of files that are as they were, read the others, and save that."""
-        rows = {row[0]: row for row in known}
+        rows: Sequence[tuple[str, int, int, Found] | None] = known
+        known_names = [row[0] for row in known]
+        if known_names != names:
+            rows = list(map(dict(zip(known_names, known, strict=True)).get, names))
+            if gone := set(known_names) - self.names:
+                self.store.save(gone=gone)
         found: list[Found | None] = []
         new: list[tuple[str, int, int, Found]] = []
         saved_at, was_told = time.monotonic(), False
-        chunks = [names[start : start + _CHUNK] for start in range(0, len(names), _CHUNK)]
+        chunks = [range(start, min(start + _CHUNK, len(names))) for start in range(0, len(names), _CHUNK)]
         try:
-            for looked in mapped(partial(_look, self.prefix, rows, read), chunks):
+            for looked in mapped(partial(_look, self.prefix, names, rows, read), chunks):
                 found += looked.found
                 new += looked.new
                 problems.update(looked.problems)
@@ -98,8 +104,6 @@ class FolderFiles:
                     save(new)
                     new, saved_at = [], time.monotonic()
         finally:
-            if gone := rows.keys() - self.names:
-                self.store.save(gone=gone)
             if new:
                 save(new)
         return found
@@ -115,24 +119,28 @@ class _Looked(Generic[Found]):
 
 
 def _look(
-    prefix: str, known: Mapping[str, tuple[str, int, int, Found]], read: Callable[[str], Found], names: Sequence[str]
+    prefix: str,
+    names: Sequence[str],
+    rows: Sequence[tuple[str, int, int, Found] | None],
+    read: Callable[[str], Found],
+    chunk: range,
 ) -> _Looked[Found]:
     looked: _Looked[Found] = _Looked()
-    paths = [prefix + name for name in names]
-    for name, path, row, status in zip(names, paths, map(known.get, names), map(_status, paths), strict=True):
-        found = None
+    own = slice(chunk.start, chunk.stop)
+    paths = [prefix + name for name in names[own]]
+    for path, row, status in zip(paths, rows[own], _statuses(paths), strict=True):
         if row is not None and status is not None and row[2] == status.st_mtime_ns and row[1] == status.st_size:
-            found = row[3]
-        elif status is None or not stat.S_ISDIR(status.st_mode):
-            try:
-                found = read(path)
-            except UserError as error:
-                looked.problems[name] = str(error)
-            else:
-                if status is not None:
-                    looked.new.append((name, status.st_size, status.st_mtime_ns, found))
-        looked.found.append(found)
+            looked.found.append(row[3])
+        else:
+            looked.found.append(_read_anew(path, path[len(prefix) :], status, read, looked))
     return looked
+
+
+def _statuses(paths: Sequence[str]) -> Sequence[os.stat_result | None]:
+    try:
+        return list(map(os.stat, paths))
+    except OSError:
+        return [_status(path) for path in paths]
 
 
 def _status(path: str) -> os.stat_result | None:
@@ -142,12 +150,27 @@ def _status(path: str) -> os.stat_result | None:
         return None
 
 
+def _read_anew(
+    path: str, name: str, status: os.stat_result | None, read: Callable[[str], Found], looked: _Looked[Found]
+) -> Found | None:
+    if status is not None and stat.S_ISDIR(status.st_mode):
+        return None
+    try:
+        found = read(path)
+    except UserError as error:
+        looked.problems[name] = str(error)
+        return None
+    if status is not None:
+        looked.new.append((name, status.st_size, status.st_mtime_ns, found))
+    return found
+
+
 def _read_image(path: str) -> int:
     facts = jpeg_facts(path) or inspect_image(path)
     return packed_facts(*facts.size, facts.orientation, facts.traits)
 
 
-def mapped(work: Callable[[Sequence[Job]], Result], chunks: Collection[Sequence[Job]]) -> Iterator[Result]:
+def mapped(work: Callable[[range], Result], chunks: Iterable[range]) -> Iterator[Result]:
     """Do work chunk by chunk, in threads once it turns out to be slow; where it is not, threads would only wait for each other."""
     left = iter(chunks)
     for chunk in left:
@@ -160,7 +183,7 @@ def mapped(work: Callable[[Sequence[Job]], Result], chunks: Collection[Sequence[
     yield from _in_threads(work, left)
 
 
-def _in_threads(work: Callable[[Sequence[Job]], Result], chunks: Iterable[Sequence[Job]]) -> Iterator[Result]:
+def _in_threads(work: Callable[[range], Result], chunks: Iterable[range]) -> Iterator[Result]:
     pool = ThreadPoolExecutor(_THREADS)
     try:
         yield from pool.map(work, chunks)

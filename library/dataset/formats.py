@@ -52,10 +52,11 @@ def teach_pillow(path: str) -> None:
 def without_package(paths: Iterable[str]) -> dict[str, list[str]]:
     """Return the pictures that a package is missing for, by a clause that says which; all others can be tried."""
     found: dict[str, list[str]] = defaultdict(list)
-    rare = tuple(_PLUG_INS)
-    for path in paths:
-        if path.lower().endswith(rare) and not _can_read(ending := os.path.splitext(path)[1].lower()):
-            plug_in = _PLUG_INS[ending]
+    paths = list(paths)
+    endings = {ending for ending in {path[path.rfind(".") :] for path in paths} if not _can_read(ending.lower())}
+    for path in paths if endings else ():
+        if (ending := path[path.rfind(".") :]) in endings:
+            plug_in = _PLUG_INS[ending.lower()]
             found[f"{plug_in.format}, which needs another package: {plug_in.command}"].append(path)
     return dict(found)
 

@@ -10,7 +10,7 @@ import logging
 import os
 import sqlite3
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any
 
@@ -24,12 +24,16 @@ STORE_NAME = ".atelier_index.sqlite"
 _VERSION = 1
 """Of the tables and of what is in them: to be raised when files are read in another way than before."""
 _WAIT_SECONDS = 30
-_FETCHED = 10_000
 
 _TABLES = {
-    "images": "name TEXT PRIMARY KEY, bytes INTEGER, mtime_ns INTEGER, width INTEGER, height INTEGER, orientation INTEGER,"
-    " traits INTEGER",
-    "captions": "name TEXT PRIMARY KEY, bytes INTEGER, mtime_ns INTEGER, text TEXT",
+    "images": """
+        name TEXT PRIMARY KEY, bytes INTEGER, mtime_ns INTEGER,
+        width INTEGER CHECK (typeof(width) = 'integer' AND width BETWEEN 1 AND 0xFFFFFF),
+        height INTEGER CHECK (typeof(height) = 'integer' AND height BETWEEN 1 AND 0xFFFFFF),
+        orientation INTEGER CHECK (orientation IN (1, 2, 3, 4, 5, 6, 7, 8)),
+        traits INTEGER CHECK (typeof(traits) = 'integer' AND traits BETWEEN 0 AND 255)""",
+    "captions": """
+        name TEXT PRIMARY KEY, bytes INTEGER, mtime_ns INTEGER, text TEXT CHECK (typeof(text) = 'text')""",
 }
 
 ImageRow = tuple[str, int, int, int]
@@ -38,13 +42,8 @@ CaptionRow = tuple[str, int, int, str]
 """Name, size in bytes, time of the last change; text."""
 
 _SELECT = {
-    "images": """
-        SELECT name, bytes, mtime_ns, (width << 36) | (height << 12) | (orientation << 8) | traits FROM images
-        WHERE typeof(name) = 'text' AND typeof(width) = 'integer' AND width BETWEEN 1 AND 0xFFFFFF
-        AND typeof(height) = 'integer' AND height BETWEEN 1 AND 0xFFFFFF
-        AND typeof(orientation) = 'integer' AND orientation BETWEEN 1 AND 8
-        AND typeof(traits) = 'integer' AND traits BETWEEN 0 AND 255""",
-    "captions": "SELECT name, bytes, mtime_ns, text FROM captions WHERE typeof(name) = 'text' AND typeof(text) = 'text'",
+    "images": "SELECT name, bytes, mtime_ns, (width << 36) | (height << 12) | (orientation << 8) | traits FROM images ORDER BY name",
+    "captions": "SELECT name, bytes, mtime_ns, text FROM captions ORDER BY name",
 }
 _INSERT = {
     "images": "INSERT OR REPLACE INTO images VALUES (?1, ?2, ?3, ?4 >> 36, ?4 >> 12 & 0xFFFFFF, ?4 >> 8 & 15, ?4 & 255)",
@@ -80,12 +79,12 @@ class IndexStore:
             digest = hashlib.sha256(folder.encode("utf-8", "surrogatepass")).hexdigest()[:32]
             self._places.append(os.path.join(cache, f"{digest}.sqlite"))
 
-    def images(self) -> Iterator[ImageRow]:
-        """Yield what is known of images; of a name told twice, the later is newer."""
+    def images(self) -> list[ImageRow]:
+        """Return what is known of images, by name; of a name told twice, the later is newer."""
         return self._rows("images")
 
-    def captions(self) -> Iterator[CaptionRow]:
-        """Yield what is known of caption files; of a name told twice, the later is newer."""
+    def captions(self) -> list[CaptionRow]:
+        """Return what is known of caption files, by name; of a name told twice, the later is newer."""
         return self._rows("captions")
 
     def save(self, images: Iterable[ImageRow] = (), captions: Iterable[CaptionRow] = (), gone: Iterable[str] = ()) -> None:
@@ -100,18 +99,18 @@ class IndexStore:
             failures.append(failure)
         logger.info("What was read in %s cannot be kept for the next start: %s.", os.path.dirname(self._places[0]), failures[0])
 
-    def _rows(self, table: str) -> Iterator[Any]:
+    def _rows(self, table: str) -> list[Any]:
+        rows: list[Any] = []
         for place in sorted(filter(os.path.exists, self._places), key=os.path.getmtime):
             try:
                 with closing(_open(place, "rw")) as database:
                     if database.execute("PRAGMA user_version").fetchone() == (_VERSION,):
-                        cursor = database.execute(_SELECT[table])
-                        while rows := cursor.fetchmany(_FETCHED):
-                            yield from rows
+                        rows += database.execute(_SELECT[table]).fetchall()
             except sqlite3.OperationalError as error:
                 logger.info("%s cannot be read: %s.", place, error)
             except sqlite3.DatabaseError as error:
                 _discard(place, error)
+        return rows
 
 
 def _open(place: str, mode: str) -> sqlite3.Connection:

@@ -102,9 +102,10 @@ class Lister:
 
     def _captions(self, folder: FolderFiles, images: Sequence[str], subset: SubsetConfig) -> list[str]:
         multiline, extension, names = subset.captions.enable_wildcard, subset.caption_extension, folder.names
-        files = [stem + extension for stem in map(_stem, images)]
+        stems = folder.stems if images is folder.images else [_stem(name) for name in images]
+        files = [stem + extension for stem in stems]
         if not names.issuperset(files):
-            files = [_caption_file(stem, extension, names) for stem in map(_stem, images)]
+            files = [_caption_file(stem, extension, names) for stem in stems]
         problems: dict[str, str] = {}
         read = folder.caption_texts([file for file in files if file], problems)
         for name, told in problems.items():
@@ -168,11 +169,12 @@ class Lister:
     def _facts(self, folder: FolderFiles, names: Sequence[str]) -> tuple[list[int | None], Collection[str]]:
         """Return what is known of the files of images, and the names of those that cannot be used."""
         problems: dict[str, str] = {}
-        unknown = without_package(map(folder.prefix.__add__, names))
+        unknown = without_package(names)
         for why, files in unknown.items():
-            told = f"{_some(files)} {'is' if len(files) == 1 else 'are'} {why}."
-            self._findings.error(Kind.FORMAT, os.path.dirname(files[0]), told, count=len(files), files=files)
-        foreign = {os.path.basename(path) for files in unknown.values() for path in files}
+            told = f"{names_of(files)} {'is' if len(files) == 1 else 'are'} {why}."
+            paths = [folder.prefix + name for name in files]
+            self._findings.error(Kind.FORMAT, os.path.dirname(paths[0]), told, count=len(files), files=paths)
+        foreign = {name for files in unknown.values() for name in files}
         readable = [name for name in names if name not in foreign] if foreign else names
         facts = folder.image_facts(readable, problems)
         for name, told in problems.items():
@@ -214,9 +216,9 @@ def _whole_names(listed: _Listed) -> Flags:
     out a folder.
     """
     is_whole = np.zeros(len(listed.names), dtype=np.bool_)
-    if all(len(set(map(_stem, folder.images))) == len(folder.images) for folder in listed.folders):
+    if all(len(set(folder.stems)) == len(folder.stems) for folder in listed.folders):
         return is_whole
-    owners = [dict(zip(map(_stem, reversed(folder.images)), reversed(folder.images), strict=True)) for folder in listed.folders]
+    owners = [dict(zip(reversed(folder.stems), reversed(folder.images), strict=True)) for folder in listed.folders]
     for position, (number, name) in enumerate(zip(listed.folder, listed.names, strict=True)):
         is_whole[position] = owners[number].setdefault(_stem(name), name) != name
     return is_whole
