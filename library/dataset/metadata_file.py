@@ -81,7 +81,7 @@ def find_images(entries: Sequence[Entry], image_dir: str, endings: Sequence[str]
             told = f"{entry.where}: there is no image {entry.key!r} here{looked}. Remove the entry or put the image back."
             findings.error(Kind.UNRESOLVED, entry.where, told)
             continue
-        other = owners.setdefault(os.path.realpath(image), entry)
+        other = owners.setdefault(names_in.identity(image), entry)
         if other is not entry:
             told = f"{entry.where}: {image} has two entries, {other.key!r} and {entry.key!r}. Remove one of them."
             findings.error(Kind.UNRESOLVED, entry.where, told)
@@ -107,20 +107,32 @@ def caption_of(entry: Entry, separator: str, *, multiline: bool) -> str:
 
 
 class _FolderNames:
-    """Tells whether files exist, reading each folder once."""
+    """Tells whether files exist, and which are the same, looking at each folder once."""
 
     def __init__(self) -> None:
-        self._names: dict[str, frozenset[str]] = {}
+        self._folders: dict[str, tuple[str, frozenset[str], frozenset[str]]] = {}
 
     def has(self, path: str) -> bool:
         folder, name = os.path.split(path)
-        if folder not in self._names:
+        return name in self._looked_at(folder)[1]
+
+    def identity(self, path: str) -> str:
+        """Return the path of an existing file that is the same from wherever it is seen."""
+        folder, name = os.path.split(path)
+        real, _, links = self._looked_at(folder)
+        return os.path.realpath(path) if name in links else os.path.join(real, name)
+
+    def _looked_at(self, folder: str) -> tuple[str, frozenset[str], frozenset[str]]:
+        """Return the folder's real path, the names of its files, and those of them that are links."""
+        if folder not in self._folders:
             try:
                 with os.scandir(folder or ".") as entries:
-                    self._names[folder] = frozenset(entry.name for entry in entries if entry.is_file())
+                    files = [(entry.name, entry.is_symlink()) for entry in entries if entry.is_file()]
             except OSError:
-                self._names[folder] = frozenset()
-        return name in self._names[folder]
+                files = []
+            names, links = (name for name, _ in files), (name for name, is_link in files if is_link)
+            self._folders[folder] = os.path.realpath(folder), frozenset(names), frozenset(links)
+        return self._folders[folder]
 
 
 def _candidates(key: str, image_dir: str, endings: Sequence[str]) -> Iterator[str]:

@@ -147,6 +147,14 @@ def test_a_file_that_cannot_be_read_is_told_with_the_place(
     assert words in str(error.value) and str(tmp_path / name) in str(error.value)
 
 
+def test_two_keys_that_lead_to_one_file_are_told_whatever_their_paths(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").symlink_to(images)
+    (images / "link.png").symlink_to(images / "a.png")
+    for keys in (("a.png", str(tmp_path / "other" / "a.png")), ("a.png", "link.png"), ("a.png", "deep/../a.png")):
+        with pytest.raises(UserError, match="has two entries"):
+            items_of(write(tmp_path / "m.json", {key: {"caption": "c"} for key in keys}), images)
+
+
 def test_a_key_that_stands_in_the_file_twice_is_told(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has two entries"):
         items_of(write(tmp_path / "m.json", '{"a.png": {"caption": "x"}, "a.png": {"caption": "y"}}'), images)
