@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from library.dataset.folder_files import FolderFiles
+    from library.dataset.folder_files import FolderFiles, Notes
     from library.dataset.index import Section
     from library.options.dataset_config import DatasetConfig
 
@@ -189,7 +189,9 @@ def made_up_folder(count: int) -> "Callable[[str], FolderFiles]":
             self.stems = [name[:-4] for name in self.images]
             self.names = frozenset([*self.images, *(f"{number:07}.txt" for number in range(count))])
 
-        def image_facts(self, names: Sequence[str], problems: dict[str, str]) -> list[int | None]:
+        def image_facts(
+            self, names: Sequence[str], problems: dict[str, str], noted: "Notes[int] | None" = None
+        ) -> list[int | None]:
             """Take what is remembered; else make it up and remember it."""
             known = {row[0]: row[3] for row in self.store.images()}
             if not known:
@@ -198,7 +200,9 @@ def made_up_folder(count: int) -> "Callable[[str], FolderFiles]":
                 self.store.save(images=[(name, 1, 1, fact) for name, fact in known.items()])
             return [known[name] for name in names]
 
-        def caption_texts(self, names: Sequence[str], problems: dict[str, str]) -> list[str | None]:
+        def caption_texts(
+            self, names: Sequence[str], problems: dict[str, str], noted: "Notes[str] | None" = None
+        ) -> list[str | None]:
             """Take what is remembered; else make it up and remember it."""
             known = {row[0]: row[3] for row in self.store.captions()}
             if not known:

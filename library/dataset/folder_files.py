@@ -30,6 +30,9 @@ _MANY = 5000
 Found = TypeVar("Found", int, str)
 Result = TypeVar("Result")
 
+Notes = dict[str, tuple[str, int, int, Found]]
+"""What is known of files, by name: name, size in bytes, time of the last change, what was found out."""
+
 
 class FolderFiles:
     """The files of a folder, whose names are read once.
@@ -55,39 +58,43 @@ class FolderFiles:
         self.store = IndexStore(self.real)
         """What is remembered of the files."""
 
-    def image_facts(self, names: Sequence[str], problems: dict[str, str]) -> list[int | None]:
+    def image_facts(self, names: Sequence[str], problems: dict[str, str], noted: Notes[int] | None = None) -> list[int | None]:
         """Return what the headers of images say, packed, after checking that the files are whole; None for those left out.
 
         Args:
             names: of the images.
             problems: receives a sentence for each image that cannot be used, by name; a folder is left out without one.
+            noted: what is known of images besides what is remembered here; receives what is true now.
         """
-        return self._looked_at(names, problems, self.store.images(), _read_image, lambda rows: self.store.save(images=rows))
+        return self._looked_at(names, problems, self.store.images(), noted, _read_image, lambda rows: self.store.save(images=rows))
 
-    def caption_texts(self, names: Sequence[str], problems: dict[str, str]) -> list[str | None]:
+    def caption_texts(self, names: Sequence[str], problems: dict[str, str], noted: Notes[str] | None = None) -> list[str | None]:
         """Return the texts of caption files; None for those left out.
 
         Args:
             names: of the files.
             problems: receives a sentence for each file that cannot be used, by name.
+            noted: as for images.
         """
-        return self._looked_at(names, problems, self.store.captions(), _read_caption, lambda rows: self.store.save(captions=rows))
+        rows = self.store.captions()
+        return self._looked_at(names, problems, rows, noted, _read_caption, lambda rows: self.store.save(captions=rows))
 
     def _looked_at(
         self,
         names: Sequence[str],
         problems: dict[str, str],
         known: list[tuple[str, int, int, Found]],
+        noted: Notes[Found] | None,
         read: Callable[[str], Found],
         save: Callable[[list[tuple[str, int, int, Found]]], None],
     ) -> list[Found | None]:
         """Take what is known of files that are as they were, read the others, and save that."""
         rows: Sequence[tuple[str, int, int, Found] | None] = known
-        known_names = [row[0] for row in known]
-        if known_names != names:
-            rows = list(map(dict(zip(known_names, known, strict=True)).get, names))
-            if gone := set(known_names) - self.names:
+        if [row[0] for row in known] != names:
+            by_name = {row[0]: row for row in known}
+            if gone := by_name.keys() - self.names:
                 self.store.save(gone=gone)
+            rows = list(map({**(noted or {}), **by_name}.get, names))
         found: list[Found | None] = []
         new: list[tuple[str, int, int, Found]] = []
         saved_at, was_told = time.monotonic(), False
@@ -97,6 +104,8 @@ class FolderFiles:
                 found += looked.found
                 new += looked.new
                 problems.update(looked.problems)
+                if noted is not None:
+                    noted.update(looked.noted())
                 if not was_told and len(new) >= _MANY:
                     was_told = True
                     logger.info("Reading files of %s that are new or have changed.", self.prefix)
@@ -113,9 +122,20 @@ class FolderFiles:
 class _Looked(Generic[Found]):
     """What was found out about some files."""
 
+    names: Sequence[str] = ()
+    statuses: Sequence[os.stat_result | None] = ()
     found: list[Found | None] = field(default_factory=list)
     new: list[tuple[str, int, int, Found]] = field(default_factory=list)
     problems: dict[str, str] = field(default_factory=dict)
+
+    def noted(self) -> Notes[Found]:
+        """Return the rows of all files that can be used."""
+        rows = zip(self.names, self.statuses, self.found, strict=True)
+        return {
+            name: (name, status.st_size, status.st_mtime_ns, found)
+            for name, status, found in rows
+            if status is not None and found is not None
+        }
 
 
 def _look(
@@ -125,10 +145,10 @@ def _look(
     read: Callable[[str], Found],
     chunk: range,
 ) -> _Looked[Found]:
-    looked: _Looked[Found] = _Looked()
     own = slice(chunk.start, chunk.stop)
     paths = [prefix + name for name in names[own]]
-    for path, row, status in zip(paths, rows[own], _statuses(paths), strict=True):
+    looked: _Looked[Found] = _Looked(names[own], _statuses(paths))
+    for path, row, status in zip(paths, rows[own], looked.statuses, strict=True):
         if row is not None and status is not None and row[2] == status.st_mtime_ns and row[1] == status.st_size:
             looked.found.append(row[3])
         else:

@@ -42,7 +42,8 @@ CaptionRow = tuple[str, int, int, str]
 """Name, size in bytes, time of the last change; text."""
 
 _SELECT = {
-    "images": "SELECT name, bytes, mtime_ns, (width << 36) | (height << 12) | (orientation << 8) | traits FROM images ORDER BY name",
+    "images": """
+        SELECT name, bytes, mtime_ns, (width << 36) | (height << 12) | (orientation << 8) | traits FROM images ORDER BY name""",
     "captions": "SELECT name, bytes, mtime_ns, text FROM captions ORDER BY name",
 }
 _INSERT = {

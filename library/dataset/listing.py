@@ -15,6 +15,7 @@ from library.dataset.folder_files import FolderFiles
 from library.dataset.formats import IMAGE_EXTENSIONS, without_package
 from library.dataset.images import Trait
 from library.dataset.index_store import unpacked_facts
+from library.dataset.info_file import InfoFile
 from library.dataset.metadata_file import Entry, caption_of, find_images, read_metadata
 from library.options.dataset_config import SubsetConfig
 from library.options.errors import UserError
@@ -58,7 +59,7 @@ class Lister:
         rules = subset.captions
         key = (
             subset.source, subset.image_dir, subset.caption_extension, subset.class_tokens, rules.enable_wildcard,
-            rules.caption_separator,
+            rules.caption_separator, subset.cache_info,
         )  # fmt: skip
         if key not in self._pictures:
             listed = self._of_metadata(subset) if subset.metadata_file else self._of_folder(subset)
@@ -90,36 +91,38 @@ class Lister:
 
     def _of_folder(self, subset: SubsetConfig) -> _Listed:
         folder = self._folder(subset.image_dir)
-        facts, bad = self._facts(folder, folder.images)
+        info = InfoFile(subset.image_dir) if subset.cache_info else None
+        facts, bad = self._facts(folder, folder.images, info)
         names = folder.images
         if None in facts:  # damaged images, whose captions are looked at nevertheless, and folders that are named like images
             kept = [(name, known) for name, known in zip(names, facts, strict=True) if known is not None or name in bad]
             names, facts = [name for name, _ in kept], [known for _, known in kept]
         if not names:
             self._findings.warning(Kind.CONFIG, subset.image_dir, f"{subset.image_dir} has no images; {WHAT_COUNTS}")
-        captions = self._captions(folder, names, subset)
+        files = _caption_files(folder, names, subset.caption_extension)
+        captions = self._captions(folder, names, files, subset, info)
+        if info is not None:
+            info.write(list(zip(names, files, captions, strict=True)))
         return _Listed([folder], [0] * len(names), names, facts, captions, captions)
 
-    def _captions(self, folder: FolderFiles, images: Sequence[str], subset: SubsetConfig) -> list[str]:
-        multiline, extension, names = subset.captions.enable_wildcard, subset.caption_extension, folder.names
-        stems = folder.stems if images is folder.images else [_stem(name) for name in images]
-        files = [stem + extension for stem in stems]
-        if not names.issuperset(files):
-            files = [_caption_file(stem, extension, names) for stem in stems]
+    def _captions(
+        self, folder: FolderFiles, images: Sequence[str], files: Sequence[str], subset: SubsetConfig, info: InfoFile | None
+    ) -> list[str]:
         problems: dict[str, str] = {}
-        read = folder.caption_texts([file for file in files if file], problems)
+        texts = folder.caption_texts(list(filter(None, files)), problems, None if info is None else info.captions)
         for name, told in problems.items():
             self._findings.error(Kind.UNREADABLE_CAPTION, folder.prefix + name, told)
-        if len(read) < len(files):
-            texts = iter(read)
-            read = [next(texts) if file else None for file in files]
-            without = [name for name, text in zip(images, files, strict=True) if not text]
-            self._report_without_caption(without, len(files), subset, likely_extension(without, names))
-        instead = subset.class_tokens or ""
-        return [instead if text is None else caption_of_text(text, multiline=multiline) for text in read]
+        if len(texts) < len(files):
+            read = iter(texts)
+            own = {} if info is None or subset.class_tokens is not None else info.own_texts
+            texts = [next(read) if file else own.get(name) for name, file in zip(images, files, strict=True)]
+            without = [name for name, file in zip(images, files, strict=True) if not file and name not in own]
+            self._report_without_caption(without, len(files), subset, likely_extension(without, folder.names))
+        instead, multiline = subset.class_tokens or "", subset.captions.enable_wildcard
+        return [instead if text is None else caption_of_text(text, multiline=multiline) for text in texts]
 
     def _report_without_caption(self, without: Sequence[str], count: int, subset: SubsetConfig, hint: str) -> None:
-        if subset.class_tokens is None:
+        if without and subset.class_tokens is None:
             told = (
                 f"{len(without)} of {count} images in {subset.image_dir} have no {subset.caption_extension} file and are trained "
                 f"with an empty caption: {names_of(without)}.{hint}"
@@ -166,7 +169,9 @@ class Lister:
                 told = f"{len(left)} images of {subset.image_dir} have no entry in {subset.source} and are not used: {_some(left)}."
                 self._findings.warning(Kind.UNUSED_IMAGES, subset.image_dir, told, count=len(left), files=left)
 
-    def _facts(self, folder: FolderFiles, names: Sequence[str]) -> tuple[list[int | None], Collection[str]]:
+    def _facts(
+        self, folder: FolderFiles, names: Sequence[str], info: InfoFile | None = None
+    ) -> tuple[list[int | None], Collection[str]]:
         """Return what is known of the files of images, and the names of those that cannot be used."""
         problems: dict[str, str] = {}
         unknown = without_package(names)
@@ -176,7 +181,7 @@ class Lister:
             self._findings.error(Kind.FORMAT, os.path.dirname(paths[0]), told, count=len(files), files=paths)
         foreign = {name for files in unknown.values() for name in files}
         readable = [name for name in names if name not in foreign] if foreign else names
-        facts = folder.image_facts(readable, problems)
+        facts = folder.image_facts(readable, problems, None if info is None else info.images)
         for name, told in problems.items():
             self._findings.error(Kind.UNREADABLE_IMAGE, folder.prefix + name, told)
         if foreign:
@@ -224,9 +229,13 @@ def _whole_names(listed: _Listed) -> Flags:
     return is_whole
 
 
-def _caption_file(stem: str, extension: str, names: Collection[str]) -> str:
-    """Return the name of a caption file, empty if there is none."""
-    return next((name for name in caption_candidates(stem, extension) if name in names), "")
+def _caption_files(folder: FolderFiles, images: Sequence[str], extension: str) -> list[str]:
+    """Return the name of each image's caption file, empty if there is none."""
+    stems = folder.stems if images is folder.images else [_stem(name) for name in images]
+    usual = [stem + extension for stem in stems]
+    if folder.names.issuperset(usual):
+        return usual
+    return [next((name for name in caption_candidates(stem, extension) if name in folder.names), "") for stem in stems]
 
 
 def _stem(name: str) -> str:

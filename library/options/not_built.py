@@ -25,7 +25,6 @@ def _refuse(instead: str, *names: str) -> dict[str, str]:
 
 NOT_BUILT: Mapping[str, str] = {
     **_refuse("datasets are described by --dataset_config or folders", "dataset_class"),
-    **_refuse("image headers are read at every start, which takes seconds", "cache_info"),
     **_refuse(_UPLOAD, "huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token"),
     **_refuse(_UPLOAD, "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload"),
     **_refuse("a run is resumed from a folder on this machine", "resume_from_huggingface"),
@@ -52,9 +51,7 @@ NOT_BUILT: Mapping[str, str] = {
 }
 """What happens instead, as a clause, for every refused option. A feature that is built is deleted here; nothing is added."""
 
-NOT_BUILT_DATASET_KEYS: Mapping[str, tuple[str, tuple[Any, ...]]] = {
-    "cache_info": ("a metadata_cache.json is not supported yet; image headers are read at every start", (False,)),
-}
+NOT_BUILT_DATASET_KEYS: Mapping[str, tuple[str, tuple[Any, ...]]] = {}
 """Every refused key of dataset files: the reason, and the values that switch it off and are therefore accepted."""
 
 

@@ -14,32 +14,17 @@ import pytest
 from dataset_samples import config, make_image, section, subset
 from hypothesis import given
 from hypothesis import strategies as st
+from opened_files import OpenedFiles
 
-from library.dataset import folder_files, index_store
+from library.dataset import index_store
 from library.dataset.index import Section, build_index
 from library.dataset.index_store import STORE_NAME, IndexStore, packed_facts, unpacked_facts
 from library.options.errors import UserError
 
 
-class Opened:
-    """The names of the files that are read, in order."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.names: list[str] = []
-        for reader in ("jpeg_facts", "inspect_image", "_read_caption"):
-            monkeypatch.setattr(folder_files, reader, self._noting(getattr(folder_files, reader)))
-
-    def _noting(self, read):
-        def noting(path: str):
-            self.names.append(os.path.basename(path))
-            return read(path)
-
-        return noting
-
+class Opened(OpenedFiles):
     def in_start(self, folder: Path, **changes: object) -> set[str]:
-        self.names.clear()
-        index(folder, **changes)
-        return set(self.names)
+        return self.during(lambda: index(folder, **changes))
 
 
 @pytest.fixture
