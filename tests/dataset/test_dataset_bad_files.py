@@ -14,7 +14,8 @@ from library.options.errors import UserError
 from library.options.groups.cache import CacheOptions
 
 NAMES = [
-    "with spaces  and more", "it's \"quoted\"", "🦊 fox 画像 ünïcode", "a" * 196, "[brackets] {braces} *stars* 100%", "dots.in.the.name",
+    "with spaces  and more",
+    "it's \"quoted\"", "🦊 fox 画像 ünïcode", "a" * 196, "[brackets] {braces} *stars* 100%", "dots.in.the.name",
     "-dash", "$HOME `x`", "new\nline", "#comment",
 ]  # fmt: skip
 

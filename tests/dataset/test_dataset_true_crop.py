@@ -33,7 +33,8 @@ def told(dataset: Dataset, use: int) -> tuple[int, ...]:
 
 @pytest.mark.parametrize(("image", "upright", "flipped"), [
     # crops of the table of sd-scripts: 1000x1500 loses 16 rows at the top, 640x480 21 columns at the left and 22 at the right
-    ((1000, 1500), (16, 0), (16, 0)), ((640, 480), (0, 21), (0, 22)), ((1920, 1080), (0, 10), (0, 11)), ((1024, 1024), (0, 0), (0, 0)),
+    ((1000, 1500), (16, 0), (16, 0)), ((640, 480), (0, 21), (0, 22)), ((1920, 1080), (0, 10), (0, 11)),
+    ((1024, 1024), (0, 0), (0, 0)),
 ])  # fmt: skip
 def test_the_crop_is_that_of_the_pixels(image: tuple[int, int], upright: tuple[int, int], flipped: tuple[int, int]) -> None:
     chooser = BucketChooser(
