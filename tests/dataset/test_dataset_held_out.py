@@ -1,6 +1,7 @@
 """Images held out of training, as a dataset of files gives them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,20 @@ def test_loading_held_out_images_disturbs_no_epoch(many: Path) -> None:
         mixed.append(batch.image_keys)
         assert [loaded.loss_weights.tolist() for loaded in held_out.held_out()] == [[1.0, 1.0], [1.0, 1.0]]
     assert mixed == plain
+
+
+def test_images_with_masks_are_split_with_them(many: Path, tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in many.glob("*.png"):
+        shutil.copy(path, masks)
+    parts = subset(many, validation_split=0.2, conditioning_data_dir=str(masks))
+    dataset = Dataset(config(section(parts)), seed=0)
+    trained, held = split(dataset)
+    assert (len(trained), len(held), len(trained & held)) == (8, 2, 0)
+    assert all(item.conditioning_path == str(masks / Path(item.path).name) for item in dataset.encoded_items)
+    (uses,) = dataset.held_out_batches()
+    batch = load_batch(dataset, 1, Share(uses, 1.0))
+    assert batch.conditioning is not None
+    assert batch.images is not None
+    assert batch.conditioning.equal(batch.images)  # a copy of the picture as its mask lies exactly over it
