@@ -105,6 +105,43 @@ class Items(Sequence[Item]):
         """Uses of each item in an epoch."""
         return self._choice.repeats
 
+    @property
+    def subsets(self) -> Ints:
+        """Position of the subset of each item."""
+        return self._choice.subsets
+
+    @property
+    def sizes(self) -> Ints:
+        """(N, 2), width and height of each item, upright."""
+        return self._sizes
+
+    @property
+    def resized(self) -> Ints:
+        """(N, 2), width and height of each item after resizing, before it is cropped."""
+        keys, which = np.unique(np.concatenate([self._sizes, self.buckets], axis=1), axis=0, return_inverse=True)
+        sizes = [self._chooser.geometry((w, h), (bucket_w, bucket_h)).resized for w, h, bucket_w, bucket_h in keys.tolist()]
+        return np.array(sizes, dtype=np.int32).reshape(-1, 2)[which.reshape(-1)]
+
+    @property
+    def shares_stem(self) -> Flags:
+        """Whether another image of the folder has the name of an item with another ending, and comes before it."""
+        shared = np.zeros(len(self), dtype=np.bool_)
+        for subset, held in enumerate(self._pictures):
+            own = self.subsets == subset
+            shared[own] = held.whole_names[self._choice.rows[own]]
+        return shared
+
+    def captions(self) -> Iterator[str]:
+        """Yield the own text of each item."""
+        return (self._pictures[subset].captions[row] for subset, row in self._places())
+
+    def paths(self) -> Iterator[str]:
+        """Yield the file of each item."""
+        return (self._pictures[subset].path(row) for subset, row in self._places())
+
+    def _places(self) -> Iterator[tuple[int, int]]:
+        return zip(self._choice.subsets.tolist(), self._choice.rows.tolist(), strict=True)
+
     def __len__(self) -> int:
         return len(self._choice.rows)
 

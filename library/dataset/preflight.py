@@ -20,8 +20,8 @@ from library.options.dataset_config import SubsetConfig
 
 NOTABLE_ENLARGEMENT = 1.1
 NOTABLE_CUT = 0.2
-_MOST_COMPARED = 2000
-"""Files of equal size that are compared at every start; more only where a report is asked for."""
+_MOST_COMPARED = 20_000
+"""Images of a dataset up to which copies are looked for at every start; among more, only where a report is asked for."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Limits:
     """That the text encoders read of a caption."""
     num_processes: int = 1
     compares_all: bool = False
-    """Whether files of equal size are compared however many there are."""
+    """Whether copies are looked for however many images there are."""
     weighted_captions: bool = False
     """Whether brackets in captions are weights, which are no tokens."""
 
@@ -129,17 +129,17 @@ def _check_stems(dataset: Dataset, section: int, surveyed: Survey, findings: Fin
 
 def _check_copies(section: Section, findings: Findings, compares_all: bool) -> list[list[str]]:
     """Look for images of one dataset that are the same; the same image in several datasets is how to train it at several sizes."""
-    paths: dict[str, None] = {}
-    for item in section.items:
-        if item.path in paths:
-            findings.warning(Kind.DUPLICATE_PATH, item.path, f"{item.path} is listed by two subsets of one dataset.")
-        paths[item.path] = None
-    listed_twice, same_size = same_files(paths)
+    if len(section.items) > _MOST_COMPARED and not compares_all:
+        return []
+    paths: set[str] = set()
+    for path in section.items.paths():
+        if path in paths:
+            findings.warning(Kind.DUPLICATE_PATH, path, f"{path} is listed by two subsets of one dataset.")
+        paths.add(path)
+    listed_twice, same_size = same_files(dict.fromkeys(section.items.paths()))
     for group in listed_twice:
         told = f"{group[1]} is the same file as {group[0]}."
         findings.warning(Kind.DUPLICATE_PATH, group[1], told, count=len(group) - 1, files=group)
-    if not compares_all and sum(map(len, same_size)) > _MOST_COMPARED:
-        return listed_twice
     copies = same_contents(same_size)
     for group in copies:
         told = f"{', '.join(group[1 : NAMES_SHOWN + 1])} {'has' if len(group) == 2 else 'have'} the same content as {group[0]}."

@@ -1,16 +1,15 @@
 """What becomes of every image: how far it is enlarged, how much is cut off, how long its caption is. One pass over all items."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from library.dataset.columns import Flags, Ints
 from library.dataset.dataset import Dataset
-from library.dataset.token_counts import TokenCounter, longest_caption
+from library.dataset.token_counts import TokenCounter, longest_captions
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
-Ints = np.ndarray[Any, np.dtype[np.int32]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,9 @@ class Survey:
     """Share of the resized picture that lies outside of its bucket."""
     tokens: Ints
     """Of the longest caption it can have."""
-    is_empty: np.ndarray[Any, np.dtype[np.bool_]]
+    is_empty: Flags
     """Whether its own caption is empty."""
-    shares_stem: np.ndarray[Any, np.dtype[np.bool_]]
+    shares_stem: Flags
     """Whether an earlier image of the folder has its name with another ending."""
     section: Ints
     subset: Ints
@@ -33,24 +32,21 @@ class Survey:
 
 def survey(dataset: Dataset, counter: TokenCounter) -> Survey:
     """Look at every item once; no file is opened."""
-    total = len(dataset.items)
-    surveyed = Survey(
-        enlargement=np.zeros(total, np.float32),
-        cut_off=np.zeros(total, np.float32),
-        tokens=np.zeros(total, np.int32),
-        is_empty=np.zeros(total, np.bool_),
-        shares_stem=np.zeros(total, np.bool_),
-        section=np.zeros(total, np.int32),
-        subset=np.zeros(total, np.int32),
+    parts = [section.items for section in dataset.sections]
+    sizes, resized, buckets = (
+        np.concatenate([np.zeros((0, 2), dtype=np.int64), *columns])
+        for columns in ([part.sizes for part in parts], [part.resized for part in parts], [part.buckets for part in parts])
     )
-    rules = [[subset.captions for subset in section.config.subsets] for section in dataset.sections]
-    for number, item in enumerate(dataset.items):
-        (width, height), (resized_width, resized_height), bucket = item.size, item.geometry.resized, item.geometry.bucket
-        surveyed.enlargement[number] = max(resized_width / width, resized_height / height)
-        surveyed.cut_off[number] = 1 - bucket[0] * bucket[1] / (resized_width * resized_height)
-        surveyed.tokens[number] = counter.tokens(longest_caption(item.caption, rules[item.section][item.subset]))
-        surveyed.is_empty[number] = not item.caption.strip()
-        surveyed.shares_stem[number] = os.path.basename(item.cache_stem) == os.path.basename(item.path)
-        surveyed.section[number] = item.section
-        surveyed.subset[number] = item.subset
-    return surveyed
+    captions = [
+        (counter.tokens(caption), not own.strip()) for section in dataset.sections for own, caption in longest_captions(section)
+    ]
+    numbers = np.array(captions, dtype=np.int32).reshape(-1, 2)
+    return Survey(
+        enlargement=(resized / sizes).max(axis=1, initial=0),
+        cut_off=1 - buckets.prod(axis=1) / resized.prod(axis=1),
+        tokens=numbers[:, 0],
+        is_empty=numbers[:, 1].astype(np.bool_),
+        shares_stem=np.concatenate([np.zeros(0, dtype=np.bool_), *(part.shares_stem for part in parts)]),
+        section=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts]),
+        subset=np.concatenate([np.zeros(0, dtype=np.int32), *(part.subsets for part in parts)]),
+    )
