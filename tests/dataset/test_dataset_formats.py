@@ -5,14 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from dataset_samples import config, make_image, section, subset
-from PIL import features
+from PIL import Image, features
 
 from library.dataset import formats
 from library.dataset.findings import Findings, Kind, Severity
 from library.dataset.formats import IMAGE_EXTENSIONS, is_image_name, list_images, without_package
+from library.dataset.images import inspect_image, read_pixels
 from library.dataset.index import build_index
+from library.options.errors import UserError
 
 
 @pytest.fixture
@@ -63,6 +66,29 @@ def test_either_package_reads_jpeg_xl(module: str, monkeypatch: pytest.MonkeyPat
     for name in ("pillow_jxl", "jxlpy", "jxlpy.JXLImagePlugin"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name) if module.startswith(name) else None)
     assert without_package(["a.jxl", "b.JXL"]) == {}
+
+
+def test_jpeg_xl_is_read_where_there_is_a_package(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_jxl")
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jxl", lossless=True)
+    assert inspect_image(str(tmp_path / "a.jxl")).size == (50, 30)
+    np.testing.assert_array_equal(read_pixels(str(tmp_path / "a.jxl")), pixels)
+    content = (tmp_path / "a.jxl").read_bytes()
+    (tmp_path / "b.jxl").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"b\.jxl"):
+        inspect_image(str(tmp_path / "b.jxl"))
+
+
+def test_what_a_plug_in_raises_over_a_damaged_file_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(path: str) -> None:
+        raise RuntimeError("Generic Error. Please build the library from source.")
+
+    monkeypatch.setattr(Image, "open", fails)
+    (tmp_path / "a.png").write_bytes(b"something")
+    for read in (inspect_image, read_pixels):
+        with pytest.raises(UserError, match=r"a\.png cannot be read: it is damaged or cut off\."):
+            read(str(tmp_path / "a.png"))
 
 
 @pytest.mark.usefixtures("nothing_known")
