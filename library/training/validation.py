@@ -124,7 +124,7 @@ class Validation:
                 losses = self._losses(batch.to(device))
                 sums.append(losses.float().sum())
                 count += losses.numel()
-        total = sum(torch.stack(sums).double().cpu().tolist()) if sums else 0.0
+        total = sum(torch.stack(sums).cpu().double().tolist()) if sums else 0.0
         return self._over_processes(total, count)
 
     def _losses(self, batch: Batch) -> torch.Tensor:

@@ -14,9 +14,9 @@ SGD = ["--optimizer_type", "SGD", "--learning_rate", "1"]
 
 
 @pytest.fixture
-def dataset(tmp_path: Path, toy_images: Path) -> Path:
+def dataset(tmp_path: Path, photos: Path) -> Path:
     """One picture, in a size that is neither cropped nor resized."""
-    file = write_dataset(tmp_path, toy_images, batch_size=1, count=1)
+    file = write_dataset(tmp_path, photos, batch_size=1, count=1)
     (path,) = (tmp_path / "images").glob("*.jpg")
     with Image.open(path) as image:
         image.resize((64, 64)).save(path)
