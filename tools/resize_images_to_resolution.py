@@ -126,6 +126,8 @@ def resize_folder(order: Order) -> None:
         UserError: there are no pictures; two would get one name; pictures cannot be read, in which case all others were written; or
             the folder is not writable.
     """
+    from tqdm import tqdm
+
     from library.dataset.formats import IMAGE_EXTENSIONS, list_images
 
     images = [Path(path) for path in list_images(str(order.source))]
@@ -139,7 +141,9 @@ def resize_folder(order: Order) -> None:
     rest = sorted(set(order.source.iterdir()) - set(images))
     others = [path for path in rest if path.is_file() and not path.name.startswith(".")]
     with _workers() as pool:
-        problems = [problem for problem in pool.map(lambda path: _resize(path, order), images) if problem]
+        outcomes = pool.map(lambda path: _resize(path, order), images)
+        bar = tqdm(outcomes, desc="resizing", total=len(images), disable=None)  # None shows it on terminals only
+        problems = [problem for problem in bar if problem]
     for path in others:
         copy(path, order.target / path.name)
         if order.with_associated and path.suffix not in _CACHES and path.stem in by_name:

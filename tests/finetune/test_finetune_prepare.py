@@ -121,6 +121,22 @@ def test_another_vae_can_be_given(folder: Path, tiny_checkpoint: Path, tmp_path:
     assert not np.array_equal(np.load(folder / "a_0128x0128_sdxl.npz")["latents"], plain)
 
 
+def test_the_batch_size_is_that_of_the_vae(folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from library.models.sdxl.family import SdxlFamily
+
+    encode, sizes = SdxlFamily.encode_images, []
+
+    def watched(family: SdxlFamily, vae: torch.nn.Module, images: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(images))
+        return encode(family, vae, images, *more)
+
+    monkeypatch.setattr(SdxlFamily, "encode_images", watched)
+    for name in ("d.png", "e.png"):
+        picture(folder / name, 128, 128)
+    prepare(folder, tiny_checkpoint, "--batch_size", "2")
+    assert sorted(sizes) == [1, 1, 1, 2]
+
+
 def test_what_is_cached_is_kept_and_trusted_unseen_only_if_asked(
     folder: Path, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
