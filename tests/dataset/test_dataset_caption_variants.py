@@ -15,7 +15,7 @@ from dataset_samples import FakeFamily, config, section, subset
 from library.dataset.cache_stamps import CacheReport
 from library.dataset.caption_variants import CaptionVariants
 from library.dataset.dataset import Dataset
-from library.dataset.loader import make_loader
+from library.dataset.loader import Loader, make_loader
 from library.dataset.text_cache import cache_text_outputs
 from library.dataset.text_encoder import TextEncoder
 from library.options.dataset_config import CaptionRules
@@ -238,3 +238,15 @@ def test_with_skip_cache_check_files_of_sd_scripts_give_their_one_text(folder: P
         assert batch.text_cond is not None
         assert all(key.removesuffix(".png")[-1] in "01234" for key in batch.image_keys)
         assert batch.text_cond["pool2"][:, 0].tolist() == [len("picture 0, tag a, tag b")] * batch.size
+
+
+@pytest.mark.parametrize("where", [DISK, MEMORY])
+def test_held_out_images_have_their_settled_caption(folder: Path, family: FakeFamily, where: dict[str, bool]) -> None:
+    dataset = dataset_of(folder, validation_split=0.4, validation_seed=1, **VARYING)
+    assert len(dataset.held_out) == 2
+    cache(dataset, family, 4, where)
+    for batch in Loader(dataset).held_out():
+        assert all(caption.startswith("P, picture") and caption.endswith("tag a, tag b, s") for caption in batch.captions)
+        expected = family.encode_text(family.tokenize(batch.captions), [])
+        assert batch.text_cond is not None
+        assert torch.equal(batch.text_cond["pool2"], expected["pool2"])

@@ -1,6 +1,8 @@
 """Cached latents: what is kept, what is made again and why, and that sd-scripts' files are read and ours readable by it."""
 
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from dataset_samples import FakeFamily, FakeVae, config, make_image, section, subset
 from PIL import Image
 
+from library.dataset import latent_cache, latent_encoder
 from library.dataset.cache_stamps import CacheReport
 from library.dataset.dataset import Dataset
 from library.dataset.images import to_model_range
@@ -348,3 +351,37 @@ def test_going_back_and_forth_between_sizes_encodes_each_once(folder: Path, fami
         assert archive["latents_8x8"].shape == (4, 8, 8)
     assert cache(dataset_of(folder), family, vae).kept == 5
     assert cache(dataset_of(folder, resolution=(96, 96)), family, vae).kept == 5
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_images_are_decoded_and_written_while_the_vae_works(
+    folder: Path, family: FakeFamily, vae: FakeVae, monkeypatch: pytest.MonkeyPatch, batch_size: int
+) -> None:
+    decoded: list[str] = []
+    written: list[str] = []
+    load, write, encode = latent_encoder.load_placed, latent_cache.write_npz, family.encode_images
+
+    def decoding(path: str, *arguments: Any, **more: Any) -> Any:
+        assert threading.current_thread() is not threading.main_thread()
+        decoded.append(path)
+        return load(path, *arguments, **more)
+
+    def writing(*arguments: Any, **more: Any) -> None:
+        write(*arguments, **more)
+        written.append(arguments[0])
+
+    def encoding(*arguments: Any) -> torch.Tensor:
+        first = vae.seen == 0
+        latents = encode(*arguments)
+        end = time.monotonic() + 10
+        while len(decoded) < (batch_size + 1 if first else 5) or len(written) < (0 if first else batch_size):
+            assert time.monotonic() < end, "nothing goes on while the VAE works"
+            time.sleep(0.001)
+        return latents
+
+    family.encode_images = encoding
+    monkeypatch.setattr(latent_encoder, "load_placed", decoding)
+    monkeypatch.setattr(latent_cache, "write_npz", writing)
+    report = cache(dataset_of(folder, enable_bucket=False), family, vae, DISK.model_copy(update={"vae_batch_size": batch_size}))
+    assert report.made == {"new": 5}
+    assert len(written) == 5
