@@ -18,7 +18,13 @@ from library.options.errors import UsageError
 from library.options.groups.generation import PromptOptions
 from library.options.metadata_tools import merge_request
 from library.options.parse import parse
-from library.options.scripts import SdxlGenImgOptions, SdxlTrainNetworkOptions, SdxlTrainOptions
+from library.options.scripts import (
+    CacheLatentsOptions,
+    CacheTextEncoderOutputsOptions,
+    SdxlGenImgOptions,
+    SdxlTrainNetworkOptions,
+    SdxlTrainOptions,
+)
 from tools import resize_images_to_resolution, show_metadata
 from tools.bench import BenchScriptOptions, check
 from tools.convert_sdxl import command_line as convert_parser
@@ -66,6 +72,8 @@ ACCEPT: dict[str, Callable[[list[str]], object]] = {
     "finetune/merge_dd_tags_to_metadata.py": lambda arguments: merge_request(tags_parser().parse_args(arguments)),
     "finetune/prepare_buckets_latents.py": prepare_buckets_latents.read_command_line,
     "tools/bench.py": accept_bench,
+    "tools/cache_latents.py": lambda arguments: parse(CacheLatentsOptions, arguments),
+    "tools/cache_text_encoder_outputs.py": lambda arguments: parse(CacheTextEncoderOutputsOptions, arguments),
     "tools/convert_sdxl.py": lambda arguments: output_layout(convert_parser().parse_args(arguments)),
     "tools/resize_images_to_resolution.py": resize_images_to_resolution.read_command_line,
     "tools/show_metadata.py": lambda arguments: show_metadata.command_line().parse_args(arguments),
