@@ -12,7 +12,7 @@ from library.options.errors import UserError
 
 NAMES_SHOWN = 5
 _ERRORS_SHOWN, _WARNINGS_SHOWN = 10, 3
-_KEPT = 1000
+MOST_KEPT = 1000
 """Findings of one kind that are kept; more are only counted."""
 
 
@@ -121,11 +121,11 @@ class Findings:
             count: how many images, files or entries the sentence speaks of.
             files: those, or some of them, where there are several.
         """
-        self._add(Problem(Severity.ERROR, kind, where, sentence, count, tuple(files[:_KEPT])))
+        self._add(Problem(Severity.ERROR, kind, where, sentence, count, tuple(files[:MOST_KEPT])))
 
     def warning(self, kind: Kind, where: str, sentence: str, *, count: int = 1, files: Sequence[str] = ()) -> None:
         """Note what looks unintended; the run goes on. See `error`."""
-        self._add(Problem(Severity.WARNING, kind, where, sentence, count, tuple(files[:_KEPT])))
+        self._add(Problem(Severity.WARNING, kind, where, sentence, count, tuple(files[:MOST_KEPT])))
 
     @property
     def has_errors(self) -> bool:
@@ -186,7 +186,7 @@ class Findings:
         if key in kept:
             return
         self._counts[group] = self._counts.get(group, 0) + problem.count
-        if len(kept) < _KEPT:
+        if len(kept) < MOST_KEPT:
             kept[key] = problem
 
 

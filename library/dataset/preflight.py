@@ -12,7 +12,7 @@ import numpy as np
 
 from library.dataset.dataset import Dataset
 from library.dataset.duplicates import same_contents, same_files
-from library.dataset.findings import NAMES_SHOWN, Findings, Kind
+from library.dataset.findings import MOST_KEPT, NAMES_SHOWN, Findings, Kind
 from library.dataset.index import Section
 from library.dataset.survey import Survey, survey
 from library.dataset.token_counts import CountTokens, TokenCounter
@@ -165,10 +165,10 @@ def _subsets(dataset: Dataset, surveyed: Survey) -> Iterator[tuple[SubsetConfig,
 
 
 def _examples(dataset: Dataset, numbers: list[int], detail: Callable[[int], str] | None = None) -> tuple[str, list[str]]:
-    """Return the first few items for a sentence, and the paths of all."""
-    paths = [dataset.items[number].path for number in numbers]
+    """Return the first few items for a sentence, and the paths of as many as findings keep."""
+    paths = [dataset.items[number].path for number in numbers[:MOST_KEPT]]
     names = [os.path.basename(path) for path in paths[:NAMES_SHOWN]]
     if detail is not None:
         names = [f"{name} ({detail(number)})" for name, number in zip(names, numbers, strict=False)]
-    more = f" and {len(paths) - NAMES_SHOWN} more" if len(paths) > NAMES_SHOWN else ""
+    more = f" and {len(numbers) - NAMES_SHOWN} more" if len(numbers) > NAMES_SHOWN else ""
     return ", ".join(names) + more, paths

@@ -37,15 +37,13 @@ def survey(dataset: Dataset, counter: TokenCounter) -> Survey:
         np.concatenate([np.zeros((0, 2), dtype=np.int64), *columns])
         for columns in ([part.sizes for part in parts], [part.resized for part in parts], [part.buckets for part in parts])
     )
-    captions = [
-        (counter.tokens(caption), not own.strip()) for section in dataset.sections for own, caption in longest_captions(section)
-    ]
-    numbers = np.array(captions, dtype=np.int32).reshape(-1, 2)
+    empty = np.fromiter((not own.strip() for part in parts for own in part.captions()), dtype=np.bool_)
+    tokens = counter.count(caption for section in dataset.sections for caption in longest_captions(section))
     return Survey(
         enlargement=(resized / sizes).max(axis=1, initial=0),
         cut_off=1 - buckets.prod(axis=1) / resized.prod(axis=1),
-        tokens=numbers[:, 0],
-        is_empty=numbers[:, 1].astype(np.bool_),
+        tokens=np.fromiter(tokens, dtype=np.int32, count=len(empty)),
+        is_empty=empty,
         shares_stem=np.concatenate([np.zeros(0, dtype=np.bool_), *(part.shares_stem for part in parts)]),
         section=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts]),
         subset=np.concatenate([np.zeros(0, dtype=np.int32), *(part.subsets for part in parts)]),

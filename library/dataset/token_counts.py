@@ -2,8 +2,9 @@
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from library.dataset.captions import caption_for_use
@@ -19,7 +20,8 @@ _PLAIN_RULES = CaptionRules()
 _WITHOUT_EFFECT: dict[str, Any] = {  # what changes nothing of a caption where nothing else does
     name: getattr(_PLAIN_RULES, name) for name in ("caption_separator", "keep_tokens", "caption_dropout_rate", "token_warmup_min")
 }
-_LONGEST_KEPT = 40
+_GROUP = 4096
+_MOST_WORDS = 500_000  # of languages without spaces, every caption is a word of its own
 _ALL_TAGS = 2**62  # an update at which any warm-up of tags is over
 
 
@@ -41,34 +43,36 @@ class TokenCounter:
         self._count = count
         self._words: dict[str, int] = {}
 
-    def tokens(self, caption: str) -> int:
-        """Return the number of tokens of a caption."""
-        if self._weighted:
-            caption = without_weights(caption)
-        words = caption.split()
-        try:
-            total = sum(map(self._words.__getitem__, words))
-        except KeyError:
-            total = self._with_new_words(words)
-        needs_no_repair = _PLAIN.fullmatch(caption) is not None
-        return total if total <= self.limit or needs_no_repair else int(self._count([caption])[0])
+    def count(self, captions: Iterable[str]) -> Iterator[int]:
+        """Yield the number of tokens of each caption; words that are new go to the tokenizer in large groups."""
+        waiting = iter(captions)
+        while group := list(islice(waiting, _GROUP)):
+            texts = [without_weights(caption) for caption in group] if self._weighted else group
+            self._learn(texts)
+            yield from map(self._tokens, texts)
 
-    def _with_new_words(self, words: Sequence[str]) -> int:
-        new = [word for word in dict.fromkeys(words) if word not in self._words]
-        counts = dict(zip(new, self._count(new), strict=True))
-        self._words.update({word: count for word, count in counts.items() if len(word) <= _LONGEST_KEPT})
-        return sum(counts[word] if word in counts else self._words[word] for word in words)
+    def _tokens(self, caption: str) -> int:
+        known = self._words
+        total = sum(known[word] for word in caption.split())
+        needs_no_repair = total <= self.limit or _PLAIN.fullmatch(caption) is not None
+        return total if needs_no_repair else int(self._count([caption])[0])
+
+    def _learn(self, captions: Sequence[str]) -> None:
+        if len(self._words) > _MOST_WORDS:
+            self._words.clear()
+        new = list({word: None for caption in captions for word in caption.split() if word not in self._words})
+        self._words.update(zip(new, self._count(new), strict=True))
 
 
-def longest_captions(section: Section) -> Iterator[tuple[str, str]]:
-    """Yield the own text of each item, and the longest caption it can have: no tag is missing, each choice falls on the longest."""
+def longest_captions(section: Section) -> Iterator[str]:
+    """Yield the longest caption each item can have in any use: no tag is missing, and every choice falls on the longest part."""
     subsets = section.config.subsets
     leaves_text = [replace(subset.captions, **_WITHOUT_EFFECT) == _PLAIN_RULES for subset in subsets]
     for subset, text in zip(section.items.subsets.tolist(), section.items.captions(), strict=True):
         if leaves_text[subset] and "\n" not in text:
-            yield text, text
+            yield text
         else:
-            yield text, caption_for_use(text, subsets[subset].captions, epoch=1, rng=_LONGEST, update=_ALL_TAGS)
+            yield caption_for_use(text, subsets[subset].captions, epoch=1, rng=_LONGEST, update=_ALL_TAGS)
 
 
 class _LongestChoice(random.Random):

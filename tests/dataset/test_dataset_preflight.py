@@ -14,6 +14,7 @@ from library.dataset.dataset import Dataset
 from library.dataset.findings import Findings, Kind, Severity
 from library.dataset.preflight import Checked, Limits, check_dataset
 from library.options.dataset_config import SectionConfig
+from library.options.errors import UserError
 
 
 def count_words(texts: Sequence[str]) -> list[int]:
@@ -151,11 +152,24 @@ def test_everything_wrong_is_found_at_once(plain: Path, tmp_path: Path) -> None:
     (plain / "tiny.txt").write_text("a caption that is a good deal too long")
     (plain / "nothing.png").write_bytes(b"")
     (tmp_path / "meta.json").write_text('{"missing": {"caption": "a"}}')
+    masked, masks = tmp_path / "masked", tmp_path / "masks"
+    for path, size in ((masked, (64, 64)), (masks, (32, 64))):
+        path.mkdir()
+        make_image(path / "m.png", size)
+    make_image(masked / "alone.png", (64, 64), seed=3)
+    make_image(plain / "good.png", (64, 64), seed=9)
+    (plain / "good.txt").write_text("a caption that is too long")
     checked = check(
         section(subset(plain), enable_bucket=True, bucket_no_upscale=True),
         section(subset(plain, metadata_file=str(tmp_path / "meta.json"))),
+        section(subset(masked, conditioning_data_dir=str(masks), class_tokens="x"), enable_bucket=True),
         max_tokens=3,
     )
     found = told(checked, Severity.ERROR)
-    assert list(found) == [Kind.UNRESOLVED, Kind.UNREADABLE_IMAGE, Kind.TOO_SMALL, Kind.UNREADABLE_CAPTION]
-    assert checked.findings.total(Severity.ERROR) == 6
+    assert list(found) == [Kind.UNRESOLVED, Kind.UNREADABLE_IMAGE, Kind.TOO_SMALL, Kind.CONDITIONING, Kind.UNREADABLE_CAPTION]
+    assert checked.findings.total(Severity.ERROR) == 8
+    assert Kind.LONG_CAPTION in told(checked)
+    with pytest.raises(UserError) as error:
+        checked.findings.raise_errors()
+    for name in ["p0.png", "p1.txt", "latin.txt", "tiny.png", "nothing.png", "missing", "m.png", "alone.png"]:
+        assert name in str(error.value)

@@ -95,8 +95,7 @@ class SdxlFamily:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return how many tokens each text has; both encoders read the same."""
-        bpe = load_bpe(self.source.tokenizer_cache_dir)
-        return [len(bpe.encode(text)) for text in texts]
+        return load_bpe(self.source.tokenizer_cache_dir).count(texts)
 
     def encode_text(self, tokens: Tokens, encoders: Sequence[nn.Module | None]) -> TextCond:
         """Run TE1 and TE2, each if it is not None, on its device and in its dtype.

@@ -41,9 +41,21 @@ class ClipBpe:
         The text is cleaned as OpenAI did for training: ftfy repairs it, whitespace collapses, case is lost. Without ftfy, curly
         quotes, ligatures and full-width letters would get other ids.
         """
-        cleaned = re.sub(r"\s+", " ", ftfy.fix_text(text)).strip().lower()
-        ids: list[int] = self._tokenizer(cleaned, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        ids: list[int] = self._tokenizer(_cleaned(text), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
         return ids
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Return how many tokens each of many texts has."""
+        if not texts:
+            return []
+        cleaned = [_cleaned(text) for text in texts]
+        return [
+            len(ids) for ids in self._tokenizer(cleaned, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        ]
+
+
+def _cleaned(text: str) -> str:
+    return re.sub(r"\s+", " ", ftfy.fix_text(text)).strip().lower()
 
 
 @lru_cache(maxsize=2)
