@@ -199,3 +199,14 @@ def test_images_with_masks_are_split_with_them(many: Path, tmp_path: Path) -> No
     assert batch.conditioning is not None
     assert batch.images is not None
     assert batch.conditioning.equal(batch.images)  # a copy of the picture as its mask lies exactly over it
+
+
+def test_a_remembered_folder_is_split_as_before_and_its_memory_holds_all_images(many: Path) -> None:
+    data = config(section(subset(many, validation_split=0.2, cache_info=True)))
+    first, again = Dataset(data, seed=0), Dataset(data, seed=0)
+    remembered = json.loads((many / "metadata_cache.json").read_text(encoding="utf-8"))
+    assert len(remembered) == 10
+    assert split(again) == split(first)
+    assert split(again)[0] | split(again)[1] == {str(path) for path in many.glob("*.png")}
+    for dataset in (first, again):
+        assert all(item.caption == f"picture {Path(item.path).stem}, tag" for item in dataset.encoded_items)
