@@ -232,15 +232,15 @@ class _Requests:
         self._plan, self._start, self._shared = EpochPlan(0, batches[self._process_index :: self._num_processes]), 0, False
 
     def __iter__(self) -> Iterator[_Request]:
-        return map(partial(self._request, self._plan), range(self._start, len(self._plan.batches)))
+        own = (self._process_index, self._num_processes) if self._shared else (0, 1)
+        return map(partial(self._request, self._plan, own), range(self._start, len(self._plan.batches)))
 
     def __len__(self) -> int:
         return len(self._plan.batches) - self._start
 
-    def _request(self, plan: EpochPlan, batch: int) -> _Request:
+    def _request(self, plan: EpochPlan, own: tuple[int, int], batch: int) -> _Request:
         updates_before = (plan.epoch - 1) * -(-len(plan.batches) // self._accumulation)
         update = updates_before + batch // self._accumulation
-        own = (self._process_index, self._num_processes) if self._shared else (0, 1)
         return _Request(plan.epoch, plan.share(batch, *own), update, self._total_updates)
 
 

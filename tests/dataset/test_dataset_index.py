@@ -1,5 +1,6 @@
 """What is found in folders, and what is complained about before anything expensive is done."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -130,3 +131,57 @@ def test_regularisation_images_come_last_and_unused_ones_are_left_out(folder: Pa
     assert [item.is_reg for item in found.items] == [False] * 5 + [True] * 5
     assert found.image_counts == (7, 5)
     assert [item.number for item in found.items] == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("files", "class_tokens", "caption"),
+    [
+        ({"name_1_2_30_40.txt": "own", "name.txt": "shared"}, None, "own"),
+        ({"name.txt": "shared"}, None, "shared"),
+        ({"name.txt": "shared"}, "sks dog", "shared"),
+        ({"name_1_2.txt": "of another"}, "sks dog", "sks dog"),
+        ({"name.caption": "another ending"}, None, ""),
+        ({}, "sks dog", "sks dog"),
+        ({}, "", ""),
+        ({"name.txt": "\n"}, "sks dog", ""),
+    ],
+)
+def test_a_caption_is_looked_for_by_the_images_name_then_without_the_place_of_a_face(
+    tmp_path: Path, files: dict[str, str], class_tokens: str | None, caption: str
+) -> None:
+    make_image(tmp_path / "name_1_2_30_40.png")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (found,) = build_index(config(section(subset(tmp_path, class_tokens=class_tokens))))
+    assert [item.caption for item in found.items] == [caption]
+
+
+def test_underscores_of_a_folder_are_no_place_of_a_face(tmp_path: Path) -> None:
+    images = tmp_path / "a_1_2_3_4" / "b_5"
+    images.mkdir(parents=True)
+    make_image(images / "name.png")
+    (tmp_path / "a_1.txt").write_text("not of this image")
+    (found,) = build_index(config(section(subset(images, class_tokens="dog"))))
+    assert found.items[0].caption == "dog"
+
+
+def test_regularisation_images_are_taken_from_subset_after_subset(folder: Path, tmp_path: Path) -> None:
+    for name, count in (("first", 3), ("second", 10)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            make_image(tmp_path / name / f"{number}.png")
+    reg = [subset(tmp_path / name, is_reg=True, class_tokens="dog") for name in ("first", "second")]
+    (found,) = build_index(config(section(*reg, subset(folder))))
+    assert [(item.subset, item.repeats) for item in found.items] == [(2, 1)] * 5 + [(0, 1)] * 3 + [(1, 1)] * 2
+
+
+def test_images_of_one_name_in_two_folders_of_metadata_files_are_both_used(tmp_path: Path) -> None:
+    parts = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        make_image(tmp_path / name / "same.png")
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"same.png": {"caption": name}}))
+        parts.append(subset(tmp_path / name, metadata_file=str(file)))
+    (found,) = build_index(config(section(*parts)))
+    assert [item.caption for item in found.items] == ["one", "two"]
