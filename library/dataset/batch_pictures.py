@@ -44,7 +44,7 @@ def write_batches(folder: Path, dataset: Dataset, *, num_processes: int = 1, acc
     _remove_sheets(folder)
     for number, batch in enumerate(islice(loader.epoch(1), MOST_BATCHES)):
         uses = plan.share(number, 0, num_processes).uses
-        draws = [dataset.draws(use, 1, update=number // accumulation, total_updates=total_updates) for use in uses]
+        draws = [dataset.draws(use, 1) for use in uses]  # but for the captions, which the batch has, they are those of the batch
         sheet = _SHEETS.format(number + 1)
         facts = list(_batch_facts(batch, draws, sheet))
         lines += [json.dumps(fact, default=str) for fact in facts]

@@ -69,6 +69,23 @@ def test_a_report_needs_no_model_and_says_how_long_the_run_is(
     assert not (tmp_path / "out").exists()
 
 
+def test_of_several_processes_only_the_first_writes(
+    dataset: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "report"
+    args = finetune_arguments(tiny_checkpoint, dataset, tmp_path / "out", "--dataset_report", str(report), "--debug_dataset")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    sdxl_train.main(args)
+    assert not report.exists() and not (tmp_path / "out").exists()
+    monkeypatch.setenv("RANK", "0")
+    sdxl_train.main(args)
+    facts = json.loads((report / "dataset_report.json").read_text())
+    assert facts["processes"] == 2
+    assert facts["batches_per_epoch"] == sum(-(-bucket["uses"] // 4) for bucket in facts["datasets"][0]["buckets"])
+    assert (tmp_path / "out" / "debug_dataset" / "batches.jsonl").exists()
+
+
 def test_errors_of_the_data_stop_a_run_before_a_model_is_loaded(
     dataset: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,7 @@
 """The report: the same facts for people and for programs, whatever names and captions hold."""
 
+import base64
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -9,12 +11,14 @@ from typing import Any
 
 import pytest
 from dataset_samples import config, make_image, section, subset
+from PIL import Image
 
 from library.dataset.dataset import Dataset
 from library.dataset.findings import Findings
 from library.dataset.markup import bar, element, join, table
 from library.dataset.preflight import Limits, check_dataset
 from library.dataset.report import write_report
+from library.dataset.thumbnails import thumbnails
 from library.options.dataset_config import SectionConfig
 
 LENGTHS = {"batches_per_epoch": 3, "updates_per_epoch": 3, "epochs": 2, "total_updates": 6}
@@ -152,6 +156,23 @@ def test_pictures_are_bounded_and_the_worst_shown(tmp_path: Path) -> None:
     assert len(page.all("img")) == 24
     assert facts["enlarged"]["listed"][0]["name"] == "0.png"
     assert "and 6 more" in page.text
+
+
+def test_small_pictures_show_what_is_cut_off_and_stand_upright(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    turned = Image.Exif()
+    turned[274] = 6
+    Image.new("RGB", (64, 256), "white").save(images / "a.png", exif=turned)
+    dataset = Dataset(config(section(subset(images, class_tokens=""))), 0)
+    for shows_crop, left, middle in ((False, 255, 255), (True, 76, 255)):
+        (source,) = thumbnails(dataset.items, shows_crop=shows_crop)
+        assert source is not None
+        with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as picture:
+            assert picture.size == (224, 56)
+            grey = picture.convert("L")
+            assert grey.getpixel((20, 28)) == pytest.approx(left, abs=6)
+            assert grey.getpixel((112, 28)) == pytest.approx(middle, abs=6)
 
 
 def test_attributes_are_escaped_and_elements_nest() -> None:
