@@ -5,8 +5,10 @@ columns cost eight bytes a text, and looking changes nothing.
 """
 
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, overload
 
 import numpy as np
@@ -27,8 +29,7 @@ class Texts(Sequence[str]):
         whole = "".join(parts)
         lengths = map(len, parts if whole.isascii() else (text.encode("utf-8", "surrogatepass") for text in parts))
         self._packed = whole.encode("utf-8", "surrogatepass")  # names that are not UTF-8 come as surrogates
-        self._ends = np.zeros(len(parts) + 1, dtype=np.int64)
-        np.cumsum(np.fromiter(lengths, dtype=np.int64, count=len(parts)), out=self._ends[1:])
+        self._ends = array("q", accumulate(lengths, initial=0))  # an array gives single numbers faster than numpy
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -40,7 +41,9 @@ class Texts(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | Sequence[str]:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
+        position = index if index >= 0 else index + len(self)
+        if not 0 <= position < len(self):
+            raise IndexError(f"there is no text {index} among {len(self)}")
         return self._packed[self._ends[position] : self._ends[position + 1]].decode("utf-8", "surrogatepass")
 
 
@@ -72,9 +75,11 @@ class Pictures:
 
     def path(self, row: int) -> str:
         """Return the file of an image as it was given."""
-        return self.folders[int(self.folder[row])] + self.names[row]
+        return self.folders[self.folder.item(row)] + self.names[row]
 
     def cache_stem(self, row: int) -> str:
         """Return the path under which the caches of an image lie; see `Item`."""
         name = self.names[row]
-        return os.path.join(self.real_folders[int(self.folder[row])], name if self.whole_names[row] else os.path.splitext(name)[0])
+        if not self.whole_names.item(row):
+            name = os.path.splitext(name)[0]
+        return os.path.join(self.real_folders[self.folder.item(row)], name)

@@ -13,6 +13,8 @@ from library.dataset.columns import Flags, Ints, Pictures
 from library.dataset.images import Trait
 from library.options.dataset_config import SectionConfig
 
+_ALPHA = int(Trait.ALPHA)  # a plain number: flags take microseconds
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -171,23 +173,24 @@ class Items(Sequence[Item]):
         return Items(self._config, self._section, first, self._pictures, choice)
 
     def _item(self, position: int) -> Item:
-        subset, row = int(self._choice.subsets[position]), int(self._choice.rows[position])
+        subset, row = self._choice.subsets.item(position), self._choice.rows.item(position)
         pictures = self._pictures[subset]
-        size, bucket = _pair(self._sizes[position]), _pair(self.buckets[position])
+        size, bucket = _pair(self._sizes, position), _pair(self.buckets, position)
+        caption = pictures.captions[row]
         return Item(
             number=self._first + position,
             section=self._section,
             subset=subset,
             path=pictures.path(row),
             size=size,
-            orientation=int(pictures.orientations[row]),
-            caption=pictures.captions[row],
-            tags=pictures.tags[row],
-            repeats=int(self._choice.repeats[position]),
+            orientation=pictures.orientations.item(row),
+            caption=caption,
+            tags=caption if pictures.tags is pictures.captions else pictures.tags[row],
+            repeats=self._choice.repeats.item(position),
             is_reg=self._config.subsets[subset].is_reg,
             geometry=self._chooser.geometry(size, bucket),
             cache_stem=pictures.cache_stem(row),
-            has_alpha=bool(pictures.traits[row] & Trait.ALPHA),
+            has_alpha=bool(pictures.traits.item(row) & _ALPHA),
             conditioning_path=(pictures.conditioning[row] or None) if pictures.conditioning is not None else None,
         )
 
@@ -217,5 +220,5 @@ class JoinedItems(Sequence[Item]):
         return (item for part in self._parts for item in part)
 
 
-def _pair(values: Ints) -> Size:
-    return int(values[0]), int(values[1])
+def _pair(pairs: Ints, position: int) -> Size:
+    return pairs.item(position, 0), pairs.item(position, 1)
