@@ -67,6 +67,19 @@ def test_masks_stand_beside_their_pictures(folder: Path, tmp_path: Path) -> None
     assert cell[40:72, 80:144].min() == 255
 
 
+def test_control_images_stand_beside_their_pictures(folder: Path, tmp_path: Path) -> None:
+    controls = tmp_path / "controls"
+    controls.mkdir()
+    for path in folder.glob("*.png"):
+        with Image.open(path) as image:
+            Image.new("RGB", image.size, "red").save(controls / path.name)
+    dataset = Dataset(config(section(subset(folder, conditioning_data_dir=str(controls)), batch_size=5)), 0)
+    write_batches(tmp_path / "out", dataset)
+    assert all(line["has_conditioning_image"] and not line["has_mask"] for line in lines(tmp_path / "out"))
+    with Image.open(tmp_path / "out" / "batch-001.png") as sheet:
+        assert (np.asarray(sheet)[8:72, 80:144] == (255, 0, 0)).all()
+
+
 def test_batches_are_bounded_and_earlier_sheets_go(folder: Path, tmp_path: Path) -> None:
     many = Dataset(config(section(subset(folder, num_repeats=6), batch_size=1)), 0)
     assert write_batches(tmp_path, many) == MOST_BATCHES == len(list(tmp_path.glob("batch-*.png")))
