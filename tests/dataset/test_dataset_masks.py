@@ -1,5 +1,6 @@
 """Masks from alpha channels: in batches, in memory and in cache files."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,21 @@ def test_a_batch_of_subsets_with_and_without_masks_has_ones_for_the_latter(pictu
     assert batch.masks is not None
     for key, mask in zip(batch.image_keys, batch.masks, strict=True):
         assert (float(mask.min()) < 1) == key.endswith("a.png")
+
+
+@pytest.mark.parametrize("options", [None, MEMORY, DISK])
+def test_transparent_pictures_of_a_subset_without_masks_have_ones_beside_those_of_one_with_masks(
+    pictures: Path, tmp_path: Path, family: FakeFamily, vae: FakeVae, options: CacheOptions | None
+) -> None:
+    others = shutil.copytree(pictures, tmp_path / "others")
+    dataset = Dataset(config(section(subset(pictures, alpha_mask=True), subset(others), batch_size=6)), 1)
+    if options:
+        cache(dataset, family, vae, options)
+    (batch,) = make_loader(dataset, 1)
+    assert batch.masks is not None
+    lowest = {key: float(mask.min()) for key, mask in zip(batch.image_keys, batch.masks, strict=True)}
+    assert lowest[str(pictures / "a.png")] == pytest.approx(0.2)
+    assert lowest[str(others / "a.png")] == 1
 
 
 def test_masks_in_files_are_those_of_sd_scripts_but_small(pictures: Path, family: FakeFamily, vae: FakeVae) -> None:
