@@ -49,9 +49,11 @@ class FolderFiles:
         """What stands before the names."""
         self.real = os.path.realpath(folder)
         """The folder, the same from wherever it is seen, without separator at its end."""
-        self.names = frozenset(os.listdir(folder or "."))
+        listed = os.listdir(folder or ".")
+        self.names = frozenset(listed)
         """Of all files and folders."""
-        self.images = sorted(name for name in self.names if name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != ".")
+        self.images = [name for name in listed if name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != "."]
+        self.images.sort()
         """The names of all images, and of folders that are named as if they were images."""
         self.stems = [name[: name.rindex(".")] for name in self.images]
         """The same names without their endings."""
