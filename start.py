@@ -260,7 +260,7 @@ def test(pytest_arguments: list[str]) -> int:
     result = f"failed: {', '.join(failed)} (the exit status will be 1)" if failed else "all checks passed"
     say(f"\n── {result}; now the tests")
     workers = min(os.cpu_count() or 1, 4)
-    status = run([str(python), "-m", "pytest", "-n", str(workers), *pytest_arguments])
+    status = run([str(python), "-m", "pytest", "-n", str(workers), "--dist", "worksteal", *pytest_arguments])
     return status or int(bool(failed))
 
 
