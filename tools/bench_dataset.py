@@ -4,9 +4,10 @@
     python tools/bench_dataset.py --images 1000 --without_files 10000 --repeat 1      # a few seconds
 
 Small JPEGs with captions are made in a temporary folder, where they lie in the page cache, and each number is measured in processes
-of its own: the first start, which reads every header and caption; the second, which finds everything remembered; the plan of an
-epoch. For the numbers of `--without_files`, names, headers and captions are made up instead and go through the same database, so
-that growth is seen where making the files would take too long. What is told is the median of `--repeat` measurements.
+of its own: the first start, which reads every header and caption; the second, which finds everything remembered; the checks of what
+is found, without tokenizer; the facts that are recorded in trained files; the plan of an epoch. For the numbers of
+`--without_files`, names, headers and captions are made up instead and go through the same database, so that growth is seen where
+making the files would take too long. What is told is the median of `--repeat` measurements.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -37,6 +39,8 @@ _WORDS = ("outdoors", "evening light", "1girl", "looking at viewer", "photograph
 _COLUMNS = {
     "first": "first start",
     "second": "second start",
+    "check": "checks",
+    "facts": "facts recorded",
     "plan": "plan of an epoch",
     "memory": "memory held",
     "peak": "peak memory",
@@ -85,6 +89,10 @@ def measure_count(folder: str, count: int, has_files: bool, repeat: int) -> dict
         "first_cpu_us": median("first", "cpu_seconds") / count * 1e6,
         "second_us": median("second", "seconds") / count * 1e6,
         "second_cpu_us": median("second", "cpu_seconds") / count * 1e6,
+        "check_us": median("second", "check_seconds") / count * 1e6,
+        "check_cpu_us": median("second", "check_cpu_seconds") / count * 1e6,
+        "facts_us": median("second", "facts_seconds") / count * 1e6,
+        "facts_cpu_us": median("second", "facts_cpu_seconds") / count * 1e6,
         "plan_us": median("second", "plan_seconds") / count * 1e6,
         "memory_bytes": median("second", "held_bytes") / count,
         "peak_bytes": median("second", "peak_bytes") / count,
@@ -137,7 +145,30 @@ def measured(kind: str, folder: str, count: int) -> dict[str, Any]:
     plan_seconds = time.perf_counter() - start
     if len(plan.batches) != count:
         raise RuntimeError(f"{len(plan.batches)} images were planned, not {count}")
-    return {"seconds": seconds, "cpu_seconds": cpu, "plan_seconds": plan_seconds, "held_bytes": held, "peak_bytes": peak}
+    start_up = {"seconds": seconds, "cpu_seconds": cpu, "plan_seconds": plan_seconds, "held_bytes": held, "peak_bytes": peak}
+    return start_up | measured_checks(config, sections)
+
+
+def measured_checks(config: "DatasetConfig", sections: "tuple[Section, ...]") -> dict[str, Any]:
+    """Return the seconds of the pre-flight, with a tokenizer that costs nothing, and of the facts for the metadata."""
+    from library.dataset import dataset as module
+    from library.dataset.facts import metadata_facts
+    from library.dataset.findings import Findings
+    from library.dataset.preflight import Limits, check_dataset
+
+    found: dict[str, Any] = {}
+    with mock.patch.object(module, "build_index", return_value=sections):
+        dataset = module.Dataset(config, 0, Findings())
+    limits = Limits(lambda texts: [1] * len(texts), 75)
+    jobs: dict[str, Callable[[], object]] = {
+        "check": lambda: check_dataset(dataset, Findings(), limits),
+        "facts": lambda: metadata_facts(dataset),
+    }
+    for name, job in jobs.items():
+        seconds, cpu = time.perf_counter(), time.process_time()
+        job()
+        found |= {f"{name}_seconds": time.perf_counter() - seconds, f"{name}_cpu_seconds": time.process_time() - cpu}
+    return found
 
 
 def configured(folder: str) -> "DatasetConfig":
@@ -223,6 +254,8 @@ def table(rows: Sequence[dict[str, Any]], *, with_head: bool) -> str:
         cells = [
             f"{row['first_us']:.1f} ({row['first_cpu_us']:.1f})",
             f"{row['second_us']:.1f} ({row['second_cpu_us']:.1f})",
+            f"{row['check_us']:.1f} ({row['check_cpu_us']:.1f})",
+            f"{row['facts_us']:.1f} ({row['facts_cpu_us']:.1f})",
             f"{row['plan_us']:.2f}",
             f"{row['memory_bytes']:.0f}",
             f"{row['peak_bytes']:.0f}",

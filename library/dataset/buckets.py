@@ -207,6 +207,24 @@ class BucketChooser:
         chosen: Ints = (self._without_upscaling(kinds) if self._keeps_size else self._nearest(kinds))[kind]
         return chosen
 
+    def resized(self, sizes: Ints, buckets: Ints) -> Ints:
+        """Return to what many pictures are resized.
+
+        Args:
+            sizes: (N, 2), widths and heights.
+            buckets: theirs, as `buckets` returned them.
+        """
+        if self._keeps_size:
+            keys, kind = np.unique(sizes[:, 0].astype(np.int64) << 32 | sizes[:, 1], return_inverse=True)
+            step = self._section.bucket_reso_steps
+            kinds = [shrunk_to_area((key >> 32, key & 0xFFFFFFFF), self._area, step) for key in keys.tolist()]
+            return np.array(kinds, dtype=np.int32).reshape(-1, 2)[kind]
+        (width, height), (bucket_width, bucket_height) = sizes.T, buckets.T  # from here on what `cover` does, in its arithmetic
+        is_wider = width / height > bucket_width / bucket_height
+        scale = np.where(is_wider, bucket_height / height, bucket_width / width)
+        covering: Ints = (sizes * scale[:, None] + 0.5).astype(np.int32)
+        return covering
+
     def _nearest(self, sizes: Ints) -> Ints:
         """Do what `nearest_bucket` does, in the same arithmetic."""
         ratios = sizes[:, 0] / sizes[:, 1]

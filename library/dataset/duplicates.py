@@ -4,10 +4,12 @@ import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+from library.dataset.folder_files import mapped
 
 _SAMPLE = 4096
-_THREADS = min(16, 2 * (os.cpu_count() or 1))
+_CHUNK = 8
 
 
 def same_files(paths: Iterable[str]) -> tuple[list[list[str]], list[list[str]]]:
@@ -36,16 +38,15 @@ def same_contents(candidates: Iterable[Sequence[str]]) -> list[list[str]]:
     Args:
         candidates: groups of files of one size. Only what also agrees in a sample from the middle is read whole.
     """
-    groups = list(candidates)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        alike = _split(groups, _sample, pool)
-        return list(_split(alike, _digest, pool))
+    return list(_split(_split(candidates, _sample), _digest))
 
 
-def _split(groups: Iterable[Sequence[str]], key: Callable[[str], bytes | None], pool: ThreadPoolExecutor) -> Iterator[list[str]]:
+def _split(groups: Iterable[Sequence[str]], key: Callable[[str], bytes | None]) -> Iterator[list[str]]:
     """Divide groups by a property of their files, and give those that still have two."""
     kept = [list(group) for group in groups]
-    keys = pool.map(key, [path for group in kept for path in group])
+    paths = [path for group in kept for path in group]
+    chunks = (range(start, min(start + _CHUNK, len(paths))) for start in range(0, len(paths), _CHUNK))
+    keys = chain.from_iterable(mapped(lambda chunk: [key(path) for path in paths[chunk.start : chunk.stop]], chunks))
     for group in kept:
         parts: dict[Hashable, list[str]] = defaultdict(list)
         for path in group:
@@ -62,7 +63,7 @@ def _several(groups: dict[int, list[str]] | dict[tuple[int, int], list[str]] | d
 def _sample(path: str) -> bytes | None:
     """Return some bytes from the middle: the beginnings of files of one camera or program are alike."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             file.seek(os.fstat(file.fileno()).st_size // 2)
             return file.read(_SAMPLE)
     except OSError:
@@ -71,7 +72,7 @@ def _sample(path: str) -> bytes | None:
 
 def _digest(path: str) -> bytes | None:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
     except OSError:
         return None

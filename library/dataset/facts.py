@@ -2,16 +2,22 @@
 
 import os
 from collections import Counter
+from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from library.dataset.buckets import Size
 from library.dataset.dataset import Dataset
 from library.dataset.index import Section
-from library.dataset.items import Item
 from library.options.dataset_config import SubsetConfig
 
 Facts = dict[str, Any]
 """Values that `json.dumps` can write."""
+TagCounts = dict[str, dict[str, int]]
+"""Uses of each tag by folder or metadata file."""
+
+_GROUP = 4096
 
 
 def metadata_facts(dataset: Dataset, num_processes: int = 1) -> Facts:
@@ -19,17 +25,23 @@ def metadata_facts(dataset: Dataset, num_processes: int = 1) -> Facts:
 
     With a dataset file there is one description per dataset, else flat entries, as sd-scripts writes them.
     """
+    counted = [tag_frequency(section) for section in dataset.sections]
     facts: Facts = {
-        "ss_tag_frequency": {folder: tags for section in dataset.sections for folder, tags in tag_frequency(section).items()},
+        "ss_tag_frequency": {folder: tags for counts in counted for folder, tags in counts.items()},
         "ss_dataset_dirs": folders(dataset, is_reg=False),
     }
     if dataset.config.from_file:
-        return facts | {"ss_datasets": [section_facts(section) for section in dataset.sections]}
+        return facts | {"ss_datasets": [section_facts(*pair) for pair in zip(dataset.sections, counted, strict=True)]}
     return facts | _flat_facts(dataset, num_processes)
 
 
-def section_facts(section: Section) -> Facts:
-    """Describe one dataset of the file."""
+def section_facts(section: Section, counted: TagCounts | None = None) -> Facts:
+    """Describe one dataset of the file.
+
+    Args:
+        section: the dataset.
+        counted: its `tag_frequency`, where that is known already.
+    """
     config = section.config
     return {
         "is_dreambooth": all(subset.metadata_file is None for subset in config.subsets),
@@ -40,7 +52,7 @@ def section_facts(section: Section) -> Facts:
         "enable_bucket": config.enable_bucket,
         "min_bucket_reso": config.min_bucket_reso,
         "max_bucket_reso": config.max_bucket_reso,
-        "tag_frequency": tag_frequency(section),
+        "tag_frequency": tag_frequency(section) if counted is None else counted,
         "bucket_info": bucket_info(section),
         "resize_interpolation": config.resize_interpolation,
         "subsets": [_subset_facts(subset, count) for subset, count in zip(config.subsets, section.image_counts, strict=True)],
@@ -49,7 +61,7 @@ def section_facts(section: Section) -> Facts:
 
 def num_train_uses(section: Section) -> int:
     """Return the number of training images, repeats included."""
-    return sum(item.repeats for item in section.items if not item.is_reg)
+    return int(section.items.repeats[~section.items.is_reg].sum(dtype=np.int64))
 
 
 def num_reg_images(section: Section) -> int:
@@ -58,13 +70,16 @@ def num_reg_images(section: Section) -> int:
     return sum(subset.num_repeats * count for subset, count in pairs if subset.is_reg)
 
 
-def tag_frequency(section: Section) -> dict[str, dict[str, int]]:
+def tag_frequency(section: Section) -> TagCounts:
     """Count the tags by folder or metadata file: split at commas, stripped, in lower case, none empty."""
     counts: dict[str, Counter[str]] = {}
-    for item in section.items:
-        folder = _folder_name(section.subset(item))
-        tags = (tag.strip().lower() for tag in item.tags.replace("\n", ",").split(","))
-        counts.setdefault(folder, Counter()).update(tag for tag in tags if tag)
+    for subset, texts in section.items.tags():
+        counted = counts.setdefault(_folder_name(section.config.subsets[subset]), Counter())
+        while group := list(islice(texts, _GROUP)):
+            # as they stand first, since most come again and again
+            for written, uses in Counter(",".join(group).replace("\n", ",").split(",")).items():
+                if tag := written.strip().lower():
+                    counted[tag] += uses
     return {folder: dict(tags) for folder, tags in counts.items()}
 
 
@@ -72,11 +87,12 @@ def bucket_info(section: Section) -> Facts | None:
     """Return sizes and uses of the buckets and by how much the aspect of the pictures is off; None without buckets."""
     if not section.config.enable_bucket:
         return None
+    sizes, buckets_of = section.items.sizes, section.items.buckets
     uses: Counter[Size] = Counter()
-    for item in section.items:
-        uses[item.geometry.bucket] += item.repeats
+    for (width, height), repeats in zip(buckets_of.tolist(), section.items.repeats.tolist(), strict=True):
+        uses[width, height] += repeats
     buckets = {number: {"resolution": list(size), "count": uses[size]} for number, size in enumerate(sorted(uses))}
-    errors = [_aspect_error(item) for item in section.items]
+    errors: list[float] = np.abs(buckets_of[:, 0] / buckets_of[:, 1] - sizes[:, 0] / sizes[:, 1]).tolist()
     return {"buckets": buckets, "mean_img_ar_error": sum(errors) / len(errors) if errors else 0.0}
 
 
@@ -146,8 +162,3 @@ def _subset_facts(subset: SubsetConfig, count: int) -> Facts:
 
 def _folder_name(subset: SubsetConfig) -> str:
     return os.path.basename(os.path.normpath(subset.source))
-
-
-def _aspect_error(item: Item) -> float:
-    bucket, size = item.geometry.bucket, item.size
-    return abs(bucket[0] / bucket[1] - size[0] / size[1])

@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, overload
 
 import numpy as np
@@ -118,11 +118,14 @@ class Items(Sequence[Item]):
         return self._sizes
 
     @property
+    def is_reg(self) -> Flags:
+        """Whether each item is a regularisation image."""
+        return np.array([subset.is_reg for subset in self._config.subsets], dtype=np.bool_)[self.subsets]
+
+    @property
     def resized(self) -> Ints:
         """(N, 2), width and height of each item after resizing, before it is cropped."""
-        keys, which = np.unique(np.concatenate([self._sizes, self.buckets], axis=1), axis=0, return_inverse=True)
-        sizes = [self._chooser.geometry((w, h), (bucket_w, bucket_h)).resized for w, h, bucket_w, bucket_h in keys.tolist()]
-        return np.array(sizes, dtype=np.int32).reshape(-1, 2)[which.reshape(-1)]
+        return self._chooser.resized(self._sizes, self.buckets)
 
     @property
     def shares_stem(self) -> Flags:
@@ -135,14 +138,22 @@ class Items(Sequence[Item]):
 
     def captions(self) -> Iterator[str]:
         """Yield the own text of each item."""
-        return (self._pictures[subset].captions[row] for subset, row in self._places())
+        return (text for subset, rows in self._runs() for text in self._pictures[subset].captions.many(rows))
+
+    def tags(self) -> Iterator[tuple[int, Iterator[str]]]:
+        """Yield what counts as tags of the items, in their order, with the subset of each stretch."""
+        return ((subset, self._pictures[subset].tags.many(rows)) for subset, rows in self._runs())
 
     def paths(self) -> Iterator[str]:
         """Yield the file of each item."""
-        return (self._pictures[subset].path(row) for subset, row in self._places())
+        return (path for subset, rows in self._runs() for path in self._pictures[subset].paths(rows))
 
-    def _places(self) -> Iterator[tuple[int, int]]:
-        return zip(self._choice.subsets.tolist(), self._choice.rows.tolist(), strict=True)
+    def _runs(self) -> Iterator[tuple[int, list[int]]]:
+        """Yield stretches of items of one subset: the subset, and the rows among its pictures."""
+        if len(self):
+            edges = (np.flatnonzero(np.diff(self.subsets)) + 1).tolist()
+            for start, end in pairwise([0, *edges, len(self)]):
+                yield self.subsets.item(start), self._choice.rows[start:end].tolist()
 
     def __len__(self) -> int:
         return len(self._choice.rows)

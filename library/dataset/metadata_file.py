@@ -65,7 +65,7 @@ def find_images(entries: Sequence[Entry], image_dir: str, endings: Sequence[str]
         The entries by the path of their image, in their order.
     """
     names_in = _FolderNames()
-    images = [next(filter(names_in.has, _candidates(entry.key, image_dir, endings)), None) for entry in entries]
+    images = [next(filter(names_in.has, _candidates(entry.key, image_dir, endings, names_in)), None) for entry in entries]
     looked = f" or in {image_dir}" if image_dir else "; image_dir names the folder that keys are relative to"
     if len(images) > 1 and not any(images):
         told = (
@@ -111,10 +111,25 @@ class _FolderNames:
 
     def __init__(self) -> None:
         self._folders: dict[str, tuple[str, frozenset[str], frozenset[str]]] = {}
+        self._oddly_spelled: dict[str, dict[str, list[str]]] = {}
 
     def has(self, path: str) -> bool:
         folder, name = os.path.split(path)
         return name in self._looked_at(folder)[1]
+
+    def with_ending(self, path: str) -> Iterator[str]:
+        """Yield the files that have a path but for the spelling of its ending, which is given in lower case."""
+        yield path
+        stem, ending = os.path.splitext(path)
+        yield stem + ending.upper()
+        folder, name = os.path.split(path)
+        if folder not in self._oddly_spelled:
+            by_name = self._oddly_spelled[folder] = {}
+            for own in sorted(self._looked_at(folder)[1]):
+                start, spelled = os.path.splitext(own)
+                if spelled not in (spelled.lower(), spelled.upper()):
+                    by_name.setdefault(start + spelled.lower(), []).append(own)
+        yield from (os.path.join(folder, own) for own in self._oddly_spelled[folder].get(name, ()))
 
     def identity(self, path: str) -> str:
         """Return the path of an existing file that is the same from wherever it is seen."""
@@ -135,15 +150,14 @@ class _FolderNames:
         return self._folders[folder]
 
 
-def _candidates(key: str, image_dir: str, endings: Sequence[str]) -> Iterator[str]:
+def _candidates(key: str, image_dir: str, endings: Sequence[str], names_in: _FolderNames) -> Iterator[str]:
     """Yield the paths an image may have; a key that has no ending of an image is never a path itself."""
     places = [key] if os.path.isabs(key) or not image_dir else [key, os.path.join(image_dir, key)]
     if os.path.splitext(key)[1].lower() in endings:
         yield from places
     for place in places:
         for ending in sorted(endings):
-            yield place + ending
-            yield place + ending.upper()
+            yield from names_in.with_ending(place + ending)
 
 
 def _json_object(path: str, text: str) -> Iterator[tuple[str, Any, Any]]:

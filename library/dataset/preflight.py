@@ -6,6 +6,7 @@ The index has looked at every file; here its images are looked at together, as t
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -95,9 +96,9 @@ def _check_empty_captions(dataset: Dataset, surveyed: Survey, findings: Findings
         known = {path for problem in told for path in problem.files}
         count = int((own & surveyed.is_empty).sum()) - sum(problem.count for problem in told)
         if count > 0 and subset.class_tokens != "":
-            numbers = [
-                number for number in np.flatnonzero(own & surveyed.is_empty).tolist() if dataset.items[number].path not in known
-            ]
+            paths_of = list(chain.from_iterable(section.items.paths() for section in dataset.sections)) if known else []
+            empty = np.flatnonzero(own & surveyed.is_empty).tolist()
+            numbers = [number for number in empty if paths_of[number] not in known] if known else empty
             names, paths = _examples(dataset, numbers[:count])
             sentence = f"{count} of {own.sum()} images of {subset.source} have an empty caption: {names}."
             findings.warning(Kind.EMPTY_CAPTION, subset.source, sentence, count=count, files=paths)

@@ -4,7 +4,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from library.dataset.captions import caption_for_use
@@ -48,19 +48,20 @@ class TokenCounter:
         waiting = iter(captions)
         while group := list(islice(waiting, _GROUP)):
             texts = [without_weights(caption) for caption in group] if self._weighted else group
-            self._learn(texts)
-            yield from map(self._tokens, texts)
+            words = [text.split() for text in texts]
+            self._learn(words)
+            known = self._words.__getitem__
+            yield from (self._tokens(text, sum(map(known, own))) for text, own in zip(texts, words, strict=True))
 
-    def _tokens(self, caption: str) -> int:
-        known = self._words
-        total = sum(known[word] for word in caption.split())
+    def _tokens(self, caption: str, total: int) -> int:
+        """Return the tokens of a caption whose words have so many."""
         needs_no_repair = total <= self.limit or _PLAIN.fullmatch(caption) is not None
         return total if needs_no_repair else int(self._count([caption])[0])
 
-    def _learn(self, captions: Sequence[str]) -> None:
+    def _learn(self, captions: Sequence[Sequence[str]]) -> None:
         if len(self._words) > _MOST_WORDS:
             self._words.clear()
-        new = list({word: None for caption in captions for word in caption.split() if word not in self._words})
+        new = [word for word in dict.fromkeys(chain.from_iterable(captions)) if word not in self._words]
         self._words.update(zip(new, self._count(new), strict=True))
 
 

@@ -58,6 +58,16 @@ def test_an_image_is_found_by_its_path_in_the_folder_or_without_its_ending(image
     assert found == {str(images / name): f"c{number}" for number, name in enumerate(NAMES)}
 
 
+@pytest.mark.parametrize("name", ["x.PNG", "x.Png", "x.pNg"])
+def test_a_key_without_ending_finds_an_ending_however_it_is_spelled(images: Path, tmp_path: Path, name: str) -> None:
+    make_image(images / "x.png").rename(images / name)
+    file = write(tmp_path / "meta.json", {"x": {"caption": "odd"}, "a": {"caption": "usual"}})
+    assert {item.path: item.caption for item in items_of(file, images)} == {
+        str(images / name): "odd",
+        str(images / "a.png"): "usual",
+    }
+
+
 def test_json_lines_are_read_and_blank_ones_skipped(images: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"image_path": name, "caption": f"c{n}", "tags": "t"}) for n, name in enumerate(NAMES)]
     file = write(tmp_path / "meta.jsonl", "\n\n".join(lines) + "\n")
