@@ -29,6 +29,8 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 """(H, W, 3) RGB, or (H, W, 4) with alpha."""
 
 WHITE, BLACK = 255, 0
+SIDE_LIMIT = 1 << 24
+"""A picture's width and height stay below: what the index holds of one goes into a single number."""
 
 # Training images are the user's own, and large ones are usual; Pillow still refuses twice its limit.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -78,7 +80,7 @@ def inspect_image(path: str) -> ImageFacts:
     other formats, the picture is decoded.
 
     Raises:
-        UserError: the file is missing, empty, cut off, damaged or no picture.
+        UserError: the file is missing, empty, cut off, damaged, no picture, or longer than any is taken.
     """
     try:
         is_empty = os.path.getsize(path) == 0
@@ -99,6 +101,8 @@ def inspect_image(path: str) -> ImageFacts:
         raise UserError(f"{path} is not a picture, or is damaged at its beginning.") from None
     except _UNREADABLE as error:
         raise UserError(f"{path} cannot be read: {_reason(error)}.") from None
+    if max(size) >= SIDE_LIMIT:
+        raise UserError(f"{path} is {size[0]}x{size[1]}; sides of {SIDE_LIMIT:,} pixels and more are not taken. Shrink or cut it.")
     return ImageFacts((size[0], size[1]), orientation, traits)
 
 

@@ -53,7 +53,10 @@ _INSERT = {
 
 
 def packed_facts(width: int, height: int, orientation: int, traits: int) -> int:
-    """Put what is known of an image into one number: of a million rows each value less counts."""
+    """Put what is known of an image into one number: of a million rows each value less counts.
+
+    Sides are below `images.SIDE_LIMIT`.
+    """
     return width << 36 | height << 12 | orientation << 8 | traits
 
 
@@ -93,12 +96,19 @@ class IndexStore:
         new = {"images": _storable(images), "captions": _storable(captions)}
         old = _storable((name,) for name in gone)
         failures = []
-        for place in self._places:
+        for position, place in enumerate(self._places):
             failure = _saved(place, new, old)
             if failure is None:
+                self._forget(old, self._places[position + 1 :])
                 return
             failures.append(failure)
         logger.info("What was read in %s cannot be kept for the next start: %s.", os.path.dirname(self._places[0]), failures[0])
+
+    def _forget(self, gone: list[Any], places: Sequence[str]) -> None:
+        """Take files that are gone from places that are no longer written to but still read."""
+        for place in filter(os.path.exists, places if gone else ()):
+            if failure := _saved(place, {}, gone):
+                logger.info("%s keeps rows of files that are gone: %s.", place, failure)
 
     def _rows(self, table: str) -> list[Any]:
         rows: list[Any] = []
@@ -126,7 +136,7 @@ def _saved(place: str, new: Mapping[str, list[Any]], gone: list[Any]) -> str | N
             os.makedirs(os.path.dirname(place), exist_ok=True)
             with closing(_open(place, "rwc")) as database:
                 _write(database, new, gone)
-        except sqlite3.OperationalError as error:
+        except (sqlite3.OperationalError, sqlite3.IntegrityError) as error:  # the latter is of a new row, not of the database
             return str(error)
         except sqlite3.DatabaseError as error:
             _discard(place, error)
@@ -140,15 +150,15 @@ def _saved(place: str, new: Mapping[str, list[Any]], gone: list[Any]) -> str | N
 
 
 def _write(database: sqlite3.Connection, new: Mapping[str, list[Any]], gone: list[Any]) -> None:
-    database.execute("PRAGMA synchronous=NORMAL")
+    database.execute("PRAGMA synchronous=OFF")  # a power cut at worst damages what is made again, a kill does not
     database.execute("BEGIN IMMEDIATE")
     if database.execute("PRAGMA user_version").fetchone() != (_VERSION,):
         for table, columns in _TABLES.items():
             database.execute(f"DROP TABLE IF EXISTS {table}")
             database.execute(f"CREATE TABLE {table} ({columns}) WITHOUT ROWID")
         database.execute(f"PRAGMA user_version={_VERSION}")
-    for table, rows in new.items():
-        database.executemany(_INSERT[table], rows)
+    for table in _TABLES:
+        database.executemany(_INSERT[table], new.get(table, ()))
         database.executemany(f"DELETE FROM {table} WHERE name = ?", gone)
     database.execute("COMMIT")
 

@@ -3,11 +3,10 @@
 import logging
 import os
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,10 @@ from dataset_samples import config, make_image, section, subset
 from hypothesis import given
 from hypothesis import strategies as st
 from opened_files import OpenedFiles
+from PIL import Image
 
 from library.dataset import index_store
+from library.dataset.images import SIDE_LIMIT
 from library.dataset.index import Section, build_index
 from library.dataset.index_store import STORE_NAME, IndexStore, packed_facts, unpacked_facts
 from library.options.errors import UserError
@@ -71,6 +72,40 @@ def test_exactly_what_changed_is_read_again(folder: Path, opened: Opened) -> Non
     assert opened.in_start(folder, class_tokens="") == set()
 
 
+def test_a_file_of_another_length_is_read_again_whatever_its_time_says(folder: Path, opened: Opened) -> None:
+    index(folder)
+    for name in ("im0.txt", "im1.png"):
+        before = (folder / name).stat()
+        if name.endswith("txt"):
+            (folder / name).write_text("longer than it was, and of the same time\n")
+        else:
+            make_image(folder / name, (128, 96))
+        os.utime(folder / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert opened.in_start(folder) == {"im0.txt", "im1.png"}
+
+
+def test_a_picture_too_long_for_the_database_is_told_and_the_database_stays(folder: Path, opened: Opened, caplog) -> None:
+    index(folder)
+    Image.new("1", (SIDE_LIMIT, 1)).save(folder / "long.png")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"long\.png is 16777216x1; sides of 16,777,216 pixels and more are not taken"):
+            index(folder, class_tokens="")
+    (folder / "long.png").unlink()
+    assert opened.in_start(folder) == set()
+    assert "damaged" not in caplog.text
+
+
+def test_a_row_that_a_database_refuses_does_not_damage_it(folder: Path, caplog) -> None:
+    index(folder)
+    store = IndexStore(str(folder))
+    known = store.images()
+    with caplog.at_level(logging.INFO):
+        store.save(images=[("new.png", 1, 1, packed_facts(0, 5, 1, 0))])
+    assert "cannot be kept for the next start: CHECK constraint failed" in caplog.text
+    assert "damaged" not in caplog.text
+    assert store.images() == known != []
+
+
 def test_files_that_are_gone_are_forgotten(folder: Path) -> None:
     index(folder)
     (folder / "im0.png").unlink()
@@ -113,15 +148,20 @@ def test_damaged_images_are_told_at_every_start(folder: Path) -> None:
         assert "im1.txt is an empty caption file" in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", [b"this is no database, whatever its name says" * 100, None])
+@pytest.mark.parametrize(
+    "damage",
+    {
+        "no database": lambda content: b"this is no database, whatever its name says" * 100,
+        "tables spoiled": lambda content: content[:5000] + b"\xa5" * (len(content) - 5000),
+        "cut off": lambda content: content[:8192],
+        "pages that never reached the disk": lambda content: content[:4096] + bytes(len(content) - 4096),
+    }.items(),
+    ids=lambda damage: damage[0],
+)
 def test_a_damaged_database_is_made_again_and_one_line_says_so(folder: Path, opened: Opened, caplog, damage) -> None:
     index(folder)
     place = folder / STORE_NAME
-    if damage is None:  # keep the head, spoil the tables
-        content = bytearray(place.read_bytes())
-        content[5000:] = b"\xa5" * (len(content) - 5000)
-        damage = bytes(content)
-    place.write_bytes(damage)
+    place.write_bytes(damage[1](place.read_bytes()))
     with caplog.at_level(logging.WARNING):
         assert len(opened.in_start(folder)) == 10
     assert [record.getMessage().split(" (")[0] for record in caplog.records] == [f"{place} is damaged"]
@@ -175,6 +215,23 @@ def test_once_the_folder_can_be_written_what_is_newer_counts(folder: Path, opene
     assert opened.in_start(folder) == set()
 
 
+def test_files_that_are_gone_are_forgotten_in_the_cache_folder_too(folder: Path, cache_home: Path) -> None:
+    (folder / STORE_NAME).mkdir()
+    index(folder)
+    (folder / STORE_NAME).rmdir()
+    index(folder)  # reads from the cache folder
+    (folder / "im0.png").unlink()
+    (folder / "im0.txt").unlink()
+    index(folder)
+    (kept,) = (cache_home / "atelier" / "index").iterdir()
+    before = kept.stat().st_mtime_ns, sorted(os.listdir(folder))
+    store = IndexStore(str(folder))
+    assert "im0.png" not in {row[0] for row in store.images()}
+    assert "im0.txt" not in {row[0] for row in store.captions()}
+    index(folder)
+    assert (kept.stat().st_mtime_ns, sorted(os.listdir(folder))) == before
+
+
 def test_where_nothing_can_be_kept_files_are_read_at_every_start(folder: Path, opened: Opened, cache_home: Path, caplog) -> None:
     (folder / STORE_NAME).mkdir()
     cache_home.write_text("a file where the folder would be")
@@ -217,20 +274,38 @@ def test_facts_are_kept_as_columns_that_can_be_read(folder: Path) -> None:
 
 
 _INDEXING = """
-import sys
+import os, signal, sys, time
 sys.path[:0] = {path!r}
 from dataset_samples import config, section, subset
 from library.dataset import folder_files
 from library.dataset.index import build_index
 folder_files._SAVED_EVERY = 0
-print("ready", flush=True)
-build_index(config(section(subset({folder!r}))))
+
+def start():
+    process = os.fork()
+    if process == 0:
+        build_index(config(section(subset({folder!r}))))
+        os._exit(0)
+    return process
+
+processes = [start() for _ in range({at_once})]
+codes = [os.waitpid(process, 0)[1] for process in processes]
+for delay in {delays!r}:
+    process = start()
+    time.sleep(delay)
+    os.kill(process, signal.SIGKILL)
+    codes.append(os.waitpid(process, 0)[1])
+print(codes)
 """
+_LARGE = 400
 
 
-def start_process(folder: Path) -> "subprocess.Popen[str]":
-    program = _INDEXING.format(path=[str(Path.cwd()), str(Path(__file__).parent)], folder=str(folder))
-    return subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+def in_processes(folder: Path, at_once: int = 0, delays: Sequence[float] = ()) -> str:
+    """Index a folder in several processes at once, then in others that are killed; return how each ended."""
+    path = [str(Path.cwd()), str(Path(__file__).parent)]
+    program = _INDEXING.format(path=path, folder=str(folder), at_once=at_once, delays=list(delays))
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.strip()
 
 
 @pytest.fixture
@@ -239,28 +314,23 @@ def large(tmp_path: Path) -> Path:
     folder = tmp_path / "large"
     folder.mkdir()
     make_image(folder / "a.jpg")
-    for number in range(1500):
+    for number in range(_LARGE):
         (folder / f"{number:04}.jpg").write_bytes((folder / "a.jpg").read_bytes())
         (folder / f"{number:04}.txt").write_text(f"caption {number}\n")
     (folder / "a.jpg").unlink()
     return folder
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_two_processes_may_index_one_folder(large: Path, opened: Opened) -> None:
-    processes = [start_process(large) for _ in range(2)]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    assert in_processes(large, at_once=2) == "[0, 0]"
     assert opened.in_start(large) == set()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="forks")
 def test_a_kill_at_any_moment_leaves_a_database_that_can_be_used(large: Path, opened: Opened, caplog) -> None:
-    for delay in (0.0, 0.02, 0.05, 0.1, 0.2):
-        process = start_process(large)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    assert "9" in in_processes(large, delays=(0.0, 0.01, 0.02, 0.03, 0.05, 0.1))
     found = index(large)
-    assert [item.caption for item in found.items] == [f"caption {number}" for number in range(1500)]
+    assert [item.caption for item in found.items] == [f"caption {number}" for number in range(_LARGE)]
     assert "damaged" not in caplog.text
     assert opened.in_start(large) == set()
