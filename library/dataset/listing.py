@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,8 +145,7 @@ class Lister:
         folders = {path: number for number, path in enumerate(dict.fromkeys(folder for folder, _ in places))}
         names, folder = [name for _, name in places], [folders[folder] for folder, _ in places]
         facts: list[int | None] = [None] * len(names)
-        for path, number in folders.items():
-            positions = [position for position, own in enumerate(folder) if own == number]
+        for path, positions in zip(folders, positions_by_folder(folder, len(folders)), strict=True):
             known, _ = self._facts(self._folder(path), [names[position] for position in positions])
             for position, fact in zip(positions, known, strict=True):
                 facts[position] = fact
@@ -188,6 +187,19 @@ class Lister:
             known = dict(zip(readable, facts, strict=True))
             facts = [known.get(name) for name in names]
         return facts, problems.keys() | foreign
+
+
+def positions_by_folder(folder: Iterable[int], count: int) -> list[list[int]]:
+    """Return where the images of each folder stand.
+
+    Args:
+        folder: of each image, as a number.
+        count: of folders.
+    """
+    positions: list[list[int]] = [[] for _ in range(count)]
+    for position, own in enumerate(folder):
+        positions[own].append(position)
+    return positions
 
 
 def _packed(listed: _Listed) -> Pictures:

@@ -57,13 +57,14 @@ def check_dataset(dataset: Dataset, findings: Findings, limits: Limits) -> Check
     surveyed = survey(dataset, TokenCounter(limits.count_tokens, limits.max_tokens, weighted=limits.weighted_captions))
     _check_captions(dataset, surveyed, findings, limits.max_tokens)
     _check_empty_captions(dataset, surveyed, findings)
-    copies: list[list[str]] = []
+    copies: dict[tuple[str, ...], list[str]] = {}
     for number, section in enumerate(dataset.sections):
         _check_sizes(dataset, number, surveyed, findings)
         _check_stems(dataset, number, surveyed, findings)
-        copies += [group for group in _check_copies(section, findings, limits.compares_all) if group not in copies]
+        for group in _check_copies(section, findings, limits.compares_all):
+            copies.setdefault(tuple(group), group)
     _check_buckets(dataset, findings, limits.num_processes)
-    return Checked(dataset, surveyed, findings, limits, copies)
+    return Checked(dataset, surveyed, findings, limits, list(copies.values()))
 
 
 def section_label(section: Section, number: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from library.dataset.dataset import Dataset
 from library.dataset.facts import section_facts, tag_frequency
 from library.dataset.index import build_index
+from library.dataset.listing import positions_by_folder
 from library.dataset.metadata_file import caption_of, read_metadata
 from library.options.dataset_config import DatasetConfig, load_dataset_config
 from library.options.errors import UsageError, UserError
@@ -241,3 +243,16 @@ def test_what_models_record_of_it_names_the_file_and_counts_its_tags(images: Pat
     (of_folder,) = build_index(config(section(plain)))
     assert section_facts(of_folder)["is_dreambooth"] is True
     assert SimpleNamespace(**section_facts(of_folder)["subsets"][0]).class_tokens is None
+
+
+def test_the_images_of_folders_are_gathered_in_one_pass() -> None:
+    """A dataset of a million images may lie in ten thousand folders."""
+    passes = 0
+
+    def numbers() -> Iterator[int]:
+        nonlocal passes
+        passes += 1
+        yield from (0, 2, 0, 1, 2)
+
+    assert positions_by_folder(numbers(), 4) == [[0, 2], [3], [1, 4], []]
+    assert passes == 1

@@ -10,6 +10,7 @@ import pytest
 from dataset_samples import config, make_image, section, subset
 from PIL import Image
 
+from library.dataset import preflight
 from library.dataset.dataset import Dataset
 from library.dataset.findings import Findings, Kind, Severity
 from library.dataset.preflight import Checked, Limits, check_dataset
@@ -112,6 +113,26 @@ def test_copies_are_found_whatever_their_names(plain: Path, tmp_path: Path) -> N
         Kind.DUPLICATE_PATH: [f"{other / 'link.png'} is the same file as {plain / 'p1.png'}."],
         Kind.SAME_CONTENT: [f"{other / 'copy.png'} has the same content as {plain / 'p0.png'}."],
     }
+
+
+def test_groups_of_copies_are_not_compared_with_each_other(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty thousand groups would take two hundred million comparisons."""
+
+    class Group(list[str]):
+        compared = 0
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(self, other: object) -> bool:
+            Group.compared += 1
+            return list(self) == other
+
+    groups = [Group([f"{number}.png", f"{number} again.png"]) for number in range(50)]
+    monkeypatch.setattr(preflight, "_check_copies", lambda *_: groups)
+    checked = check(section(subset(plain)), section(subset(plain)))
+    assert [list(group) for group in checked.copies] == [list(group) for group in groups]
+    Group.compared = 0
+    check(section(subset(plain)), section(subset(plain)))
+    assert Group.compared == 0
 
 
 def test_files_of_one_size_that_differ_anywhere_are_no_copies(plain: Path) -> None:
