@@ -78,7 +78,11 @@ def build_index(
     usable = [_with_bucket(section, held, collected) for section, held in zip(config.sections, pictures, strict=True)]
     without = _split(config, pictures, usable, seed, collected)
     choices = [_choose(*parts, collected) for parts in zip(config.sections, pictures, usable, without, strict=True)]
-    _report_emptiness(config, lister.has_images, any(len(choice.trained.rows) for choice in choices), collected)
+    if lister.has_images:
+        _report_nothing_trained(config, pictures, choices, collected)
+    elif not collected.has_errors:
+        folders = _sources(config)
+        collected.error(Kind.NO_IMAGES, folders, f"There are no images in {folders}. {WHAT_COUNTS.capitalize()}")
     if findings is None:
         collected.raise_errors()
         if text := collected.warning_text():
@@ -221,10 +225,21 @@ def _balanced(train: Choice, reg: Choice, pictures: Sequence[Pictures], findings
     return replace(reg, repeats=uses).where(uses > 0)
 
 
-def _report_emptiness(config: DatasetConfig, has_images: bool, has_items: bool, findings: Findings) -> None:
-    folders = ", ".join(subset.source for section in config.sections for subset in section.subsets)
-    if not has_images and not findings.has_errors:
-        findings.error(Kind.NO_IMAGES, folders, f"There are no images in {folders}. {WHAT_COUNTS.capitalize()}")
-    elif has_images and not has_items and not findings.has_errors:
+def _report_nothing_trained(
+    config: DatasetConfig, pictures: Sequence[Sequence[Pictures]], choices: Sequence[_Choices], findings: Findings
+) -> None:
+    """Tell why none of the images is trained on, if so."""
+    if findings.has_errors or any(len(choice.trained.rows) for choice in choices):
+        return
+    if all(subset.is_reg or not len(pictures[number][position]) for number, position, subset in _subsets(config)):
         told = "There are only regularisation images (is_reg). Add a subset of images to train on."
-        findings.error(Kind.NO_IMAGES, folders, told)
+    else:
+        told = (
+            "All images to train on are held out (validation_split), by their own subset or by another that has the same images. "
+            "Lower validation_split, or add images."
+        )
+    findings.error(Kind.NO_IMAGES, _sources(config), told)
+
+
+def _sources(config: DatasetConfig) -> str:
+    return ", ".join(subset.source for _, _, subset in _subsets(config))

@@ -13,6 +13,7 @@ from library.dataset.facts import bucket_info, folders, num_train_uses, tag_freq
 from library.dataset.loader import Loader, load_batch
 from library.dataset.plan import Share
 from library.options.dataset_config import CaptionRules
+from library.options.errors import UserError
 
 
 @pytest.fixture
@@ -210,3 +211,23 @@ def test_a_remembered_folder_is_split_as_before_and_its_memory_holds_all_images(
     assert split(again)[0] | split(again)[1] == {str(path) for path in many.glob("*.png")}
     for dataset in (first, again):
         assert all(item.caption == f"picture {Path(item.path).stem}, tag" for item in dataset.encoded_items)
+
+
+def test_images_that_subsets_hold_out_of_each_other_are_told_as_such(many: Path, tmp_path: Path) -> None:
+    """Of two files that share out a folder, each holding out one, nothing need be left."""
+    for name in ("two", "reg"):
+        (tmp_path / name).mkdir()
+    for number in range(2):
+        make_image(tmp_path / "two" / f"{number}.png")
+        make_image(tmp_path / "reg" / f"{number}.png")
+    chosen: dict[bool, int] = {}
+    for seed in range(20):  # one seed holds out the first image, another the second
+        halves = subset(tmp_path / "two", class_tokens="x", validation_split=0.5, validation_seed=seed)
+        (held,) = Dataset(config(section(halves)), 1).held_out
+        chosen.setdefault(held.path.endswith("0.png"), seed)
+    both = [subset(tmp_path / "two", class_tokens="x", validation_split=0.5, validation_seed=seed) for seed in chosen.values()]
+    reg = subset(tmp_path / "reg", class_tokens="x", is_reg=True)
+    for subsets in (both, [*both, reg]):
+        with pytest.raises(UserError, match="All images to train on are held out") as caught:
+            Dataset(config(section(*subsets)), 1)
+        assert "is_reg" not in str(caught.value)
