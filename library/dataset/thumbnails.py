@@ -5,9 +5,11 @@ import io
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from library.dataset.images import read_pixels
 from library.dataset.items import Item
+from library.options.errors import UserError
 
 _SIDE = 224
 _SHADE = 0.3
@@ -28,13 +30,10 @@ def thumbnails(items: Iterable[Item], *, shows_crop: bool) -> Iterator[str | Non
 
 def _thumbnail(item: Item, shows_crop: bool) -> str | None:
     try:
-        with Image.open(item.path) as image:
-            image.draft("RGB", (2 * _SIDE, 2 * _SIDE))
-            small = ImageOps.exif_transpose(image)
-            small.thumbnail((_SIDE, _SIDE))
-            picture = small.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        picture = Image.fromarray(read_pixels(item.path, item.orientation))
+    except UserError:
         return None
+    picture.thumbnail((_SIDE, _SIDE))
     if shows_crop:
         picture = _with_crop(picture, item)
     buffer = io.BytesIO()

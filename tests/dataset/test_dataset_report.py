@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from dataset_samples import config, make_image, section, subset
-from PIL import Image
+from PIL import Image, ImageFile
 
 from library.dataset.dataset import Dataset
 from library.dataset.findings import Findings
@@ -173,6 +174,34 @@ def test_small_pictures_show_what_is_cut_off_and_stand_upright(tmp_path: Path) -
             grey = picture.convert("L")
             assert grey.getpixel((20, 28)) == pytest.approx(left, abs=6)
             assert grey.getpixel((112, 28)) == pytest.approx(middle, abs=6)
+
+
+def shown(folder: Path) -> Image.Image | None:
+    """Return the small copy of the only picture of a folder."""
+    (source,) = thumbnails(Dataset(config(section(subset(folder, class_tokens=""))), 0).items, shows_crop=False)
+    return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) if source else None
+
+
+def test_small_pictures_look_as_what_is_trained(tmp_path: Path) -> None:
+    pictures = {
+        "deep": Image.fromarray(np.full((64, 64), 128 * 257, np.uint16)),
+        "clear": Image.new("RGBA", (64, 64), (0, 0, 0, 0)),
+    }
+    for name, level in (("deep", 128), ("clear", 255)):
+        (tmp_path / name).mkdir()
+        pictures[name].save(tmp_path / name / "a.png")
+        small = shown(tmp_path / name)
+        assert small is not None
+        assert small.convert("L").getextrema() == pytest.approx((level, level), abs=2)
+
+
+def test_a_picture_that_a_plug_in_cannot_decode_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(image: Image.Image) -> None:
+        raise RuntimeError("Generic Error. Please build the library from source.")
+
+    make_image(tmp_path / "a.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fails)
+    assert shown(tmp_path) is None
 
 
 def test_attributes_are_escaped_and_elements_nest() -> None:
