@@ -230,15 +230,21 @@ def _whole_names(listed: _Listed) -> Flags:
     """Say of which images the cache's name keeps the ending.
 
     Those are all images of one name but the first in the order of endings, whether that is used or not: metadata files may share
-    out a folder.
+    out a folder. `a.webp.png` keeps its own too where `a.webp` keeps its own: both would be `a.webp`.
     """
     is_whole = np.zeros(len(listed.names), dtype=np.bool_)
     if all(len(set(folder.stems)) == len(folder.stems) for folder in listed.folders):
         return is_whole
     owners = [dict(zip(reversed(folder.stems), reversed(folder.images), strict=True)) for folder in listed.folders]
+    images = [frozenset(folder.images) for folder in listed.folders]
     for position, (number, name) in enumerate(zip(listed.folder, listed.names, strict=True)):
-        is_whole[position] = owners[number].setdefault(_stem(name), name) != name
+        is_whole[position] = _keeps_ending(name, owners[number], images[number])
     return is_whole
+
+
+def _keeps_ending(name: str, owners: dict[str, str], images: Collection[str]) -> bool:
+    stem = _stem(name)
+    return owners.setdefault(stem, name) != name or (stem in images and _keeps_ending(stem, owners, images))
 
 
 def _caption_files(folder: FolderFiles, images: Sequence[str], extension: str) -> list[str]:
