@@ -33,7 +33,12 @@ def main(argv: Sequence[str]) -> None:
 def dataset_definition(options: CacheLatentsOptions) -> DatasetConfig:
     """Read and check `--dataset_config`, or the folders given in its place."""
     return load_dataset_config(
-        options.dataset, options.caption, options.image, cache_options(options), masked_loss=options.loss.masked_loss
+        options.dataset,
+        options.caption,
+        options.image,
+        cache_options(options),
+        validation=options.validation,
+        masked_loss=options.loss.masked_loss,
     )
 
 

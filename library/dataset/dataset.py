@@ -149,8 +149,8 @@ class Dataset:
         return item.number >= len(self.items)
 
     def is_mirrored(self, item: Item) -> bool:
-        """Say whether an item is mirrored in some of its uses."""
-        return not self.is_held_out(item) and self.sections[item.section].subset(item).flip_aug
+        """Say whether an item may be mirrored: also one that is held out, since another choice may train on it."""
+        return self.sections[item.section].subset(item).flip_aug
 
     def is_masked(self, item: Item) -> bool:
         """Say whether an item's transparency masks its loss."""
@@ -165,10 +165,14 @@ class Dataset:
         return self.sections[item.section].subset(item).captions
 
     def cached_texts(self, item: Item) -> tuple[str, ...]:
-        """Return every text an item can have where texts are cached, but the empty one of dropped captions."""
-        if self.is_held_out(item):
-            return (settled_caption(item.caption, self.caption_rules(item)),)
-        return self._variants(item, self.text_variants or 1).texts()
+        """Return every text an item can have where texts are cached, but the empty one of dropped captions.
+
+        Where images are held out, these are the texts of both parts: another choice, as of another seed, finds them in the cache.
+        """
+        texts = self._variants(item, self.text_variants or 1).texts()
+        if not self.sections[item.section].subset(item).validation_split:
+            return texts
+        return tuple(dict.fromkeys([*texts, settled_caption(item.caption, self.caption_rules(item))]))
 
     def _caption(self, item: Item, epoch: int, rng: random.Random, update: int, total_updates: int) -> str:
         rules, count = self.caption_rules(item), self.text_variants

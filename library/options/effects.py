@@ -34,6 +34,8 @@ _IN_BOTH_TOOLS = frozenset(
         "strict_config",
         "train_data_dir",
         "v2",
+        "validation_seed",
+        "validation_split",
     }
 )
 

@@ -136,7 +136,7 @@ class _CachingOptions(ScriptOptions):
 
     additions: ClassVar[frozenset[str]] = frozenset(
         {"strict_config", "cache_latents_posterior", "text_cache_variants", "true_crop_conditioning"}
-    )
+    ) | frozenset(ValidationOptions.model_fields)
 
     model: ModelOptions = field(default_factory=ModelOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
@@ -147,6 +147,7 @@ class _CachingOptions(ScriptOptions):
     loss: ElementLossOptions = field(default_factory=ElementLossOptions)
     output: SavingOptions = field(default_factory=SavingOptions)
     state: StateFileOptions = field(default_factory=StateFileOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
     sample: SampleOptions = field(default_factory=SampleOptions)
     logging: LoggingOptions = field(default_factory=LoggingOptions)
     modelspec: ModelSpecOptions = field(default_factory=ModelSpecOptions)

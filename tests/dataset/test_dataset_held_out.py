@@ -231,3 +231,34 @@ def test_images_that_subsets_hold_out_of_each_other_are_told_as_such(many: Path,
         with pytest.raises(UserError, match="All images to train on are held out") as caught:
             Dataset(config(section(*subsets)), 1)
         assert "is_reg" not in str(caught.value)
+
+
+@pytest.mark.parametrize("own", [None, 4])
+def test_another_choice_of_held_out_images_finds_all_in_the_cache(
+    many: Path, family: FakeFamily, vae: FakeVae, own: int | None
+) -> None:
+    import torch
+
+    from library.dataset.latent_cache import cache_latents
+    from library.dataset.latent_encoder import LatentEncoder
+    from library.dataset.text_cache import cache_text_outputs
+    from library.dataset.text_encoder import TextEncoder
+    from library.options.groups.cache import CacheOptions
+
+    cpu = torch.device("cpu")
+    options = CacheOptions(cache_latents_to_disk=True, cache_text_encoder_outputs_to_disk=True, text_cache_variants=3)
+    made, choices = [], set()
+    for seed in range(4):
+        data = config(section(subset(many, validation_split=0.3, validation_seed=own, shuffle_caption=True, flip_aug=True)))
+        dataset = Dataset(data, seed)
+        choices.add(frozenset(split(dataset)[1]))
+        images = LatentEncoder(family, lambda: vae, cpu, torch.float32, seed=seed, batch_size=2)
+        texts = TextEncoder(family, lambda: [None], cpu, torch.float32, family.max_token_length, batch_size=2)
+        reports = cache_latents(dataset, family, images, options), cache_text_outputs(dataset, texts, options, trust_foreign=True)
+        made.append([report.made.total() for report in reports])
+        for batch in dataset.held_out_batches():
+            assert load_batch(dataset, 1, Share(batch, 1.0)).text_cond is not None
+    assert len(choices) == (1 if own else 4)
+    assert made[0][0] == 10
+    assert made[0][1] >= 10
+    assert made[1:] == [[0, 0]] * 3
