@@ -33,13 +33,18 @@ def add_stamp(arrays: Mapping[str, np.ndarray[Any, Any]], stamp: Stamp) -> dict[
 
 
 def read_stamp(path: str, suffix: str = "") -> Stamp | None:
-    """Return the stamp of an entry, or None if it has none or its arrays were replaced since.
+    """Return the stamp of an entry; see `read_stamps`."""
+    return read_stamps(path, (suffix,))[0]
 
-    Only the archive's directory and the stamp are read: the directory has the checksum of every array.
+
+def read_stamps(path: str, suffixes: Sequence[str]) -> list[Stamp | None]:
+    """Return the stamps of a file's entries, with None for those that have none or whose arrays were replaced since.
+
+    Only the archive's directory and the stamps are read: the directory has the checksum of every array.
 
     Args:
         path: an npz file.
-        suffix: what follows the array names of the entry.
+        suffixes: what follows the array names of each entry.
 
     Raises:
         UserError: the file is damaged.
@@ -47,13 +52,17 @@ def read_stamp(path: str, suffix: str = "") -> Stamp | None:
     try:
         with zipfile.ZipFile(path) as archive:
             checksums = {info.filename.removesuffix(".npy"): info.CRC for info in archive.infolist()}
-            if STAMP_NAME + suffix not in checksums:
-                return None
-            packed = np.lib.format.read_array(io.BytesIO(archive.read(f"{STAMP_NAME}{suffix}.npy")), allow_pickle=False)
-        stamp = json.loads(packed.tobytes())
-        sealed = {name + suffix: checksum for name, checksum in stamp["checksums"].items()}
+            return [_read_stamp(archive, checksums, suffix) for suffix in suffixes]
     except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}). Delete it, and it will be made again.") from None
+
+
+def _read_stamp(archive: zipfile.ZipFile, checksums: Mapping[str, int], suffix: str) -> Stamp | None:
+    if STAMP_NAME + suffix not in checksums:
+        return None
+    packed = np.lib.format.read_array(io.BytesIO(archive.read(f"{STAMP_NAME}{suffix}.npy")), allow_pickle=False)
+    stamp: Stamp = json.loads(packed.tobytes())
+    sealed = {name + suffix: checksum for name, checksum in stamp["checksums"].items()}
     return stamp if sealed.items() <= checksums.items() else None
 
 

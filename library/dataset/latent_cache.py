@@ -26,6 +26,8 @@ from library.options.errors import UserError
 from library.options.groups.cache import CacheFileOptions
 
 _CHECKING_THREADS = 8
+_CHECKED_AT_ONCE = 1024
+"""Files whose verdicts are held at one time: of a million, each would take its part of the memory."""
 _WAITING_WRITES = 16
 """Images encoded and not yet on the disk."""
 
@@ -96,19 +98,20 @@ class _DiskJob:
 
 def _jobs(dataset: Dataset) -> list[LatentJob]:
     """Gather what has to be encoded; items that are the same image at the same geometry share it."""
-    by_recipe: dict[tuple[str, Geometry, str | None, bool], list[Item]] = defaultdict(list)
+    by_recipe: dict[tuple[str, str, Geometry, str | None, bool], list[Item]] = defaultdict(list)
     for item in dataset.encoded_items:
         has_mask = item.has_alpha and dataset.is_masked(item)
-        by_recipe[item.cache_stem, item.geometry, dataset.interpolation(item), has_mask].append(item)
+        name = os.path.basename(item.path)  # not the path: two datasets may write one folder in two ways
+        by_recipe[item.cache_stem, name, item.geometry, dataset.interpolation(item), has_mask].append(item)
     return [
         LatentJob(
             tuple(items),
-            recipe[2],
+            interpolation,
             mirrored=any(dataset.is_mirrored(item) for item in items),
-            crop_ltrb=true_crop_ltrb(recipe[1]) if dataset.config.true_crop_conditioning else recipe[1].crop_ltrb,
+            crop_ltrb=true_crop_ltrb(geometry) if dataset.config.true_crop_conditioning else geometry.crop_ltrb,
             masked=any(dataset.is_masked(item) for item in items),
         )
-        for recipe, items in by_recipe.items()
+        for (_, _, geometry, interpolation, _), items in by_recipe.items()
     ]
 
 
@@ -117,16 +120,27 @@ def _disk_jobs(jobs: Sequence[LatentJob], files: LatentFiles) -> list[_DiskJob]:
     for job in jobs:
         path, shape = files.path(job.item), files.shape(job.item)
         if shape in shapes[path]:
-            raise UserError(
-                f"{job.item.path} is resized in two ways to {job.item.geometry.bucket[0]}x{job.item.geometry.bucket[1]}, "
-                f"but {path} holds one. Give both datasets the same settings, or use --cache_latents without _to_disk."
-            )
+            raise UserError(_clash(shapes[path][shape], job, path))
         shapes[path][shape] = job
     return [
         _DiskJob(job, path, "" if position == 0 else size_suffix(shape))
         for path, by_shape in shapes.items()
         for position, (shape, job) in enumerate(by_shape.items())
     ]
+
+
+def _clash(one: LatentJob, other: LatentJob, path: str) -> str:
+    """Say why two jobs cannot share an entry."""
+    item = other.item
+    if os.path.basename(one.item.path) != os.path.basename(item.path):
+        return f"{one.item.path} and {item.path} would both be cached in {path}. Give one of them another name."
+    size = "{}x{}".format(*item.geometry.bucket)
+    if (one.item.geometry, one.interpolation) != (item.geometry, other.interpolation):
+        what = f"is resized in two ways to {size}"
+    else:
+        what = f"is wanted at {size} with its transparency as a mask and with white in its place (alpha_mask)"
+    advice = "Give both datasets the same settings, or use --cache_latents without _to_disk."
+    return f"{item.path} {what}, but {path} holds one. {advice}"
 
 
 def _share(jobs: Sequence[_DiskJob], process_index: int, num_processes: int) -> list[_DiskJob]:
@@ -160,12 +174,18 @@ def _fill_files(
 
 def _stale(jobs: Sequence[_DiskJob], checker: LatentChecker, report: CacheReport) -> dict[LatentJob, _DiskJob]:
     """Look into all files, note what is there, and return the jobs whose entries have to be made."""
+    stale: dict[LatentJob, _DiskJob] = {}
     with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
-        verdicts = list(pool.map(lambda job: checker.verdict(job.job), jobs))
-    report.kept = sum(verdict.reason is None for verdict in verdicts)
-    report.foreign = sum(verdict.is_foreign for verdict in verdicts)
-    report.made.update(verdict.reason for verdict in verdicts if verdict.reason)
-    return {job.job: job for job, verdict in zip(jobs, verdicts, strict=True) if verdict.reason}
+        for start in range(0, len(jobs), _CHECKED_AT_ONCE):
+            chunk = jobs[start : start + _CHECKED_AT_ONCE]
+            for job, verdict in zip(chunk, pool.map(lambda each: checker.verdict(each.job), chunk), strict=True):
+                report.foreign += verdict.is_foreign
+                if verdict.reason is None:
+                    report.kept += 1
+                else:
+                    report.made[verdict.reason] += 1
+                    stale[job.job] = job
+    return stale
 
 
 def _written(encoded: Iterator[EncodedImage], jobs: Mapping[LatentJob, _DiskJob], checker: LatentChecker) -> Iterator[LatentJob]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from library.dataset.cache_stamps import STAMP_FORMAT, Stamp, is_same_source, read_stamp
+from library.dataset.cache_stamps import STAMP_FORMAT, Stamp, is_same_source, read_stamps
 from library.dataset.cached import LatentFiles, size_suffix
 from library.dataset.images import is_transparent
 from library.dataset.latent_encoder import LatentEncoder, LatentJob
@@ -77,7 +77,7 @@ class LatentChecker:
             return LatentVerdict()
         bucket = list(job.item.geometry.bucket)
         try:
-            stamps = [read_stamp(path, suffix) for suffix in (size_suffix(self.files.shape(job.item)), "")]
+            stamps = read_stamps(path, (size_suffix(self.files.shape(job.item)), ""))
             stamp = next((stamp for stamp in stamps if stamp and stamp.get("bucket") == bucket), None)
             return LatentVerdict(self._difference(stamp, job)) if stamp else self._foreign(read_npz(path), job)
         except (UserError, TypeError, ValueError):  # unreadable, or arrays of texts where numbers belong

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -287,6 +288,75 @@ def test_images_that_share_a_name_or_its_beginning_have_caches_of_their_own(tmp_
     assert len(list(images.glob("*_sdxl.npz"))) == 6
 
 
+@pytest.mark.parametrize("on_disk", [True, False])
+def test_an_image_named_like_the_cache_of_another_is_trained_on_its_own_latents(tmp_path: Path, on_disk: bool) -> None:
+    images = tmp_path / "twins"
+    images.mkdir()
+    names = ["a.png", "a.webp", "a.webp.png", "a.webp.png.jpg"]
+    for seed, name in enumerate(names):
+        make_image(images / name, seed=seed)
+    run = Run(images)
+    dataset = run.dataset()
+    assert [Path(item.cache_stem).name for item in dataset.items] == ["a", "a.webp", "a.webp.png", "a.webp.png.jpg"]
+    encoder = LatentEncoder(run.family, lambda: run.vae, torch.device("cpu"), run.dtype, seed=1, batch_size=2)
+    options = TO_DISK if on_disk else CacheOptions(cache_latents=True)
+    assert cache_latents(dataset, run.family, encoder, options).made.total() == 4
+    assert dataset.latents is not None
+    assert len({dataset.latents.read(item, flipped=False).numpy().tobytes() for item in dataset.items}) == 4
+
+
+def test_a_lone_image_with_two_endings_has_the_cache_of_sd_scripts(tmp_path: Path) -> None:
+    images = tmp_path / "twins"
+    images.mkdir()
+    for name in ("a.webp", "a.webp.png", "b.jpg", "b.png"):
+        make_image(images / name)
+    assert [Path(item.cache_stem).name for item in Run(images).dataset().items] == ["a", "a.webp", "b", "b.png"]
+
+
+def test_an_image_of_another_length_is_another_whatever_its_time(run: Run) -> None:
+    path = run.folder / "im0.png"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    with path.open("ab") as file:
+        file.write(b"more")  # behind the picture, which stays as it is
+    os.utime(path, ns=times)
+    assert run.encode_images(run.dataset()).made == {"of an image that changed": 1}
+
+
+def test_two_datasets_that_differ_in_their_masks_alone_are_told_of_the_masks(tmp_path: Path) -> None:
+    images = tmp_path / "glass"
+    images.mkdir()
+    Image.new("RGBA", (64, 64), (9, 9, 9, 99)).save(images / "a.png")
+    masked, white = (Dataset(config(*(section(subset(images, alpha_mask=mask)) for mask in masks)), 1)
+                     for masks in ((True, False), (False, False)))  # fmt: skip
+    with pytest.raises(UserError, match=r"a\.png is wanted at 64x64 with its transparency as a mask and .* \(alpha_mask\), but "):
+        Run(images).encode_images(masked)
+    assert Run(images).encode_images(white).made == {"new": 1}
+    resized = Dataset(config(*(section(subset(images, resize_interpolation=how)) for how in ("nearest", "area"))), 1)
+    with pytest.raises(UserError, match=r"a\.png is resized in two ways to 64x64"):
+        Run(images).encode_images(resized)
+
+
+def test_a_checked_file_is_opened_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    class Watched(zipfile.ZipFile):
+        def __init__(self, file: Any, *arguments: Any, **more: Any) -> None:
+            opened.append(str(file))
+            super().__init__(file, *arguments, **more)
+
+    monkeypatch.setattr("library.dataset.cache_stamps.zipfile.ZipFile", Watched)
+    assert run.encode_images(run.dataset()).kept == 5
+    assert len(opened) == len(set(opened)) == 5
+
+
+def test_files_are_checked_a_part_at_a_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("library.dataset.latent_cache._CHECKED_AT_ONCE", 2)
+    for name in ("im1.png", "im4.png"):
+        make_image(run.folder / name, seed=77)
+    report = run.encode_images(run.dataset())
+    assert (report.kept, report.made.total()) == (3, 2)
+
+
 def test_one_folder_at_two_resolutions_has_both(run: Run) -> None:
     two = config(*(section(subset(run.folder), resolution=size, enable_bucket=True) for size in ((64, 64), (96, 96))))
     dataset = Dataset(two, 1)
@@ -298,11 +368,14 @@ def test_one_folder_at_two_resolutions_has_both(run: Run) -> None:
 
 
 def test_two_programs_that_cache_two_sizes_at_once_lose_none(run: Run) -> None:
-    runs = [Run(run.folder, settings={"resolution": (side, side), "enable_bucket": True}) for side in (96, 128, 160, 192)]
+    squares = (64, 96, 128)
+    runs = [Run(run.folder, settings={"resolution": (side, side), "enable_bucket": False}) for side in squares]
+    assert {item.geometry.bucket for each in runs for item in each.dataset().items} == {(side, side) for side in squares}
     with ThreadPoolExecutor(len(runs)) as pool:
         reports = list(pool.map(lambda each: each.encode_images(each.dataset()), runs))
-    assert all(report.made.total() == 5 for report in reports)
-    assert [each.encode_images(each.dataset()).made for each in (run, *runs)] == [{}] * 5
+    assert [report.made.total() + report.kept for report in reports] == [5] * 3
+    assert [report.made.total() for report in reports[1:]] == [5] * 2  # sizes that nobody else makes
+    assert [each.encode_images(each.dataset()).made for each in (run, *runs)] == [{}] * 4
 
 
 def test_a_full_disk_ends_caching_with_a_sentence_and_keeps_what_was_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
