@@ -49,14 +49,7 @@ _COLUMNS = {
 
 def main(argv: Sequence[str]) -> None:
     """Measure, print a table, and write the JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, nargs="*", default=[10_000, 100_000], help="numbers of images to make files for")
-    parser.add_argument("--without_files", type=int, nargs="*", default=[1_000_000], help="numbers of images to make up")
-    parser.add_argument("--repeat", type=int, default=3, help="measurements of each number (3)")
-    parser.add_argument("--folder", help="where to make the temporary folder (the system's)")
-    parser.add_argument("--json", help="file to write all measurements to")
-    parser.add_argument("--one", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
+    arguments = command_line().parse_args(argv)
     if arguments.one:
         kind, folder = arguments.one
         sys.stdout.write(json.dumps(measured(kind, folder, arguments.images[0])) + "\n")
@@ -70,6 +63,18 @@ def main(argv: Sequence[str]) -> None:
     report = {"command": ["tools/bench_dataset.py", *argv], "machine": machine(), "results": rows}
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def command_line() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs="*", default=[10_000, 100_000], help="numbers of images to make files for")
+    parser.add_argument("--without_files", type=int, nargs="*", default=[1_000_000], help="numbers of images to make up")
+    parser.add_argument("--repeat", type=int, default=3, help="measurements of each number (3)")
+    parser.add_argument("--folder", help="where to make the temporary folder (the system's)")
+    parser.add_argument("--json", help="file to write all measurements to")
+    parser.add_argument("--one", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
+    return parser
 
 
 def measure_count(folder: str, count: int, has_files: bool, repeat: int) -> dict[str, Any]:

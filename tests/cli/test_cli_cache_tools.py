@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from library.dataset.cache_stamps import read_stamp
 from library.files.npz import read_npz
 from library.models.family import ModelSource
 from library.models.sdxl.family import SdxlFamily
+from tests.cli.training_commands import run_command
 
 LATENTS, TEXTS = "tools/cache_latents.py", "tools/cache_text_encoder_outputs.py"
 
@@ -38,11 +40,8 @@ def data(tmp_path: Path, photos: Path) -> Path:
     return file
 
 
-def run(project_root: Path, script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=project_root, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
+def run(project_root: Path, script: str, *arguments: str | Path, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    return run_command([*map(str, arguments)], launcher, str(project_root / script))
 
 
 @pytest.mark.parametrize(
@@ -158,8 +157,9 @@ def test_two_processes_share_the_work_and_tell_of_it_together(
     project_root: Path, tiny_checkpoint: Path, data: Path, script: str, name: str, ending: str
 ) -> None:
     images = many_images(data, 5)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    done = run(project_root, *launcher, "--pretrained_model_name_or_path", tiny_checkpoint, "--dataset_config", data)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = ["--pretrained_model_name_or_path", tiny_checkpoint, "--dataset_config", data]
+    done = run(project_root, script, *options, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"{name}: none in the cache, 5 encoded (5 new).") == 1
     assert "(process 1 of 2)" in done.stderr

@@ -1,7 +1,5 @@
 """A LoRA trained by our command draws the same picture in diffusers as with our command."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ from PIL import Image
 
 from library.models.family import ModelSource
 from library.models.sdxl.family import SdxlFamily
-from tests.cli.training_commands import ROOT, arguments, environment, run_command, write_dataset
+from tests.cli.training_commands import ROOT, arguments, run_command, write_dataset
 from tests.diffusers_reference import write_configs
 
 PROMPT, NEGATIVE, SEED, STEPS, SIDE = "a boat on the water", "blurry", 5, 4, 96
@@ -28,36 +26,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, pho
 
 
 def draw_here(checkpoint: Path, folder: Path, *lora: str) -> np.ndarray:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "sdxl_gen_img.py",
-            "--ckpt",
-            str(checkpoint),
-            "--outdir",
-            str(folder),
-            "--prompt",
-            f"{PROMPT} --n {NEGATIVE}",
-            "--W",
-            str(SIDE),
-            "--H",
-            str(SIDE),
-            "--steps",
-            str(STEPS),
-            "--sampler",
-            "euler",
-            "--scale",
-            "5",
-            "--seed",
-            str(SEED),
-            *lora,
-        ],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    options = ["--ckpt", str(checkpoint), "--outdir", str(folder), "--prompt", f"{PROMPT} --n {NEGATIVE}", "--W", str(SIDE)]
+    options += ["--H", str(SIDE), "--steps", str(STEPS), "--sampler", "euler", "--scale", "5", "--seed", str(SEED), *lora]
+    done = run_command(options, script=str(ROOT / "sdxl_gen_img.py"))
     assert done.returncode == 0, done.stderr
     (picture,) = folder.glob("*.png")
     return np.asarray(Image.open(picture).convert("RGB"), dtype=np.float32)

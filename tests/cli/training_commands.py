@@ -1,10 +1,15 @@
 """What the tests of training commands share: a small dataset, command lines, and ways to run them."""
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from functools import cache
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import torch
@@ -75,10 +80,53 @@ def environment() -> dict[str, str]:
 
 
 def run_command(args: Sequence[str], launcher: Sequence[str] = (), script: str = SCRIPT) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end as a person would."""
-    return subprocess.run(
-        [sys.executable, *launcher, script, *args], capture_output=True, text=True, env=environment(), cwd=ROOT, check=False
-    )
+    """Run a script to its end, in a process of its own, from the project's folder.
+
+    Without a launcher the process is forked from one that has the large libraries loaded, which otherwise take longer than what is
+    tested; `start_command` and launchers start from nothing, as a person does.
+    """
+    command = [sys.executable, *launcher, script, *args]
+    if launcher or sys.platform != "linux":
+        return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = warm_processes().Process(target=_run_script, args=(script, list(args), str(out), str(err)))
+        process.start()
+        process.join()
+        assert process.exitcode is not None
+        said, complained = (path.read_text(encoding="utf-8", errors="replace") for path in (out, err))
+    return subprocess.CompletedProcess(command, process.exitcode, said, complained)
+
+
+@cache
+def warm_processes() -> ForkServerContext:
+    """Return what forks processes that have the large libraries loaded and compute in one thread."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.cli.loaded_before"])
+    before = dict(os.environ)
+    os.environ.update(environment() | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"})
+    try:
+        context.Process(target=_nothing).start()  # starts the server, which keeps this environment
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def _nothing() -> None:
+    pass
+
+
+def _run_script(script: str, args: list[str], out: str, err: str) -> None:
+    """Run a script as the main program, with its output in files."""
+    for path, descriptor in ((out, 1), (err, 2)):
+        with open(path, "wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    os.chdir(ROOT)
+    sys.argv = [script, *args]
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # it lives as long as the process
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    runpy.run_path(script, run_name="__main__")
 
 
 def start_command(args: Sequence[str], script: str = SCRIPT) -> subprocess.Popen[str]:

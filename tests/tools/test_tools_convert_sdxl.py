@@ -1,8 +1,6 @@
 """The converter as a command: there and back without a loss, and mistakes in sentences."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,15 +9,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.options.errors import UsageError
+from tests.cli.training_commands import ROOT, run_command
 from tools.convert_sdxl import main
 
-ROOT = Path(__file__).resolve().parents[2]
+CONVERT = str(ROOT / "tools" / "convert_sdxl.py")
 
 
 def test_a_file_comes_back_from_a_folder_with_the_same_tensors_and_metadata(tiny_checkpoint: Path, tmp_path: Path) -> None:
     for source, out in ((tiny_checkpoint, "folder"), (tmp_path / "folder", "again.safetensors")):
-        command = [sys.executable, str(ROOT / "tools" / "convert_sdxl.py"), str(source), str(tmp_path / out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = run_command([str(source), str(tmp_path / out)], script=CONVERT)
         assert done.returncode == 0, done.stderr
     before, after = load_file(tiny_checkpoint), load_file(tmp_path / "again.safetensors")
     assert after.keys() == before.keys()
@@ -79,8 +77,7 @@ def test_mistakes_are_told_in_one_sentence_each(tmp_path: Path, source: str, out
 
 def test_something_else_than_sdxl_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("<html>")
-    command = [sys.executable, str(ROOT / "tools" / "convert_sdxl.py"), str(tmp_path / "text.safetensors"), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command([str(tmp_path / "text.safetensors"), str(tmp_path / "out")], script=CONVERT)
     assert done.returncode == 1
     assert "a web page, probably of a failed download" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
