@@ -79,7 +79,11 @@ class LatentChecker:
         try:
             stamps = read_stamps(path, (size_suffix(self.files.shape(job.item)), ""))
             stamp = next((stamp for stamp in stamps if stamp and stamp.get("bucket") == bucket), None)
-            return LatentVerdict(self._difference(stamp, job)) if stamp else self._foreign(read_npz(path), job)
+            return (
+                LatentVerdict(self._difference(stamp, job))
+                if stamp
+                else self._foreign(read_npz(path, keys=self._compared(job)), job)
+            )
         except (UserError, TypeError, ValueError):  # unreadable, or arrays of texts where numbers belong
             return LatentVerdict("damaged")
 
@@ -95,8 +99,17 @@ class LatentChecker:
             return "not mirrored yet"
         if job.masked and job.item.has_alpha and "alpha_mask" not in names:
             return "without a mask yet"
-        wanted = [_POSTERIORS[flipped] for flipped in {False, job.mirrored}] if self.files.posterior else []
-        return None if all(name in names for name in wanted) else "without its posterior yet"
+        return None if all(name in names for name in self._posteriors(job)) else "without its posterior yet"
+
+    def _posteriors(self, job: LatentJob) -> list[str]:
+        return [_POSTERIORS[flipped] for flipped in {False, job.mirrored}] if self.files.posterior else []
+
+    def _compared(self, job: LatentJob) -> set[str]:
+        """Return the names of what has to be read of a file of another program; all the rest of it stays unread."""
+        names = {"latents", "original_size", "crop_ltrb", *self._posteriors(job)}
+        names |= {"latents_flipped"} if job.mirrored else set()
+        names |= {"alpha_mask"} if job.masked and job.item.has_alpha else set()
+        return names | {name + size_suffix(self.files.shape(job.item)) for name in names}
 
     def _foreign(self, arrays: Arrays, job: LatentJob) -> LatentVerdict:
         """Judge a file of another program, which says nothing of where its latents are from.
@@ -117,8 +130,6 @@ class LatentChecker:
             return LatentVerdict(missing)
         if job.masked and item.has_alpha and entry["alpha_mask"].shape != item.geometry.bucket[::-1]:
             return LatentVerdict("without a mask yet")
-        if not job.masked and item.has_alpha and is_transparent(item.path):
-            return LatentVerdict("transparent in another way")
         latents = [entry[name] for name in ("latents", "latents_flipped") if name in entry]
         if any(each.dtype.kind != "f" or each.shape != latents[0].shape for each in latents):
             return LatentVerdict("damaged")
@@ -126,4 +137,6 @@ class LatentChecker:
             return LatentVerdict("not finite")
         if os.path.getmtime(self.files.path(item)) < os.path.getmtime(item.path):
             return LatentVerdict("of an image that changed")
+        if not job.masked and item.has_alpha and is_transparent(item.path):  # last, since it decodes the image
+            return LatentVerdict("transparent in another way")
         return LatentVerdict(is_foreign=True)

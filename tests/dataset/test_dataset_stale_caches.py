@@ -256,6 +256,29 @@ def test_both_forms_of_files_of_sd_scripts_are_read(run: Run, suffix: str) -> No
     assert latents.read(item, flipped=False).unique().tolist() == [3]
 
 
+def test_of_a_file_of_another_program_only_what_is_used_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = run.folder / LATENTS
+    save(path, latents_flipped=np.full((4, 8, 8), np.nan, np.float32))
+    decoded: list[str] = []
+    monkeypatch.setattr("library.dataset.latent_check.is_transparent", lambda image: bool(decoded.append(image)))
+    report = run.encode_images(run.dataset())
+    assert (report.foreign, report.made, decoded) == (1, {}, [])  # what is not read hinders nobody
+    run.settings["flip_aug"] = True
+    assert run.encode_images(run.dataset()).made == {"not mirrored yet": 4, "not finite": 1}
+
+
+def test_a_transparent_image_is_only_decoded_for_a_file_that_fits_otherwise(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, path = run.folder / "im0.png", run.folder / LATENTS
+    Image.new("RGBA", (64, 64), (9, 9, 9, 99)).save(image)
+    decoded: list[str] = []
+    monkeypatch.setattr("library.dataset.latent_check.is_transparent", lambda image: not decoded.append(image))
+    save(path)
+    os.utime(path, (1, 1))
+    assert (run.encode_images(run.dataset()).made, decoded) == ({"of an image that changed": 1}, [])
+    save(path)
+    assert (run.encode_images(run.dataset()).made, decoded) == ({"transparent in another way": 1}, [str(image)])
+
+
 @pytest.mark.parametrize("suffix", ["", "_8x8"])
 def test_files_of_sd_scripts_of_another_size_or_older_than_the_image_are_not(run: Run, suffix: str) -> None:
     path = run.folder / LATENTS
