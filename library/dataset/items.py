@@ -1,8 +1,9 @@
 """The images of a run as records that are built when they are asked for, from columns."""
 
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, overload
 
@@ -77,7 +78,23 @@ class Choice:
         return Choice(self.subsets[index], self.rows[index], self.repeats[index])
 
 
-class Items(Sequence[Item]):
+class _OnDemand(Sequence[Item], ABC):
+    """Items by position, slice or from the end, given those by position alone."""
+
+    @abstractmethod
+    def _item(self, position: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        if isinstance(index, slice):
+            return [self._item(position) for position in range(*index.indices(len(self)))]
+        return self._item(range(len(self))[index])
+
+
+class Items(_OnDemand):
     """The items of one dataset of the file.
 
     Args:
@@ -158,30 +175,8 @@ class Items(Sequence[Item]):
     def __len__(self) -> int:
         return len(self._choice.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
-        if isinstance(index, slice):
-            return [self._item(position) for position in range(*index.indices(len(self)))]
-        return self._item(range(len(self))[index])
-
     def __iter__(self) -> Iterator[Item]:
         return map(self._item, range(len(self)))
-
-    def picked(self, positions: Sequence[int] | Ints, first: int, repeats: int | None = None) -> "Items":
-        """Return some of these items, numbered anew.
-
-        Args:
-            positions: which, in the new order.
-            first: number of the first.
-            repeats: uses of each in an epoch; None leaves them.
-        """
-        choice = self._choice.where(positions)
-        if repeats is not None:
-            choice = replace(choice, repeats=np.full(len(choice.rows), repeats, dtype=np.int32))
-        return Items(self._config, self._section, first, self._pictures, choice)
 
     def _item(self, position: int) -> Item:
         subset, row = self._choice.subsets.item(position), self._choice.rows.item(position)
@@ -206,7 +201,7 @@ class Items(Sequence[Item]):
         )
 
 
-class JoinedItems(Sequence[Item]):
+class JoinedItems(_OnDemand):
     """The items of several datasets, one after the other."""
 
     def __init__(self, parts: Sequence[Sequence[Item]]) -> None:
@@ -216,14 +211,7 @@ class JoinedItems(Sequence[Item]):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
+    def _item(self, position: int) -> Item:
         part = bisect_right(self._starts, position) - 1
         return self._parts[part][position - self._starts[part]]
 

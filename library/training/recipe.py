@@ -46,7 +46,7 @@ from library.training.progress import Progress
 from library.training.resume import saved_place, start_position
 from library.training.saving import Saver
 from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
-from library.training.state import Resumable, load_state
+from library.training.state import Resumable, SavedPlace, load_state
 from library.training.step import ModelParts, NanWatch, TrainStep
 from library.training.trackers import RunLog
 from library.training.validation import Validation, ValidationPlan, validation_timesteps
@@ -120,10 +120,7 @@ def run_recipe(
         *previews(setting, trained, saver.averaged, parts, text, requests, trackers),
         saver,
     ]
-    if options.state.resume is not None:
-        load_state(Path(options.state.resume), saver.live)
-        if saved is not None and saved.losses:
-            training_log.losses.load_state_dict(saved.losses)
+    load_saved(options.state.resume, saved, saver, training_log)
     try:
         with StopRequest() as stop:
             end = train(run, start, stop)
@@ -131,6 +128,14 @@ def run_recipe(
                 stop_saved(saver, end, stop, accelerator.num_processes)
     finally:
         training_log.close()
+
+
+def load_saved(resume: str | None, saved: SavedPlace | None, saver: Saver, training_log: TrainingLog) -> None:
+    """Take up the state of the run that is resumed, if any, with its averages of the loss."""
+    if resume is not None:
+        load_state(Path(resume), saver.live)
+        if saved is not None and saved.losses:
+            training_log.losses.load_state_dict(saved.losses)
 
 
 def make_setting(
