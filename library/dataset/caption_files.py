@@ -33,19 +33,6 @@ def caption_candidates(stem: str, extension: str) -> list[str]:
     return [stem + extension, stem.rsplit("_", 4)[0] + extension]
 
 
-def read_caption(path: str, *, multiline: bool) -> str:
-    """Return the caption that a file holds.
-
-    Args:
-        path: a text file in UTF-8, with or without a byte order mark.
-        multiline: see `caption_of_text`.
-
-    Raises:
-        UserError: the file is empty or in another encoding.
-    """
-    return caption_of_text(caption_text(path), multiline=multiline)
-
-
 def caption_text(path: str) -> str:
     """Return all of a caption file.
 

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -128,21 +128,6 @@ class Loader:
             return batch
         cond = stack_cond([texts.read(caption) for caption in batch.captions])
         return replace(batch, text_cond={key: value.pin_memory() for key, value in cond.items()} if self._pin else cond)
-
-
-def make_loader(
-    dataset: Dataset,
-    epoch: int,
-    *,
-    process_index: int = 0,
-    num_processes: int = 1,
-    num_workers: int = 0,
-    start_batch: int = 0,
-    pin: bool = False,
-) -> Iterable[Batch]:
-    """Return the batches of one epoch for one process; see `Loader`, which also keeps workers from epoch to epoch."""
-    loader = Loader(dataset, process_index=process_index, num_processes=num_processes, num_workers=num_workers, pin=pin)
-    return loader.epoch(epoch, start_batch)
 
 
 def load_batch(dataset: Dataset, epoch: int, share: Share, *, update: int = 0, total_updates: int = 0) -> Batch:

@@ -72,16 +72,6 @@ class _WholeFile:
         return aligned.view(dtype).reshape(shape)
 
 
-def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Return each tensor's dtype and shape, and the metadata, without reading any tensor.
-
-    Raises:
-        UserError: the file is missing, cut short or no safetensors file.
-    """
-    infos, metadata, _, _ = _parse(Path(path))
-    return infos, metadata
-
-
 def open_safetensors(path: str | Path, mmap: bool = True) -> TensorFile:
     """Open a file whose tensors are read when they are asked for.
 

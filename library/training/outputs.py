@@ -82,10 +82,6 @@ class RunLength:
         total = max_train_steps if max_train_epochs is None else max_train_epochs * updates_per_epoch
         return cls(updates_per_epoch, total, _ceil_div(total, updates_per_epoch))
 
-    def epoch_of(self, updates: int) -> int:
-        """Return the 1-based epoch in which update number `updates` (1-based) is made."""
-        return _ceil_div(updates, self.updates_per_epoch)
-
     def epochs_finished(self, updates: int) -> int:
         """Return how many whole epochs are behind after `updates` updates; the run's last epoch counts once the run is over."""
         return self.num_epochs if updates >= self.total_updates else updates // self.updates_per_epoch

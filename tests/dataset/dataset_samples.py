@@ -1,7 +1,7 @@
 """Small datasets of real files, and a family whose encoders are arithmetic."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from library.dataset.batch import Batch
+from library.dataset.dataset import Dataset
+from library.dataset.loader import Loader
 from library.models.family import LatentCacheSpec, TextCacheSpec, TextCond, Tokens
 from library.models.prompt_weights import PromptStyle, parse_prompt_weights
 from library.options.dataset_config import CaptionRules, DatasetConfig, SectionConfig, SubsetConfig
@@ -50,6 +53,21 @@ def section(*subsets: SubsetConfig, **changes: Any) -> SectionConfig:
 
 def config(*sections: SectionConfig, prior_loss_weight: float = 1.0, from_file: bool = True) -> DatasetConfig:
     return DatasetConfig(sections, prior_loss_weight, from_file)
+
+
+def make_loader(
+    dataset: Dataset,
+    epoch: int,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+    num_workers: int = 0,
+    start_batch: int = 0,
+    pin: bool = False,
+) -> Iterable[Batch]:
+    """Return the batches of one epoch for one process."""
+    loader = Loader(dataset, process_index=process_index, num_processes=num_processes, num_workers=num_workers, pin=pin)
+    return loader.epoch(epoch, start_batch)
 
 
 class FakeVae(nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dataset_files import load
-from dataset_samples import config, make_image, section, subset
+from dataset_samples import config, make_image, make_loader, section, subset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +24,6 @@ from library.dataset.buckets import BucketChooser
 from library.dataset.dataset import Dataset
 from library.dataset.findings import Findings, Kind, Severity
 from library.dataset.index import build_index
-from library.dataset.loader import make_loader
 from library.dataset.plan import draw_seed
 from library.options.errors import UsageError
 

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from dataset_samples import FakeFamily, FakeVae, config, make_image, section, subset
+from dataset_samples import FakeFamily, FakeVae, config, make_image, make_loader, section, subset
 
 from library.dataset.dataset import Dataset
 from library.dataset.latent_cache import cache_latents
 from library.dataset.latent_encoder import LatentEncoder
-from library.dataset.loader import make_loader
 from library.options.errors import UserError
 from library.options.groups.cache import CacheOptions
 

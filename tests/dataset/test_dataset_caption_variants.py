@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dataset_samples import FakeFamily, config, section, subset
+from dataset_samples import FakeFamily, config, make_loader, section, subset
 
 from library.dataset.cache_stamps import CacheReport
 from library.dataset.caption_variants import CaptionVariants
 from library.dataset.dataset import Dataset
-from library.dataset.loader import Loader, make_loader
+from library.dataset.loader import Loader
 from library.dataset.text_cache import cache_text_outputs
 from library.dataset.text_encoder import TextEncoder
 from library.options.dataset_config import CaptionRules

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from library.dataset.caption_files import find_caption_file, likely_extension, read_caption
+from library.dataset.caption_files import caption_of_text, caption_text, find_caption_file, likely_extension
 from library.dataset.captions import caption_for_use
 from library.options.dataset_config import CaptionRules
 from library.options.errors import UserError
@@ -149,26 +149,27 @@ def test_a_dropped_caption_has_no_prefix() -> None:
 def test_caption_files_are_read_by_line(tmp_path: Path, content: bytes, single: str, multi: str) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(content)
-    assert read_caption(str(path), multiline=False) == single
-    assert read_caption(str(path), multiline=True) == multi
+    text = caption_text(str(path))
+    assert caption_of_text(text, multiline=False) == single
+    assert caption_of_text(text, multiline=True) == multi
 
 
 def test_an_empty_caption_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").touch()
     with pytest.raises(UserError, match=r"a\.txt is an empty caption file"):
-        read_caption(str(tmp_path / "a.txt"), multiline=False)
+        caption_text(str(tmp_path / "a.txt"))
 
 
 def test_another_encoding_is_refused_with_the_byte_and_its_place(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("line\nein Bär".encode("latin-1"))
     with pytest.raises(UserError, match=r"a\.txt is not UTF-8: byte 0xe4 at position 10 \(line 2\).*Save the file as UTF-8"):
-        read_caption(str(tmp_path / "a.txt"), multiline=False)
+        caption_text(str(tmp_path / "a.txt"))
 
 
 def test_utf_16_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("text".encode("utf-16"))
     with pytest.raises(UserError, match="UTF-16"):
-        read_caption(str(tmp_path / "a.txt"), multiline=False)
+        caption_text(str(tmp_path / "a.txt"))
 
 
 def test_the_caption_file_has_the_images_name_or_that_before_four_numbers(tmp_path: Path) -> None:

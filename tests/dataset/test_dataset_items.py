@@ -3,7 +3,6 @@
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 from dataset_samples import config, make_image, section, subset
 from hypothesis import given
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from library.dataset.columns import Texts
 from library.dataset.dataset import Dataset
 from library.dataset.index import build_index
-from library.dataset.items import JoinedItems
 
 
 @given(st.lists(st.text(st.characters(), max_size=20), max_size=20))
@@ -58,16 +56,3 @@ def test_items_of_several_datasets_follow_each_other(folder: Path, tmp_path: Pat
     assert [dataset.items[position].number for position in range(11)] == list(range(11))
     assert dataset.items[5].path == str(other / "x.png")
     assert dataset.items[-1] == dataset.items[10]
-
-
-def test_picked_items_are_numbered_anew(folder: Path) -> None:
-    (found,) = build_index(config(section(subset(folder, num_repeats=4), enable_bucket=True)))
-    picked = found.items.picked([3, 1], first=7, repeats=1)
-    assert [(item.number, item.path, item.repeats) for item in picked] == [
-        (7, found.items[3].path, 1),
-        (8, found.items[1].path, 1),
-    ]
-    assert picked[0].geometry == found.items[3].geometry
-    assert [item.repeats for item in found.items.picked(np.array([0], dtype=np.int32), first=0)] == [4]
-    joined = JoinedItems([found.items, found.items.picked([0], first=5)])
-    assert [item.number for item in joined] == list(range(6))

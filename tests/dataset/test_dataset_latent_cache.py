@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dataset_samples import FakeFamily, FakeVae, config, make_image, section, subset
+from dataset_samples import FakeFamily, FakeVae, config, make_image, make_loader, section, subset
 from PIL import Image
 
 from library.dataset import latent_cache, latent_encoder
@@ -18,7 +18,6 @@ from library.dataset.dataset import Dataset
 from library.dataset.images import to_model_range
 from library.dataset.latent_cache import cache_latents
 from library.dataset.latent_encoder import LatentEncoder
-from library.dataset.loader import make_loader
 from library.options.errors import UserError
 from library.options.groups.cache import CacheOptions
 

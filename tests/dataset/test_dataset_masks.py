@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dataset_samples import FakeFamily, FakeVae, config, make_image, section, subset
+from dataset_samples import FakeFamily, FakeVae, config, make_image, make_loader, section, subset
 from PIL import Image
 
 from library.dataset.cache_stamps import CacheReport
@@ -16,7 +16,7 @@ from library.dataset.findings import Findings, Kind, Severity
 from library.dataset.index import build_index
 from library.dataset.latent_cache import cache_latents
 from library.dataset.latent_encoder import LatentEncoder
-from library.dataset.loader import load_batch, make_loader
+from library.dataset.loader import load_batch
 from library.dataset.plan import Share
 from library.files.npz import read_npz
 from library.options.groups.cache import CacheOptions

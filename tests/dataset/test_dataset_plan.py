@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from dataset_samples import config, make_image, section, subset
+from dataset_samples import config, make_image, make_loader, section, subset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from library.dataset.batch import Batch
 from library.dataset.dataset import Dataset
-from library.dataset.loader import Loader, make_loader
+from library.dataset.loader import Loader
 from library.dataset.plan import EpochPlan, draw_seed, plan_epoch
 from library.options.errors import UserError
 from library.options.groups.dataset import DatasetOptions

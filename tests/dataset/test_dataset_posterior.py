@@ -6,13 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dataset_samples import POSTERIOR_STD, FakeFamily, FakeVae, config, section, subset
+from dataset_samples import POSTERIOR_STD, FakeFamily, FakeVae, config, make_loader, section, subset
 
 from library.dataset.cache_stamps import CacheReport
 from library.dataset.dataset import Dataset
 from library.dataset.latent_cache import cache_latents
 from library.dataset.latent_encoder import LatentEncoder
-from library.dataset.loader import make_loader
 from library.diffusion.posterior import posterior_noise
 from library.options.groups.cache import CacheOptions
 

@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dataset_samples import FakeFamily, FakeVae, config, make_image, section, subset
+from dataset_samples import FakeFamily, FakeVae, config, make_image, make_loader, section, subset
 from PIL import Image
 
 from library.dataset.cache_stamps import CacheReport
 from library.dataset.dataset import Dataset
 from library.dataset.latent_cache import cache_latents
 from library.dataset.latent_encoder import LatentEncoder
-from library.dataset.loader import make_loader
 from library.dataset.text_cache import cache_text_outputs
 from library.dataset.text_encoder import TextEncoder
 from library.options.errors import UserError

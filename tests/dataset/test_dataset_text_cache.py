@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dataset_samples import FakeFamily, config, section, subset
+from dataset_samples import FakeFamily, config, make_loader, section, subset
 
 from library.dataset.batch import Batch
 from library.dataset.cache_stamps import CacheReport
 from library.dataset.dataset import Dataset
-from library.dataset.loader import make_loader
 from library.dataset.text_cache import cache_text_outputs
 from library.dataset.text_encoder import TextEncoder
 from library.models.prompt_weights import PromptStyle

@@ -5,7 +5,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from library.files.safetensors_io import open_safetensors, read_header, save_safetensors
+from library.files.safetensors_io import open_safetensors, save_safetensors
 from library.files.safetensors_layout import DTYPES, TensorInfo
 from library.files.tensors import open_tensors
 from library.options.errors import UserError
@@ -92,9 +92,10 @@ def test_floating_point_tensors_are_converted_while_saving_and_the_rest_is_kept(
     )
 
 
-def test_the_header_is_read_without_the_tensors(tmp_path):
+def test_dtypes_shapes_and_metadata_are_known_without_the_tensors(tmp_path):
     save_safetensors(tmp_path / "a.safetensors", {"w": torch.zeros(2, 3, dtype=torch.float16)}, {"k": "v"})
-    assert read_header(tmp_path / "a.safetensors") == ({"w": (torch.float16, (2, 3))}, {"k": "v"})
+    with open_safetensors(tmp_path / "a.safetensors") as file:
+        assert (file.infos, file.metadata) == ({"w": (torch.float16, (2, 3))}, {"k": "v"})
 
 
 def test_other_software_opens_a_file_without_metadata(tmp_path):
@@ -128,14 +129,14 @@ def test_a_file_cut_short_is_told_with_both_sizes(tmp_path):
 def test_a_file_that_is_something_else_is_named_for_what_it_is(tmp_path, content, sentence):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=sentence):
-        read_header(tmp_path / "a.safetensors")
+        open_safetensors(tmp_path / "a.safetensors")
 
 
 def test_a_number_type_from_the_future_is_named(tmp_path):
     header = json.dumps({"a": {"dtype": "F2", "shape": [8], "data_offsets": [0, 2]}}).encode()
     (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"12")
     with pytest.raises(UserError, match="number type that is not known here: F2"):
-        read_header(tmp_path / "a.safetensors")
+        open_safetensors(tmp_path / "a.safetensors")
 
 
 def test_a_header_whose_tensors_overlap_is_damaged(tmp_path):
