@@ -53,12 +53,12 @@ def cache(options: CacheLatentsOptions, definition: DatasetConfig) -> None:
     """Open the model, index the images, and encode what is not cached."""
     from library.dataset.dataset import Dataset
     from library.models.sdxl.family import SdxlFamily
-    from library.training.accelerator import DTypes, make_accelerator, shared_seed
+    from library.training.accelerator import DTypes, make_accelerator
     from library.training.preparation import fill_latents, model_source
 
     family = SdxlFamily.open(model_source(options.model, options.precision))
     accelerator = make_accelerator(options.precision, options.distributed)
-    dataset = Dataset(definition, shared_seed(accelerator, options.length.seed))
+    dataset = Dataset(definition, options.length.seed or 0)  # not a random one: two runs make the same latents
     dtype = DTypes.of(options.precision, options.cache.no_half_vae, None).vae
     load = functools.cache(lambda: family.load_vae(dtype, accelerator.device))
     fill_latents(dataset, family, load, dtype, cache_options(options), accelerator)

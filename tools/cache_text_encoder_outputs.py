@@ -52,12 +52,12 @@ def cache(options: CacheTextEncoderOutputsOptions, definition: DatasetConfig) ->
     from library.dataset.dataset import Dataset
     from library.models.prompt_weights import PromptStyle
     from library.models.sdxl.family import SdxlFamily
-    from library.training.accelerator import DTypes, make_accelerator, shared_seed
+    from library.training.accelerator import DTypes, make_accelerator
     from library.training.preparation import fill_texts, model_source
 
     family = SdxlFamily.open(model_source(options.model, options.precision))
     accelerator = make_accelerator(options.precision, options.distributed)
-    dataset = Dataset(definition, shared_seed(accelerator, options.length.seed))
+    dataset = Dataset(definition, options.length.seed or 0)
     dtype = DTypes.of(options.precision, False, None).compute
     load = functools.cache(lambda: family.load_text_encoders(dtype, accelerator.device))
     batch_size = options.dataset.train_batch_size

@@ -143,10 +143,11 @@ def resize_folder(order: Order) -> None:
     with _workers() as pool:
         outcomes = pool.map(lambda path: _resize(path, order), images)
         bar = tqdm(outcomes, desc="resizing", total=len(images), disable=None)  # None shows it on terminals only
-        problems = [problem for problem in bar if problem]
+        by_stem = {path.stem: problem for path, problem in zip(images, bar, strict=True)}
+    problems, written = [problem for problem in by_stem.values() if problem], {stem for stem in by_stem if not by_stem[stem]}
     for path in others:
         copy(path, order.target / path.name)
-        if order.with_associated and path.suffix not in _CACHES and path.stem in by_name:
+        if order.with_associated and path.suffix not in _CACHES and path.stem in written:
             for size in order.sizes:
                 copy(path, order.target / f"{_sized(path.stem, size)}{path.suffix}")
     num_done, sizes = len(images) - len(problems), ", ".join(map(_text, order.sizes))

@@ -8,8 +8,9 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from library.options.errors import UserError
@@ -24,6 +25,8 @@ _WRITE_REFUSALS = {
     errno.ENAMETOOLONG: "the file name is too long. Choose a shorter name",
     errno.ENOTDIR: "a part of that path is a file, not a folder. Choose another folder",
     errno.EISDIR: "there is a folder of that name. Choose another name",
+    errno.EEXIST: "a file of that name is in the way. Move it away or choose another name",
+    errno.ENOENT: "that folder cannot be made. Choose another one",
 }
 
 
@@ -45,12 +48,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, target)
         _flush_folder(target.parent)
     except OSError as error:
-        reason = _WRITE_REFUSALS.get(error.errno or 0)
-        if reason is None:
-            raise
-        raise UserError(f"{path} could not be written: {reason}. Nothing that was there before has changed.") from error
+        raise _refusal(path, temporary, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # below a file, or on a disk that is gone; what went wrong is told already
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -79,12 +80,22 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         _flush_folder(target.parent)
         shutil.rmtree(retired, ignore_errors=True)
     except OSError as error:
-        reason = _WRITE_REFUSALS.get(error.errno or 0)
-        if reason is None:
-            raise
-        raise UserError(f"{path} could not be written: {reason}. Nothing that was there before has changed.") from error
+        raise _refusal(path, temporary, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder, with those above it, and make sure that something can be made in it.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=".probe-", dir=path))  # asking for rights does not tell of disks that take no files
+    except OSError as error:
+        raise _refusal(path, Path(error.filename or path), error) from error
 
 
 def atomic_write_bytes(path: str | Path, content: bytes) -> None:
@@ -96,6 +107,15 @@ def atomic_write_bytes(path: str | Path, content: bytes) -> None:
 def atomic_write_text(path: str | Path, content: str) -> None:
     """Replace the content of `path` by UTF-8 text, as `atomic_write` does; line ends stay as they are given."""
     atomic_write_bytes(path, content.encode("utf-8"))
+
+
+def _refusal(path: str | Path, temporary: Path, error: OSError) -> Exception:
+    """Return the error as a sentence, or the error itself where it is none that a person can do something about."""
+    reason = _WRITE_REFUSALS.get(error.errno or 0)
+    is_ours = error.filename in {str(temporary), *map(str, temporary.parents)}
+    if reason is None or (error.errno in (errno.EEXIST, errno.ENOENT) and not is_ours):  # of other files, those tell of a defect
+        return error
+    return UserError(f"{path} could not be written: {reason}. Nothing that was there before has changed.")
 
 
 def _flush_to_disk(path: Path) -> None:

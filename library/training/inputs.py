@@ -11,7 +11,7 @@ from library.options.dataset_config import DatasetConfig, load_dataset_config
 from library.options.errors import problems_of
 from library.options.scripts import TrainingOptions
 from library.training.data_terms import check_data_terms
-from library.training.outputs import output_problems
+from library.training.outputs import folder_problems, output_problems
 from library.training.preview_plan import PreviewPlan
 
 Options = TypeVar("Options", bound=TrainingOptions)
@@ -30,6 +30,8 @@ def input_problems(options: Options, *further: Callable[[Options], Any], trains_
         check_data_terms(dataset_definition(options), options.loss, trains_network=trains_network)
 
     problems = output_problems(options.output) + check_optimizer_options(options.optimizer, options.scheduler)
+    if options.preflight.dataset_report is not None:
+        problems += folder_problems("--dataset_report", options.preflight.dataset_report)
     readers: tuple[Callable[[Options], Any], ...] = (check_data, sample_requests, *further)
     for read in readers:
         problems += problems_of(partial(read, options))

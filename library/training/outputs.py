@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from library.options.errors import UserError
+from library.files.atomic import make_folder
+from library.options.errors import UserError, problems_of
 from library.options.groups.output import SavingOptions
 from library.options.groups.state import StateOptions
 
@@ -236,7 +237,7 @@ def _remove(path: Path) -> None:
 def output_problems(output: SavingOptions) -> list[str]:
     """Say what would keep a run from saving, one sentence each; asked before anything is loaded.
 
-    The folder itself is made at the first save; here only the nearest existing folder above it is looked at.
+    The folder itself is made when training begins.
     """
     problems = []
     name = output.output_name
@@ -249,19 +250,28 @@ def output_problems(output: SavingOptions) -> list[str]:
         problems.append("--output_dir is missing: give the folder that the trained files are written to.")
         return problems
     folder = Path(output.output_dir)
-    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not above.is_dir():
-        problems.append(f"--output_dir {folder} cannot be made, because {above} is a file.")
-    elif not os.access(above, os.W_OK):
-        problems.append(f"--output_dir {folder} cannot be written to: you may not write in {above}.")
+    problems += folder_problems("--output_dir", folder)
     return problems + list(_blocked_names(folder, output.output_name or None, output.extension))
+
+
+def folder_problems(option: str, folder: Path) -> list[str]:
+    """Say what keeps a folder from being made or written to; to know, something is made in the nearest one there is, and removed.
+
+    Args:
+        option: that names the folder.
+        folder: which need not exist.
+    """
+    above = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))
+    if not above.is_dir():
+        return [f"{option} {folder} cannot be made, because {above} is a file."]
+    return [f"{option} {folder} cannot be written to. {problem}" for problem in problems_of(lambda: make_folder(above))]
 
 
 def _blocked_names(folder: Path, output_name: str | None, extension: str) -> Iterator[str]:
     """Yield a sentence for each thing that stands where the run may write, and is none of what a run writes there."""
     occasions: tuple[SaveKind, ...] = ("epoch", "step", "final")
     stems = "|".join(f"{re.escape(output_name or _UNNAMED[kind])}{_NUMBER_PATTERNS[kind]}" for kind in occasions)
-    for path in sorted(folder.iterdir()) if folder.is_dir() and os.access(folder, os.R_OK) else ():
+    for path in sorted(folder.iterdir()) if os.path.isdir(folder) and os.access(folder, os.R_OK) else ():
         if re.fullmatch(f"(?:{stems})-state", path.name):
             what = _in_the_way(path, "", _OF_STATE_FOLDERS)
         elif re.fullmatch(f"(?:{stems}){re.escape(extension)}", path.name):

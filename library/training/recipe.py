@@ -20,6 +20,7 @@ from library.dataset.facts import num_reg_images, num_train_uses
 from library.dataset.loader import Loader
 from library.diffusion.objective import DdpmObjective
 from library.diffusion.schedule import NoiseSchedule
+from library.files.atomic import make_folder
 from library.generation.pipeline import Pipeline
 from library.generation.request import ImageRequest
 from library.models.family import Components, Family, ModelSource
@@ -151,6 +152,8 @@ def make_setting(
     """
     started_at = time.time()
     accelerator = make_accelerator(options.precision, options.distributed)
+    if accelerator.is_main_process and options.output.output_dir:
+        make_folder(options.output.output_dir)
     seed = shared_seed(accelerator, options.length.seed, saved_seed)
     dtypes = DTypes.of(options.precision, options.cache.no_half_vae, options.output.save_precision)
     family = open_family(model_source(options.model, options.precision))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from library.files.atomic import make_folder
 from library.options.errors import UserError
 from library.training.outputs import SaveKind, SavePlan, remove_outputs
 from library.training.position import Position
@@ -91,7 +92,7 @@ class Saver:
         remove_outputs([self.plan.outdated_model(kind, number)], self.plan.folder)
 
     def _write_model(self, path: Path, position: Position) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with self.averaged(), self.trainable.evaluation():
             self.trainable.save(path, self.dtype, self.metadata(path.stem, position), position)
         log.info("Saved %s", path)

@@ -67,6 +67,20 @@ def test_a_cache_is_made_once_and_then_kept(
     assert f"{name}: 3 taken from the cache, nothing to encode." in second.stderr
 
 
+def test_without_a_seed_two_runs_make_the_same_latents_and_say_nothing_of_seeds(
+    project_root: Path, tiny_checkpoint: Path, data: Path
+) -> None:
+    made = []
+    for _ in range(2):
+        done = run(project_root, LATENTS, "--pretrained_model_name_or_path", tiny_checkpoint, "--dataset_config", data)
+        assert done.returncode == 0 and "seed" not in done.stderr, done.stderr
+        (path, *_) = files = sorted((data.parent / "images").glob("*_sdxl.npz"))
+        made.append(next(array for name, array in read_npz(path).items() if name.startswith("latents_") and array.ndim == 3))
+        for file in files:
+            file.unlink()
+    assert np.array_equal(*made)
+
+
 def test_the_encoded_texts_are_the_processed_captions(project_root: Path, tiny_checkpoint: Path, data: Path) -> None:
     fixed = 'caption_prefix = "P,"\ncaption_suffix = ", {x|y}"\n'
     varying = "enable_wildcard = true\nshuffle_caption = true\ncaption_dropout_rate = 0.1\n"

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import zeros
 
 import sdxl_train_network
-from library.options.errors import UserError
+from library.options.errors import UsageError, UserError
+from library.training import recipe
 from tests.cli.training_commands import ROOT, SCRIPT, arguments, environment, run_command, write_dataset
 
 
@@ -156,3 +157,21 @@ def test_resuming_a_finished_run_says_that_nothing_is_left(dataset: Path, tiny_c
     assert run_command(args).returncode == 0
     with pytest.raises(UserError, match="Nothing is left to train"):
         sdxl_train_network.main([*args, "--resume", str(tmp_path / "out" / "net-state")])
+
+
+def test_an_output_folder_that_cannot_be_made_is_told_before_anything_is_loaded(
+    dataset: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[object] = []
+    monkeypatch.setattr(recipe, "prepare_text", lambda *parts: loaded.append(parts))
+    with pytest.raises(UserError, match="the file name is too long"):
+        sdxl_train_network.main(arguments(tiny_checkpoint, dataset, tmp_path / ("x" * 300)))
+    assert loaded == []
+
+
+def test_a_report_folder_below_a_file_is_told_with_the_other_mistakes(dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    report = ["--dataset_report", str(tmp_path / "file" / "report"), "--optimizer_type", "Adamw9"]
+    with pytest.raises(UsageError, match="Adamw9") as told:
+        sdxl_train_network.main(arguments(tiny_checkpoint, dataset, tmp_path / "out", *report))
+    assert f"--dataset_report {report[1]} cannot be made, because {tmp_path / 'file'} is a file." in told.value.problems

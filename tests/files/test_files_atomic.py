@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from library.files.atomic import atomic_write, atomic_write_bytes, atomic_write_text
+from library.files.atomic import atomic_folder, atomic_write, atomic_write_bytes, atomic_write_text, make_folder
 from library.options.errors import UserError
 
 
@@ -98,3 +98,27 @@ def test_a_file_that_the_system_stops_half_way_leaves_the_old_one_whole(tmp_path
     assert f"{target} could not be written" in done.stdout
     assert target.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["w.bin"]
+
+
+@pytest.mark.parametrize("below", ["a.json", "new/a.json"])
+def test_a_place_below_a_file_is_told_in_a_sentence(tmp_path, below):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/.*a\.json could not be written: a .*file"):
+        atomic_write_text(tmp_path / "file" / below, "x")
+    with pytest.raises(UserError, match=r"file/.*a\.json could not be written: a .*file"), atomic_folder(tmp_path / "file" / below):
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system in which nobody can make files")
+def test_a_place_where_the_system_lets_nobody_make_files_is_told_in_a_sentence():
+    for path in ("/proc/nope/a.json", "/proc/a.json"):
+        with pytest.raises(UserError, match=r"a\.json could not be written: that folder"):
+            atomic_write_text(path, "x")
+    for path in ("/proc", "/proc/nope"):
+        with pytest.raises(UserError, match="/proc"):
+            make_folder(path)
+
+
+def test_another_file_that_is_missing_is_not_taken_for_the_target(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "a.bin"):
+        (tmp_path / "source.bin").read_bytes()

@@ -180,6 +180,16 @@ def test_damaged_pictures_are_named_together_and_the_others_done(source: Path, t
     assert names(target) == ["c+32x32.jpg"]
 
 
+def test_files_of_a_picture_that_cannot_be_written_are_not_copied_for_its_sizes(source: Path, target: Path) -> None:
+    for name in ("a", "b"):
+        gradient(64, 64).save(source / f"{name}.png")
+        (source / f"{name}.txt").write_text("caption")
+    os.truncate(source / "a.png", 100)
+    with pytest.raises(UserError, match="1 of 2 pictures"):
+        main([str(source), str(target), "--max_resolution", "32x32", "--copy_associated_files"])
+    assert names(target) == ["a.txt", "b+32x32.jpg", "b+32x32.txt", "b.txt"]
+
+
 def test_a_picture_smaller_than_the_divisor_is_named(source: Path, target: Path) -> None:
     gradient(100, 20).save(source / "a.png")
     with pytest.raises(UserError, match=r"a\.png is 100x20, .* leaves 96x0\. Remove it or lower --divisible_by"):

@@ -195,6 +195,18 @@ def test_an_output_folder_below_a_file_is_refused(tmp_path: Path) -> None:
     assert output_problems(OutputOptions(output_dir=str(tmp_path / "new" / "out"), output_name="my.v2")) == []
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system in which nobody can make files")
+@pytest.mark.parametrize("folder", ["/proc", "/proc/nope", "/proc/nope/deep"])
+def test_an_output_folder_that_cannot_be_made_is_refused_whatever_the_rights_say(folder: str) -> None:
+    (problem,) = output_problems(OutputOptions(output_dir=folder))
+    assert problem.startswith(f"--output_dir {folder} cannot be written to. /proc could not be written: ")
+
+
+def test_asking_whether_an_output_folder_can_be_made_leaves_nothing(tmp_path: Path) -> None:
+    assert output_problems(OutputOptions(output_dir=str(tmp_path / "new"))) == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_or_file_of_something_else_in_the_place_of_a_model_is_refused(tmp_path: Path) -> None:
     folders = ModelOutputOptions(output_dir=str(tmp_path), output_name="dog", save_model_as="diffusers")
     (tmp_path / "dog").mkdir()

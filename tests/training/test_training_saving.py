@@ -89,3 +89,12 @@ def test_a_state_that_cannot_be_written_leaves_no_part_of_itself(tmp_path: Path,
     with pytest.raises(UserError, match=r"net-state could not be written: \[Errno 28\] No space left"):
         save_state(tmp_path / "net-state", run.live, Position(), SEED, 5, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_became_a_file_is_told_and_training_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    saver = make_saver(FakeRun(dataset(5), updates=3), tmp_path / "out", save_every_n_steps=1)
+    (tmp_path / "out").touch()
+    saver.after_update(Position(update=1))
+    assert f"{tmp_path / 'out'} could not be written: a file of that name is in the way." in caplog.text
+    with pytest.raises(UserError, match="a file of that name is in the way"):
+        saver.after_training(Position(update=3))
