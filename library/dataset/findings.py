@@ -27,7 +27,7 @@ class Kind(Enum):
     """What can be wrong, the worst first: a heading, and what to do about it where the sentences do not say so."""
 
     NO_IMAGES = ("Nothing to train on", "")
-    METADATA = ("Metadata files that cannot be used", "")
+    METADATA = ("Metadata files or entries of them that cannot be used", "")
     UNRESOLVED = ("Entries of metadata files that lead to no image, or two to one", "")
     UNREADABLE_IMAGE = ("Images that cannot be read", "Repair or remove them.")
     FORMAT = ("Images in a format that another package reads", "Install it, or remove these images.")

@@ -16,7 +16,7 @@ from library.dataset.control_images import with_controls
 from library.dataset.findings import Findings, Kind, names_of
 from library.dataset.folder_files import FolderFiles
 from library.dataset.items import Choice, Item, Items
-from library.dataset.listing import WHAT_COUNTS, Lister
+from library.dataset.listing import Lister
 from library.dataset.picture_reports import report_of_subset
 from library.dataset.split import held_out
 from library.options.dataset_config import DatasetConfig, SectionConfig, SubsetConfig
@@ -78,11 +78,9 @@ def build_index(
     usable = [_with_bucket(section, held, collected) for section, held in zip(config.sections, pictures, strict=True)]
     without = _split(config, pictures, usable, seed, collected)
     choices = [_choose(*parts, collected) for parts in zip(config.sections, pictures, usable, without, strict=True)]
+    _report_empty_sources(lister, collected)
     if lister.has_images:
         _report_nothing_trained(config, pictures, choices, collected)
-    elif not collected.has_errors:
-        folders = _sources(config)
-        collected.error(Kind.NO_IMAGES, folders, f"There are no images in {folders}. {WHAT_COUNTS.capitalize()}")
     if findings is None:
         collected.raise_errors()
         if text := collected.warning_text():
@@ -223,6 +221,16 @@ def _balanced(train: Choice, reg: Choice, pictures: Sequence[Pictures], findings
         )
         findings.warning(Kind.UNUSED_REG, os.path.dirname(unused[0]), told, count=len(unused), files=unused)
     return replace(reg, repeats=uses).where(uses > 0)
+
+
+def _report_empty_sources(lister: Lister, findings: Findings) -> None:
+    """Tell of folders and metadata files without images: an error if that is all there is."""
+    is_reason = not lister.has_images and not findings.has_errors
+    for source, told in lister.empty.items():
+        if is_reason:
+            findings.error(Kind.NO_IMAGES, source, told)
+        else:
+            findings.warning(Kind.CONFIG, source, told)
 
 
 def _report_nothing_trained(

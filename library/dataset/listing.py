@@ -16,11 +16,11 @@ from library.dataset.formats import IMAGE_EXTENSIONS, without_package
 from library.dataset.images import Trait
 from library.dataset.index_store import unpacked_facts
 from library.dataset.info_file import InfoFile
-from library.dataset.metadata_file import Entry, caption_of, find_images, read_metadata
+from library.dataset.metadata_file import Entry, Mistake, caption_of, find_images, read_metadata
 from library.options.dataset_config import SubsetConfig
 from library.options.errors import UserError
 
-WHAT_COUNTS = f"files directly in the folder count: {' '.join(IMAGE_EXTENSIONS)}."
+_WHAT_COUNTS = f"Files directly in the folder count: {' '.join(IMAGE_EXTENSIONS)}."
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Lister:
     def __init__(self, findings: Findings, open_folder: Callable[[str], FolderFiles]) -> None:
         self.has_images = False
         """Whether any were found, whatever they are worth."""
+        self.empty: dict[str, str] = {}
+        """What is said of folders and metadata files without images, by their path."""
         self._findings = findings
         self._open_folder = open_folder
         self._folders: dict[str, FolderFiles] = {}
@@ -98,7 +100,7 @@ class Lister:
             kept = [(name, known) for name, known in zip(names, facts, strict=True) if known is not None or name in bad]
             names, facts = [name for name, _ in kept], [known for _, known in kept]
         if not names:
-            self._findings.warning(Kind.CONFIG, subset.image_dir, f"{subset.image_dir} has no images; {WHAT_COUNTS}")
+            self.empty[subset.source] = f"There are no images in {subset.image_dir}. {_WHAT_COUNTS}"
         files = _caption_files(folder, names, subset.caption_extension)
         captions = self._captions(folder, names, files, subset, info)
         if info is not None:
@@ -132,15 +134,18 @@ class Lister:
 
     def _of_metadata(self, subset: SubsetConfig) -> _Listed:
         rules = subset.captions
+        mistakes: list[Mistake] = []
         try:
-            entries = read_metadata(subset.source)
+            entries = read_metadata(subset.source, mistakes)
         except UserError as error:
             self._findings.error(Kind.METADATA, subset.source, str(error))
             return _Listed([], [], [], [], [], [])
-        if not entries:
-            self._findings.warning(Kind.CONFIG, subset.source, f"{subset.source} names no images.")
+        for mistake in mistakes:
+            self._findings.error(Kind.METADATA, mistake.where, mistake.sentence)
+        if not entries and not mistakes:
+            self.empty[subset.source] = f"{subset.source} has no entries."
         found = find_images(entries, subset.image_dir, IMAGE_EXTENSIONS, self._findings)
-        self._report_left_out(subset, found)
+        self._report_left_out(subset, found, names_all=not mistakes)
         places = [os.path.split(path) for path in found]
         folders = {path: number for number, path in enumerate(dict.fromkeys(folder for folder, _ in places))}
         names, folder = [name for _, name in places], [folders[folder] for folder, _ in places]
@@ -153,7 +158,7 @@ class Lister:
         tags = [entry.tags for entry in found.values()]
         return _Listed([self._folder(path) for path in folders], folder, names, facts, captions, tags)
 
-    def _report_left_out(self, subset: SubsetConfig, found: dict[str, Entry]) -> None:
+    def _report_left_out(self, subset: SubsetConfig, found: dict[str, Entry], *, names_all: bool) -> None:
         without = [path for path, entry in found.items() if not entry.caption and not entry.tags]
         if without:
             told = (
@@ -161,7 +166,7 @@ class Lister:
                 f"empty caption: {_some(without)}."
             )
             self._findings.warning(Kind.NO_CAPTION, subset.source, told, count=len(without), files=without)
-        if subset.image_dir:
+        if subset.image_dir and names_all:  # an entry with a mistake may be that of an image
             folder = self._folder(subset.image_dir)
             left = [path for name in folder.images if (path := folder.prefix + name) not in found]
             if left:

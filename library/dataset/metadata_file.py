@@ -10,7 +10,17 @@ from library.dataset.caption_files import lines_of
 from library.dataset.findings import Findings, Kind
 from library.options.errors import UserError
 
-_NAMES_SHOWN = 3
+_MISTAKES_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Mistake:
+    """What is wrong with one entry."""
+
+    where: str
+    """The file, and the entry or line."""
+    sentence: str
+    """Names the place too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +35,18 @@ class Entry:
     """Where in the file it stands, for messages."""
 
 
-def read_metadata(path: str) -> list[Entry]:
+def read_metadata(path: str, mistakes: list[Mistake] | None = None) -> list[Entry]:
     """Read a `.jsonl` file with an object per line, or a JSON object from image keys to entries; longest keys come first.
 
     Of an entry `caption` and `tags` are read, and in JSON lines `image_path`, its key. Sizes are read from the images, since those
     of the file may be out of date.
 
+    Args:
+        path: of the file.
+        mistakes: receives every entry that is not what it should be; such entries are left out. Without it, they are raised.
+
     Raises:
-        UserError: the file cannot be read, is not UTF-8 or not JSON, or entries are not what they should be.
+        UserError: the file cannot be read, is not UTF-8 or not JSON, or there are wrong entries and no `mistakes` to take them.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -43,12 +57,14 @@ def read_metadata(path: str) -> list[Entry]:
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    rows = _json_lines(path, text) if path.lower().endswith(".jsonl") else _json_object(path, text)
-    problems: list[str] = []
-    entries = [entry for where, key, value in rows if (entry := _entry(where, key, value, problems)) is not None]
-    if problems:
-        more = f" and {len(problems) - _NAMES_SHOWN} more mistakes" if len(problems) > _NAMES_SHOWN else ""
-        raise UserError(f"{path}: {' '.join(problems[:_NAMES_SHOWN])}{more}")
+    found: list[Mistake] = []
+    rows = _json_lines(path, text, found) if path.lower().endswith(".jsonl") else _json_object(path, text)
+    entries = [entry for where, key, value in rows if (entry := _entry(where, key, value, found)) is not None]
+    if mistakes is not None:
+        mistakes += found
+    elif found:
+        more = f" and {len(found) - _MISTAKES_SHOWN} more mistakes" if len(found) > _MISTAKES_SHOWN else ""
+        raise UserError(" ".join(mistake.sentence for mistake in found[:_MISTAKES_SHOWN]) + more)
     return sorted(entries, key=lambda entry: -len(entry.key))
 
 
@@ -171,14 +187,15 @@ def _json_object(path: str, text: str) -> Iterator[tuple[str, Any, Any]]:
         yield f"{path}, entry {key!r}", key, dict(value.pairs) if isinstance(value, _Pairs) else value
 
 
-def _json_lines(path: str, text: str) -> Iterator[tuple[str, Any, Any]]:
+def _json_lines(path: str, text: str, mistakes: list[Mistake]) -> Iterator[tuple[str, Any, Any]]:
     for number, line in enumerate(text.split("\n"), start=1):  # unlike splitlines, not at U+2028 and the like inside of texts
         if line.strip():
             where = f"{path}, line {number}"
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{where} is not valid JSON: {error.msg} at column {error.colno}.") from None
+                mistakes.append(Mistake(where, f"{where} is not valid JSON: {error.msg} at column {error.colno}."))
+                continue
             key = value.get("image_path") if isinstance(value, Mapping) else None
             yield where, key, value
 
@@ -190,16 +207,16 @@ class _Pairs:
         self.pairs = pairs
 
 
-def _entry(where: str, key: Any, value: Any, problems: list[str]) -> Entry | None:
+def _entry(where: str, key: Any, value: Any, mistakes: list[Mistake]) -> Entry | None:
     if not isinstance(value, Mapping):
-        problems.append(f"{where} must be an object with caption or tags, not {value!r}.")
+        mistakes.append(Mistake(where, f"{where} must be an object with caption or tags, not {value!r}."))
         return None
     if not isinstance(key, str) or not key:
-        problems.append(f"{where} has no image_path.")
+        mistakes.append(Mistake(where, f"{where} has no image_path."))
         return None
     texts = {name: value.get(name) or "" for name in ("caption", "tags")}
     wrong = [name for name, text in texts.items() if not isinstance(text, str)]
     if wrong:
-        problems.append(f"{where}: {wrong[0]} must be a text in quotes, but it is {value[wrong[0]]!r}.")
+        mistakes.append(Mistake(where, f"{where}: {wrong[0]} must be a text in quotes, but it is {value[wrong[0]]!r}."))
         return None
     return Entry(key, texts["caption"].strip(), texts["tags"].strip(), where)

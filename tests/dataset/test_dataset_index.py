@@ -36,8 +36,15 @@ def test_an_image_too_small_for_its_bucket_is_named(folder: Path) -> None:
 
 
 def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="There are no images in"):
+    with pytest.raises(UserError, match="There are no images in") as error:
         build_index(config(section(subset(tmp_path))))
+    assert str(error.value).count(str(tmp_path)) == 1
+
+
+def test_a_folder_without_images_beside_another_is_only_odd(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "empty").mkdir()
+    build_index(config(section(subset(folder), subset(tmp_path / "empty"))))
+    assert f"There are no images in {tmp_path / 'empty'}. Files directly in the folder count" in caplog.text
 
 
 def test_only_regularisation_images_are_an_error(folder: Path) -> None:

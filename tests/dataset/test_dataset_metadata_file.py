@@ -11,6 +11,7 @@ import pytest
 
 from library.dataset.dataset import Dataset
 from library.dataset.facts import section_facts, tag_frequency
+from library.dataset.findings import Findings, Kind, Severity
 from library.dataset.index import build_index
 from library.dataset.listing import positions_by_folder
 from library.dataset.metadata_file import caption_of, read_metadata
@@ -256,3 +257,32 @@ def test_the_images_of_folders_are_gathered_in_one_pass() -> None:
 
     assert positions_by_folder(numbers(), 4) == [[0, 2], [3], [1, 4], []]
     assert passes == 1
+
+
+@pytest.mark.parametrize("name", ["m.json", "m.jsonl"])
+def test_every_mistake_is_told_by_itself_and_good_entries_are_looked_for_nevertheless(
+    images: Path, tmp_path: Path, name: str
+) -> None:
+    if name == "m.json":
+        content = '{"a.png": 3, "b.jpg": {"tags": ["a"]}, "gone.png": {}, "deep/c.webp": {}, "deep/c": {}}'
+        places = ["entry 'a.png' must be", "entry 'b.jpg': tags must be"]
+    else:
+        keys = ("gone.png", "deep/c.webp", "deep/c")
+        content = "\n".join(["{", '{"caption": "x"', *(json.dumps({"image_path": key}) for key in keys)])
+        places = ["line 1 is not valid JSON", "line 2 is not valid JSON"]
+    file, findings = write(tmp_path / name, content), Findings()
+    build_index(config(section(subset(images, metadata_file=file))), findings)
+    told = {kind: [problem.sentence for problem in problems] for kind, _, problems in findings.groups(Severity.ERROR)}
+    assert [sentence.startswith(f"{file}, {place}") for sentence, place in zip(told[Kind.METADATA], places, strict=True)] == [
+        True
+    ] * 2
+    assert [sentence.count(file) for sentence in told[Kind.METADATA]] == [1, 1]
+    assert ["'gone.png'" in sentence or "has two entries" in sentence for sentence in told[Kind.UNRESOLVED]] == [True] * 2
+    assert not findings.warnings_of(Kind.UNUSED_IMAGES)
+
+
+def test_a_file_without_entries_is_told_as_that(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        items_of(write(tmp_path / "m.json", {}))
+    assert f"{tmp_path / 'm.json'} has no entries." in str(error.value)
+    assert "images in" not in str(error.value)
