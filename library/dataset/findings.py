@@ -104,6 +104,12 @@ class Problem:
     """Some of them, where there are several."""
 
 
+class DatasetError(UserError):
+    """A dataset cannot be trained on; every process looks at all of it."""
+
+    is_found_by_all = True
+
+
 class Findings:
     """Collects what the checks find; the same thing told twice counts once."""
 
@@ -146,6 +152,10 @@ class Findings:
         """Return the warnings of one kind that were kept."""
         return list(self._problems.get((Severity.WARNING, kind), {}).values())
 
+    def errors_of(self, kind: Kind) -> list[Problem]:
+        """Return the errors of one kind that were kept."""
+        return list(self._problems.get((Severity.ERROR, kind), {}).values())
+
     def lines(self, severity: Severity) -> list[str]:
         """Return the problems of a severity as a person reads them: by kind, with a few examples each."""
         shown = _ERRORS_SHOWN if severity is Severity.ERROR else _WARNINGS_SHOWN
@@ -162,7 +172,7 @@ class Findings:
         """Stop where there are errors.
 
         Raises:
-            UserError: tells all errors, and the warnings behind them.
+            DatasetError: tells all errors, and the warnings behind them.
         """
         if not self.has_errors:
             return
@@ -172,7 +182,7 @@ class Findings:
         warnings = self.lines(Severity.WARNING)
         if warnings:
             told += ["Besides, this may not be meant:", *(f"  {line}" for line in warnings)]
-        raise UserError("\n".join([*told, "Repair these and start again."]))
+        raise DatasetError("\n".join([*told, "Repair these and start again."]))
 
     def warning_text(self) -> str:
         """Return all warnings as one message, empty where there are none."""

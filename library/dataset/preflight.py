@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from library.dataset.caption_files import caption_candidates
+from library.dataset.columns import Flags
 from library.dataset.dataset import Dataset
 from library.dataset.duplicates import same_contents, same_files
 from library.dataset.findings import MOST_KEPT, NAMES_SHOWN, Findings, Kind
@@ -95,7 +97,9 @@ def _check_empty_captions(dataset: Dataset, surveyed: Survey, findings: Findings
     for subset, own in _subsets(dataset, surveyed):
         told = [problem for problem in findings.warnings_of(Kind.NO_CAPTION) if problem.where == subset.source]
         known = {path for problem in told for path in problem.files}
-        count = int((own & surveyed.is_empty).sum()) - sum(problem.count for problem in told)
+        unread = _without_readable_caption(dataset, subset, own & surveyed.is_empty, findings)
+        known.update(unread)
+        count = int((own & surveyed.is_empty).sum()) - sum(problem.count for problem in told) - len(unread)
         if count > 0 and subset.class_tokens != "":
             paths_of = list(chain.from_iterable(section.items.paths() for section in dataset.sections)) if known else []
             empty = np.flatnonzero(own & surveyed.is_empty).tolist()
@@ -103,6 +107,13 @@ def _check_empty_captions(dataset: Dataset, surveyed: Survey, findings: Findings
             names, paths = _examples(dataset, numbers[:count])
             sentence = f"{count} of {own.sum()} images of {subset.source} have an empty caption: {names}."
             findings.warning(Kind.EMPTY_CAPTION, subset.source, sentence, count=count, files=paths)
+
+
+def _without_readable_caption(dataset: Dataset, subset: SubsetConfig, empty: Flags, findings: Findings) -> set[str]:
+    """Return the images, of those whose caption is empty, whose caption file cannot be read."""
+    bad = {problem.where for problem in findings.errors_of(Kind.UNREADABLE_CAPTION)}
+    paths = (dataset.items[number].path for number in np.flatnonzero(empty).tolist()) if bad else ()
+    return {path for path in paths if not bad.isdisjoint(caption_candidates(os.path.splitext(path)[0], subset.caption_extension))}
 
 
 def _check_sizes(dataset: Dataset, section: int, surveyed: Survey, findings: Findings) -> None:

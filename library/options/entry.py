@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -11,6 +12,8 @@ from library.options.errors import UsageError, UserError
 
 INTERRUPTED = 130
 """Exit status after Ctrl+C, as shells expect it."""
+_WAIT_FOR_FIRST = 30.0
+"""Seconds that a process gives the first one to tell what both found; launchers end all processes when one has ended."""
 
 
 def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -26,8 +29,10 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except UserError as error:
         release_messages()
         status = error.exit_status
-        if not isinstance(error, UsageError) or os.environ.get("RANK", "0") == "0":
+        if not error.is_found_by_all or _is_first_of_machine():
             sys.stderr.write(_told(error) + "\n")
+        else:
+            time.sleep(_WAIT_FOR_FIRST)
     except KeyboardInterrupt:
         release_messages()
         sys.stderr.write("Stopped.\n")
@@ -39,6 +44,11 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
         sys.stderr.write(f"The disk is full{f': {error.filename}' if error.filename else ''}. Free some space and start again.\n")
         status = 1
     sys.exit(status)
+
+
+def _is_first_of_machine() -> bool:
+    """Files may differ between machines, so the first process of each tells what is wrong with them."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 def _told(error: UserError) -> str:

@@ -14,6 +14,8 @@ class UserError(ValueError):
     """
 
     exit_status = 1
+    is_found_by_all = False
+    """Whether each process of a launch finds it, so that the first alone tells it."""
 
 
 class UsageError(UserError):
@@ -24,6 +26,7 @@ class UsageError(UserError):
     """
 
     exit_status = 2
+    is_found_by_all = True
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)

@@ -65,6 +65,15 @@ def test_captions_that_are_there_and_empty_are_told_apart_from_missing_ones(plai
     assert found[Kind.EMPTY_CAPTION] == [f"1 of 3 images of {plain} have an empty caption: p0.png."]
 
 
+def test_captions_that_cannot_be_read_are_not_told_as_empty_too(plain: Path) -> None:
+    (plain / "p0.txt").write_bytes(b"caf\xe9")
+    checked = check(section(subset(plain)))
+    assert list(told(checked, Severity.ERROR)) == [Kind.UNREADABLE_CAPTION]
+    assert told(checked) == {}
+    (plain / "p1.txt").write_text("\n")
+    assert told(check(section(subset(plain)))) == {Kind.EMPTY_CAPTION: [f"1 of 2 images of {plain} have an empty caption: p1.png."]}
+
+
 def test_brackets_count_as_tokens_unless_they_are_weights(plain: Path) -> None:
     (plain / "p0.txt").write_text("one (two ) three")
     assert check(section(subset(plain))).survey.tokens.tolist() == [4, 2]

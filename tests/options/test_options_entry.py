@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from library.dataset.findings import Findings, Kind
+from library.options import entry
 from library.options.console import hold_messages, release_messages, set_up_logging
 from library.options.entry import run_script
 from library.options.errors import UsageError, UserError
@@ -17,7 +19,9 @@ def untouched_root_logger(monkeypatch):
     """Put the root logger back as it was."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
-    monkeypatch.delenv("RANK", raising=False)
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(entry, "_WAIT_FOR_FIRST", 0.01)
     yield
     root.handlers[:], root.level = handlers, level
 
@@ -112,3 +116,22 @@ def test_other_processes_show_errors_only(monkeypatch, capsys):
 def test_handlers_of_others_stay(caplog):
     set_up_logging(ConsoleOptions())
     assert caplog.handler in logging.getLogger().handlers
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 4), ("1", 0)])
+def test_only_the_first_process_tells_what_is_wrong_with_a_dataset(rank, lines, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "7")  # of another machine
+    findings = Findings()
+    findings.error(Kind.NO_IMAGES, "pictures", "There are no images in pictures.")
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    waited = []
+    monkeypatch.setattr(entry.time, "sleep", waited.append)
+    assert ended(lambda argv: findings.raise_errors()) == 1
+    assert capsys.readouterr().err.count("\n") == lines
+    assert len(waited) == (lines == 0)  # a launcher would end the first process before it has told
+
+
+def test_every_process_tells_what_it_may_be_alone_to_find(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert ended(raising(UserError("The disk is full."))) == 1
+    assert capsys.readouterr().err == "The disk is full.\n"
