@@ -1,5 +1,6 @@
 """A traced peak is the real one: the same step with fake tensors, and with real ones under torch's own record of its allocator."""
 
+import gc
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,8 +64,10 @@ def fresh_accelerator() -> Iterator[None]:
 def measured_peak(case: Case) -> int:
     """Run real steps; what the allocator handed out and took back is summed from torch's profile.
 
-    The profile begins before the model is made: it knows nothing of the end of what was there before it.
+    The profile begins before the model is made: it knows nothing of the beginning of what was there before it, so what earlier
+    tests left in cycles of references has to be gone by then.
     """
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run, batch = make_run(case.bench, case.precision, case.optimizer)
         use_kernels_of(run.schedule.optimizer, case.device_type)
