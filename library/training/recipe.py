@@ -4,53 +4,45 @@ A script hands over a `Recipe`: what is trained, and what a saved file says abou
 """
 
 import logging
-import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from library.dataset.facts import num_reg_images, num_train_uses
-from library.dataset.loader import Loader
 from library.diffusion.objective import DdpmObjective
 from library.diffusion.schedule import NoiseSchedule
 from library.files.atomic import make_folder
-from library.generation.pipeline import Pipeline
 from library.generation.request import ImageRequest
-from library.models.family import Components, Family, ModelSource
+from library.models.family import Family, ModelSource
 from library.optim.eval_mode import averaged_weights
 from library.optim.optimizers import make_optimizer
 from library.optim.schedules import make_schedule
 from library.optim.updates import make_updater
 from library.options.dataset_config import DatasetConfig
-from library.options.record import option_values
 from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes, make_accelerator, shared_seed
 from library.training.data_terms import describe_data_terms, unread_attributes
 from library.training.interrupt import StopRequest
+from library.training.loader import make_loader
 from library.training.logs import RunSummary, TrainingLog
 from library.training.looking import look, only_looks
 from library.training.loop import TrainingRun, train
+from library.training.observing import add_observers
 from library.training.outputs import RunLength, SavePlan
 from library.training.position import Position
 from library.training.preflight import open_dataset
 from library.training.preparation import TextSide, model_source, prepare_latents, prepare_text
-from library.training.preview_plan import PreviewPlan
-from library.training.previews import Previews
-from library.training.progress import Progress
 from library.training.resume import saved_place, start_position
+from library.training.resume_command import resume_command
 from library.training.saving import Saver
 from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
 from library.training.state import Resumable, SavedPlace, load_state
 from library.training.step import ModelParts, NanWatch, TrainStep
-from library.training.trackers import RunLog
-from library.training.validation import Validation, ValidationPlan, validation_timesteps
 
 log = logging.getLogger(__name__)
 
@@ -107,20 +99,10 @@ def run_recipe(
     trained = recipe.make_trainable(setting, denoiser, text, vae)
 
     parts = ModelParts(setting.family, denoiser, text.encoders, vae, options.cache.vae_batch_size, setting.caption_style)
-    trackers = open_trackers(recipe, setting)
     run, saver = build_run(recipe, setting, trained, parts)
-    progress = Progress(length.total_updates, start.update, visible=accelerator.is_main_process)
-    training_log = TrainingLog(
-        trackers, progress, lambda: saver.live.optimizer.param_groups, trained.descriptions, lambda: trained.trainable.norms
+    training_log = add_observers(
+        run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, first_update=start.update
     )
-    run.observe_loss, saver.losses = training_log.observe_loss, training_log.state_dict
-    run.observers = [
-        *run.observers,
-        training_log,
-        *validation(setting, trained, saver.averaged, run, training_log, trackers),
-        *previews(setting, trained, saver.averaged, parts, text, requests, trackers),
-        saver,
-    ]
     load_saved(options.state.resume, saved, saver, training_log)
     try:
         with StopRequest() as stop:
@@ -228,26 +210,6 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
     return run, saver
 
 
-def make_loader(setting: Setting, *, persistent: bool) -> Loader:
-    """Make a loader of this process's share of every batch.
-
-    Args:
-        setting: of the run.
-        persistent: keep the worker processes between epochs.
-    """
-    options, accelerator = setting.options.dataset, setting.accelerator
-    return Loader(
-        setting.dataset,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        num_workers=options.max_data_loader_n_workers,
-        persistent=persistent,
-        pin=accelerator.device.type == "cuda",
-        accumulation=setting.options.length.gradient_accumulation_steps,
-        total_updates=setting.length.total_updates,
-    )
-
-
 def report(setting: Setting, objective: DdpmObjective) -> None:
     """Log the figures a person wants to check before waiting for hours."""
     sections = setting.dataset.sections
@@ -268,88 +230,6 @@ def report(setting: Setting, objective: DdpmObjective) -> None:
         log.warning("%s", unread)
 
 
-def open_trackers(recipe: Recipe, setting: Setting) -> RunLog:
-    """Start the trackers; only the main process has any."""
-    if not setting.accelerator.is_main_process:
-        return RunLog()
-    options = setting.options
-    return RunLog.open(options.logging, recipe.tracker_name, option_values(options), datetime.fromtimestamp(setting.started_at))
-
-
-def validation(
-    setting: Setting,
-    trained: Trained,
-    averaged: Callable[[], Any],
-    run: TrainingRun,
-    training_log: TrainingLog,
-    trackers: RunLog,
-) -> list[Validation]:
-    """Return the observer that measures the loss on held-out images, or nothing where none are held out."""
-    options, accelerator = setting.options.validation, setting.accelerator
-    if not setting.dataset.held_out:
-        if given := [f"--{name}" for name, value in options if value != type(options).model_fields[name].default]:
-            log.warning(
-                "No images are held out, so %s has no effect. Set validation_split, for example to 0.1; a folder needs two images.",
-                ", ".join(given),
-            )
-        return []
-    loader = make_loader(setting, persistent=False)
-    return [
-        Validation(
-            plan=ValidationPlan.of(options),
-            batches=lambda: loader.held_out(options.max_validation_steps),
-            step=accelerator.unwrap_model(run.step),
-            timesteps=validation_timesteps(setting.options.noise),
-            seed=setting.seed if options.validation_seed is None else options.validation_seed,
-            accelerator=accelerator,
-            trainable=trained.trainable,
-            averaged=averaged,
-            training_loss=training_log.average,
-            trackers=trackers,
-        )
-    ]
-
-
-def previews(
-    setting: Setting,
-    trained: Trained,
-    averaged: Callable[[], Any],
-    parts: ModelParts,
-    text: TextSide,
-    requests: Sequence[ImageRequest],
-    trackers: RunLog,
-) -> list[Previews]:
-    """Return the observer that draws sample images, or nothing where none are wanted."""
-    if not requests or parts.vae is None:
-        return []
-    options, accelerator = setting.options, setting.accelerator
-    pipeline = Pipeline(
-        setting.family,
-        Components(parts.denoiser, parts.vae, parts.text_encoders),
-        device=accelerator.device,
-        prediction_type="v_prediction" if options.model.v_parameterization else "epsilon",
-        zero_terminal_snr=options.noise.zero_terminal_snr,
-        style=setting.prompt_style,
-        autocast_dtype=setting.autocast_dtype,
-    )
-    return [
-        Previews(
-            plan=PreviewPlan.of(options.sample),
-            requests=requests,
-            pipeline=pipeline,
-            encoded=text.prompts,
-            vae=parts.vae,
-            trainable=trained.trainable,
-            averaged=averaged,
-            folder=Path(options.output.output_dir or "."),
-            output_name=options.output.output_name,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-            show=trackers.sample,
-        )
-    ]
-
-
 def stop_saved(saver: Saver, end: Position, stop: StopRequest, num_processes: int) -> None:
     """Save where a run was stopped, say how it continues, and end the process as the signal would have.
 
@@ -357,28 +237,6 @@ def stop_saved(saver: Saver, end: Position, stop: StopRequest, num_processes: in
         SystemExit: always; 128 plus the signal's number.
     """
     state = saver.save_interrupted(end)
-    words = [*launcher(num_processes), *without_option(sys.argv, "--resume")]
     log.warning("Stopped at step %d. The same command with --resume continues exactly there:", end.update)
-    log.warning("  %s --resume %s", shlex.join(words), shlex.quote(str(state)))
+    log.warning("  %s", shlex.join(resume_command(state, num_processes)))
     raise SystemExit(128 + (stop.signal or 0))
-
-
-def launcher(num_processes: int) -> list[str]:
-    """Return the words that start a script the way this process was started."""
-    if "ACCELERATE_DYNAMO_BACKEND" in os.environ:  # accelerate launch sets it, nothing else does
-        return ["accelerate", "launch", *(["--num_processes", str(num_processes)] if num_processes > 1 else [])]
-    return ["python"] if num_processes == 1 else ["torchrun", "--nproc_per_node", str(num_processes)]
-
-
-def without_option(words: Sequence[str], option: str) -> list[str]:
-    """Return a command line without an option and its value, in both spellings."""
-    kept: list[str] = []
-    skip = False
-    for word in words:
-        if skip or word.startswith(f"{option}="):
-            skip = False
-        elif word == option:
-            skip = True
-        else:
-            kept.append(word)
-    return kept

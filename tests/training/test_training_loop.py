@@ -10,7 +10,7 @@ from library.options.errors import UserError
 from library.training.interrupt import StopRequest
 from library.training.loop import batch_seed
 from library.training.position import Position, window_size
-from library.training.recipe import launcher, without_option
+from library.training.resume_command import launcher, without_option
 from library.training.state import load_state, read_place, save_state
 from tests.training.fake_run import SEED, FakeRun, Recorder, dataset, state_folder
 

@@ -1,0 +1,152 @@
+"""Who looks on while a run trains: the log, the validation, the sample images and the saver, in the order they are called."""
+
+import logging
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from library.generation.pipeline import Pipeline
+from library.generation.request import ImageRequest
+from library.models.family import Components
+from library.options.record import option_values
+from library.training.loader import make_loader
+from library.training.logs import TrainingLog
+from library.training.loop import TrainingRun
+from library.training.preparation import TextSide
+from library.training.preview_plan import PreviewPlan
+from library.training.previews import Previews
+from library.training.progress import Progress
+from library.training.saving import Saver
+from library.training.setting import Setting, Trained
+from library.training.step import ModelParts
+from library.training.trackers import RunLog
+from library.training.validation import Validation, ValidationPlan, validation_timesteps
+
+log = logging.getLogger(__name__)
+
+
+def add_observers(
+    run: TrainingRun,
+    saver: Saver,
+    setting: Setting,
+    trained: Trained,
+    parts: ModelParts,
+    text: TextSide,
+    requests: Sequence[ImageRequest],
+    *,
+    tracker_name: str,
+    first_update: int,
+) -> TrainingLog:
+    """Give a run everyone who looks on, and the saver the log's averages for its states.
+
+    Args:
+        run: gains its observers.
+        saver: comes last, so that what the others did with an update is in what it saves.
+        setting: of the run.
+        trained: what is trained.
+        parts: the model.
+        text: holds the encoded sample prompts.
+        requests: sample prompts; empty where no sample images are drawn.
+        tracker_name: project name in trackers, unless another is given.
+        first_update: updates made before this run.
+
+    Returns:
+        The log, to be closed when the run is over.
+    """
+    trackers = open_trackers(tracker_name, setting)
+    progress = Progress(setting.length.total_updates, first_update, visible=setting.accelerator.is_main_process)
+    training_log = TrainingLog(
+        trackers, progress, lambda: saver.live.optimizer.param_groups, trained.descriptions, lambda: trained.trainable.norms
+    )
+    run.observe_loss, saver.losses = training_log.observe_loss, training_log.state_dict
+    run.observers = [
+        *run.observers,
+        training_log,
+        *validation(setting, trained, saver.averaged, run, training_log, trackers),
+        *previews(setting, trained, saver.averaged, parts, text, requests, trackers),
+        saver,
+    ]
+    return training_log
+
+
+def open_trackers(tracker_name: str, setting: Setting) -> RunLog:
+    """Start the trackers; only the main process has any."""
+    if not setting.accelerator.is_main_process:
+        return RunLog()
+    options = setting.options
+    return RunLog.open(options.logging, tracker_name, option_values(options), datetime.fromtimestamp(setting.started_at))
+
+
+def validation(
+    setting: Setting,
+    trained: Trained,
+    averaged: Callable[[], Any],
+    run: TrainingRun,
+    training_log: TrainingLog,
+    trackers: RunLog,
+) -> list[Validation]:
+    """Return the observer that measures the loss on held-out images, or nothing where none are held out."""
+    options, accelerator = setting.options.validation, setting.accelerator
+    if not setting.dataset.held_out:
+        if given := [f"--{name}" for name, value in options if value != type(options).model_fields[name].default]:
+            log.warning(
+                "No images are held out, so %s has no effect. Set validation_split, for example to 0.1; a folder needs two images.",
+                ", ".join(given),
+            )
+        return []
+    loader = make_loader(setting, persistent=False)
+    return [
+        Validation(
+            plan=ValidationPlan.of(options),
+            batches=lambda: loader.held_out(options.max_validation_steps),
+            step=accelerator.unwrap_model(run.step),
+            timesteps=validation_timesteps(setting.options.noise),
+            seed=setting.seed if options.validation_seed is None else options.validation_seed,
+            accelerator=accelerator,
+            trainable=trained.trainable,
+            averaged=averaged,
+            training_loss=training_log.average,
+            trackers=trackers,
+        )
+    ]
+
+
+def previews(
+    setting: Setting,
+    trained: Trained,
+    averaged: Callable[[], Any],
+    parts: ModelParts,
+    text: TextSide,
+    requests: Sequence[ImageRequest],
+    trackers: RunLog,
+) -> list[Previews]:
+    """Return the observer that draws sample images, or nothing where none are wanted."""
+    if not requests or parts.vae is None:
+        return []
+    options, accelerator = setting.options, setting.accelerator
+    pipeline = Pipeline(
+        setting.family,
+        Components(parts.denoiser, parts.vae, parts.text_encoders),
+        device=accelerator.device,
+        prediction_type="v_prediction" if options.model.v_parameterization else "epsilon",
+        zero_terminal_snr=options.noise.zero_terminal_snr,
+        style=setting.prompt_style,
+        autocast_dtype=setting.autocast_dtype,
+    )
+    return [
+        Previews(
+            plan=PreviewPlan.of(options.sample),
+            requests=requests,
+            pipeline=pipeline,
+            encoded=text.prompts,
+            vae=parts.vae,
+            trainable=trained.trainable,
+            averaged=averaged,
+            folder=Path(options.output.output_dir or "."),
+            output_name=options.output.output_name,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            show=trackers.sample,
+        )
+    ]
