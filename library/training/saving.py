@@ -3,9 +3,9 @@
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +17,17 @@ from library.training.state import Resumable, save_state
 from library.training.trainable import Trainable
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Something that is complete on disk."""
+
+    path: Path
+    """A file, or a folder."""
+    what: Literal["model", "state"]
+    kind: SaveKind
+    position: Position
 
 
 @dataclass
@@ -33,6 +44,7 @@ class Saver:
         writes: whether this is the process that writes.
         seed, batches_per_epoch: recorded in states.
         losses: the loss recorder's own state, recorded in states.
+        after_save: called, in the process that writes, with everything that is complete on disk.
     """
 
     plan: SavePlan
@@ -45,6 +57,7 @@ class Saver:
     seed: int
     batches_per_epoch: int
     losses: Callable[[], dict[str, Any]] = dict
+    after_save: list[Callable[[Saved], None]] = field(default_factory=list)
 
     def before_training(self, position: Position) -> None:
         """Nothing is saved before training."""
@@ -71,8 +84,8 @@ class Saver:
         """
         state = self.plan.state_path("step", position.update)
         if self.writes:
-            self._write_state(state, position)
-            self._write_model(self.plan.model_path("step", position.update), position)
+            self._write_state(state, "step", position)
+            self._write_model(self.plan.model_path("step", position.update), "step", position)
         return state
 
     def _save_or_go_on(self, kind: SaveKind, number: int, position: Position) -> None:
@@ -85,18 +98,24 @@ class Saver:
     def _save(self, kind: SaveKind, number: int, position: Position) -> None:
         if not self.writes:
             return
-        self._write_model(self.plan.model_path(kind, number), position)
+        self._write_model(self.plan.model_path(kind, number), kind, position)
         if self.plan.should_save_state(kind):
-            self._write_state(self.plan.state_path(kind, number), position.next_epoch() if kind == "epoch" else position)
+            self._write_state(self.plan.state_path(kind, number), kind, position.next_epoch() if kind == "epoch" else position)
             remove_outputs([self.plan.outdated_state(kind, number)], self.plan.folder)
         remove_outputs([self.plan.outdated_model(kind, number)], self.plan.folder)
 
-    def _write_model(self, path: Path, position: Position) -> None:
+    def _write_model(self, path: Path, kind: SaveKind, position: Position) -> None:
         make_folder(path.parent)
         with self.averaged(), self.trainable.evaluation():
             self.trainable.save(path, self.dtype, self.metadata(path.stem, position), position)
         log.info("Saved %s", path)
+        self._tell(Saved(path, "model", kind, position))
 
-    def _write_state(self, folder: Path, position: Position) -> None:
+    def _write_state(self, folder: Path, kind: SaveKind, position: Position) -> None:
         save_state(folder, self.live, position, self.seed, self.batches_per_epoch, self.losses())
         log.info("Saved the state %s", folder)
+        self._tell(Saved(folder, "state", kind, position))
+
+    def _tell(self, saved: Saved) -> None:
+        for told in self.after_save:
+            told(saved)

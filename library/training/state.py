@@ -4,6 +4,7 @@
 |---|---|
 | `model.safetensors` | the trained parameters, in the dtype they are trained in |
 | `optimizer.bin`, `scheduler.bin`, `scaler.pt` | their state dicts (`scaler.pt` with mixed precision fp16 only) |
+| `extras/NAME.safetensors` | further tensors that training needs, such as a running average of the weights |
 | `train_state.json` | `current_epoch` and `current_step` as sd-scripts writes them, and what an exact continuation needs besides |
 
 No random state is stored: every draw of training is a function of the seed and the place in the run, both of which are here.
@@ -14,15 +15,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from library.files.atomic import atomic_folder
 from library.files.safetensors_io import open_safetensors, save_safetensors
 from library.optim.parameter_steps import load_optimizer_state
 from library.options.errors import UserError
+from library.training.full_tensors import full_tensors
 from library.training.position import Position
 
 TRAIN_STATE = "train_state.json"
@@ -47,6 +49,16 @@ class SavedPlace:
     """The running average of the loss, as its recorder wants it back."""
 
 
+class StatefulTensors(Protocol):
+    """Further tensors of a run that belong in its states."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Return the tensors by name, on any device."""
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> Any:
+        """Take up tensors of the same names and shapes, which are on the CPU."""
+
+
 @dataclass
 class Resumable:
     """The live objects whose state is saved and restored."""
@@ -55,6 +67,8 @@ class Resumable:
     optimizer: Any
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: Any | None
+    extras: dict[str, StatefulTensors] = field(default_factory=dict)
+    """Further tensors by the name of their file."""
 
 
 def save_state(
@@ -74,10 +88,13 @@ def save_state(
         "losses": dict(losses),
         "optimizer": class_path(live.optimizer),
     }
-    tensors = {name: tensor.contiguous() for name, tensor in live.module.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in full_tensors(live.module)}
     try:
         with atomic_folder(folder) as unfinished:
             save_safetensors(unfinished / "model.safetensors", tensors, {"format": "pt"})
+            for name, extra in live.extras.items():
+                contiguous = {key: tensor.contiguous() for key, tensor in extra.state_dict().items()}
+                save_safetensors(unfinished / _extra_file(name), contiguous, {"format": "pt"})
             torch.save(live.optimizer.state_dict(), unfinished / "optimizer.bin")
             torch.save(live.schedule.state_dict(), unfinished / "scheduler.bin")
             if live.scaler is not None:
@@ -117,20 +134,17 @@ def read_place(folder: Path) -> SavedPlace:
 
 
 def load_state(folder: Path, live: Resumable) -> None:
-    """Restore parameters, optimizer, schedule and gradient scaler from a state folder.
+    """Restore parameters, optimizer, schedule, gradient scaler and the extras from a state folder.
 
     Raises:
-        UserError: if the state belongs to another network, optimizer or schedule.
+        UserError: if the state belongs to another network, optimizer or schedule, or lacks an extra.
     """
-    weights = open_safetensors(folder / "model.safetensors")
-    own = live.module.state_dict()
-    if differing := sorted(set(own) ^ set(weights.keys()))[:3] or [k for k in own if own[k].shape != weights[k].shape][:3]:
-        raise UserError(
-            f"--resume: {folder} was saved while something else was trained: {', '.join(differing)} do not fit. Use the options of "
-            "the run that saved it: the same model and trained parts, for networks the same --network_dim and --network_args."
-        )
+    weights = _fitting(folder, "model.safetensors", dict(live.module.state_dict()))
+    extras = {name: _fitting(folder, _extra_file(name), extra.state_dict()) for name, extra in live.extras.items()}
     _check_optimizer(folder, live.optimizer)
-    live.module.load_state_dict({name: weights[name] for name in own})
+    live.module.load_state_dict(weights)
+    for name, extra in live.extras.items():
+        extra.load_state_dict(extras[name])
     parts = [("optimizer.bin", live.optimizer), ("scheduler.bin", live.schedule)]
     if live.scaler is not None and (folder / "scaler.pt").is_file():
         parts.append(("scaler.pt", live.scaler))
@@ -147,6 +161,31 @@ def load_state(folder: Path, live: Resumable) -> None:
                 f"--resume: {folder / name} does not fit this run ({error}). Use the same --optimizer_type and --lr_scheduler "
                 "as the run that saved it."
             ) from error
+
+
+def _extra_file(name: str) -> str:
+    return f"extras/{name}.safetensors"
+
+
+def _fitting(folder: Path, name: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Open a file of a state whose tensors must have the names and shapes of those that live now.
+
+    Raises:
+        UserError: they have not, or there is no such file.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise UserError(
+            f"--resume: {folder} has no {name}, which this run needs: it was saved with other options. Use those of the run that "
+            "saved it."
+        )
+    saved = open_safetensors(path)
+    if differing := sorted(set(own) ^ set(saved))[:3] or [k for k in own if own[k].shape != saved.infos[k].shape][:3]:
+        raise UserError(
+            f"--resume: {path} was saved while something else was trained: {', '.join(differing)} do not fit. Use the options of "
+            "the run that saved it: the same model and trained parts, for networks the same --network_dim and --network_args."
+        )
+    return {key: saved[key] for key in own}
 
 
 def class_path(optimizer: Any) -> str:

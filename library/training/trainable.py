@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.models.family import Family
+from library.training.full_tensors import full_tensors
 from library.training.position import Position
 
 
@@ -166,7 +167,7 @@ def trained_tensors(family: Family, name: str, part: nn.Module) -> dict[str, Ten
     """Return the tensors of a part that are trained, under the names they have in files."""
     trained = {key for key, parameter in part.named_parameters() if parameter.requires_grad}
     file_names = family.file_names(name, part)
-    return {file_names[key]: tensor for key, tensor in part.state_dict().items() if key in trained}
+    return {file_names[key]: tensor for key, tensor in full_tensors(part) if key in trained}
 
 
 @contextlib.contextmanager

@@ -144,6 +144,25 @@ def test_the_state_of_another_network_is_refused(tmp_path: Path) -> None:
     assert json.loads((state_folder(tmp_path) / "train_state.json").read_text())["current_step"] == 1
 
 
+def test_further_tensors_come_back_with_a_state_that_must_have_them(tmp_path: Path) -> None:
+    run = FakeRun(dataset(5), updates=1)
+    save_state(tmp_path / "without", run.live, run.train(), SEED, 5, {})
+    run.live.extras["average"] = torch.nn.BatchNorm1d(3)
+    torch.nn.init.uniform_(run.live.extras["average"].weight)
+    save_state(state_folder(tmp_path), run.live, Position(update=1), SEED, 5, {})
+    assert (state_folder(tmp_path) / "extras" / "average.safetensors").is_file()
+
+    other = FakeRun(dataset(5), updates=1)
+    other.live.extras["average"] = again = torch.nn.BatchNorm1d(3)
+    load_state(state_folder(tmp_path), other.live)
+    assert torch.equal(again.weight, run.live.extras["average"].weight)
+    with pytest.raises(UserError, match=r"without has no extras/average\.safetensors"):
+        load_state(tmp_path / "without", other.live)
+    other.live.extras["average"] = torch.nn.BatchNorm1d(4)
+    with pytest.raises(UserError, match="something else was trained: bias, running_mean, running_var do not fit"):
+        load_state(state_folder(tmp_path), other.live)
+
+
 @pytest.mark.parametrize("named", [True, False], ids=["named in the state", "known by its settings"])
 @pytest.mark.parametrize(
     ("saved", "now"), [("AdamW", "SGD"), ("AdamW", "Lion"), ("Lion", "AdamW"), ("AdamW", "AdamW8bit"), ("Lion8bit", "RAdam")]

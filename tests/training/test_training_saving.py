@@ -52,6 +52,20 @@ def test_the_state_of_an_epoch_continues_with_the_next_one(tmp_path: Path) -> No
     assert not (tmp_path / "net-000003.pt").exists()
 
 
+def test_whoever_wants_to_know_is_told_of_what_is_complete_on_disk(tmp_path: Path) -> None:
+    run, told = FakeRun(dataset(5), updates=5), []
+    saver = make_saver(run, tmp_path, save_every_n_steps=3)
+    saver.after_save.append(lambda saved: told.append((saved.path.name, saved.what, saved.kind, saved.path.exists())))
+    run.run.observers = [saver]
+    run.train()
+    assert told == [
+        ("net-step00000003.pt", "model", "step", True),
+        ("net-step00000003-state", "state", "step", True),
+        ("net.pt", "model", "final", True),
+        ("net-state", "state", "final", True),
+    ]
+
+
 def fail(path: Path, *_: object) -> None:
     raise UserError(f"{path} could not be written: the disk is full.")
 
