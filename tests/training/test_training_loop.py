@@ -159,7 +159,7 @@ def test_further_tensors_come_back_with_a_state_that_must_have_them(tmp_path: Pa
     with pytest.raises(UserError, match=r"without has no extras/average\.safetensors"):
         load_state(tmp_path / "without", other.live)
     other.live.extras["average"] = torch.nn.BatchNorm1d(4)
-    with pytest.raises(UserError, match="something else was trained: bias, running_mean, running_var do not fit"):
+    with pytest.raises(UserError, match="something else was trained: weight, bias, running_mean do not fit"):
         load_state(state_folder(tmp_path), other.live)
 
 
