@@ -91,6 +91,7 @@ class TrainingOptions(ScriptOptions):
 _TRAINING_ADDITIONS = frozenset(
     {
         "dataset_report",
+        "log_events",
         "masked_loss_normalize",
         "strict_config",
         "cache_latents_posterior",
@@ -135,7 +136,7 @@ class _CachingOptions(ScriptOptions):
     """What both caching tools take: the options of training, most of them without effect there."""
 
     additions: ClassVar[frozenset[str]] = frozenset(
-        {"strict_config", "cache_latents_posterior", "text_cache_variants", "true_crop_conditioning"}
+        {"strict_config", "cache_latents_posterior", "log_events", "text_cache_variants", "true_crop_conditioning"}
     ) | frozenset(ValidationOptions.model_fields)
 
     model: ModelOptions = field(default_factory=ModelOptions)

@@ -11,7 +11,7 @@ from library.options.dataset_config import DatasetConfig, load_dataset_config
 from library.options.errors import problems_of
 from library.options.scripts import TrainingOptions
 from library.training.data_terms import check_data_terms
-from library.training.outputs import folder_problems, output_problems
+from library.training.outputs import file_problems, folder_problems, output_problems
 from library.training.preview_plan import PreviewPlan
 
 Options = TypeVar("Options", bound=TrainingOptions)
@@ -32,6 +32,8 @@ def input_problems(options: Options, *further: Callable[[Options], Any], trains_
     problems = output_problems(options.output) + check_optimizer_options(options.optimizer, options.scheduler)
     if options.preflight.dataset_report is not None:
         problems += folder_problems("--dataset_report", options.preflight.dataset_report)
+    if options.logging.log_events is not None:
+        problems += file_problems("--log_events", options.logging.log_events)
     readers: tuple[Callable[[Options], Any], ...] = (check_data, sample_requests, *further)
     for read in readers:
         problems += problems_of(partial(read, options))

@@ -3,59 +3,19 @@
 The loop never waits for a number: losses are copied off the device in the background (`AsyncScalars`) and shown when they arrive.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from library.training.async_scalars import AsyncScalars
+from library.training.events import EventLog
 from library.training.position import Position
 from library.training.progress import Progress
+from library.training.step_meter import StepFigures, StepMeter
 from library.training.trackers import RunLog, Scalars
-
-
-class AsyncScalars:
-    """Numbers on their way from the device: `push` never waits, `ready` gives those that have arrived, in order.
-
-    On the CPU a number arrives at once. On CUDA it is copied to pinned memory behind the kernels already queued, and an event
-    tells when it is there. Other devices are read directly, which waits for them.
-    """
-
-    def __init__(self) -> None:
-        self._pending: deque[tuple[Any, Tensor, torch.cuda.Event | None]] = deque()
-
-    def push(self, tag: Any, value: Tensor) -> None:
-        """Send a number off.
-
-        Args:
-            tag: comes back with the number.
-            value: () or (n,) on any device; it may be overwritten later on the same stream.
-        """
-        value = value.detach()
-        if value.is_cuda:
-            landing = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            landing.copy_(value, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(value.device))
-            self._pending.append((tag, landing, event))
-        else:
-            self._pending.append((tag, value.to("cpu", copy=True), None))
-
-    def ready(self) -> Iterator[tuple[Any, Any]]:
-        """Yield tag and number (a list of numbers for (n,)) of everything that has arrived, oldest first, without waiting."""
-        while self._pending and (self._pending[0][2] is None or self._pending[0][2].query()):
-            tag, value, _ = self._pending.popleft()
-            yield tag, value.tolist()
-
-    def drain(self) -> Iterator[tuple[Any, Any]]:
-        """Yield everything sent off, waiting for what is still on its way."""
-        while self._pending:
-            tag, value, event = self._pending.popleft()
-            if event is not None:
-                event.synchronize()
-            yield tag, value.tolist()
 
 
 class LossRecorder:
@@ -187,15 +147,24 @@ class RunSummary:
         ]
 
 
-class _Observed(NamedTuple):
+class _Batch(NamedTuple):
+    """What a loss on its way belongs to."""
+
     epoch: int
     batch: int
-    update: int
     rates: dict[str, float]
 
 
+class _Update(NamedTuple):
+    """What follows the losses of the batches that an update was made of."""
+
+    epoch: int
+    update: int
+    figures: StepFigures
+
+
 class TrainingLog:
-    """Looks on while a run trains: keeps the running loss, draws the progress bar and fills the trackers.
+    """Looks on while a run trains: keeps the running loss, draws the progress bar, fills the trackers and writes events.
 
     Losses reach it while still on the device and are shown a little later, when they have arrived; nothing waits for them but the
     end of an epoch, a saved state and the end of the run.
@@ -207,6 +176,8 @@ class TrainingLog:
         descriptions: what each group trains, see `learning_rate_scalars`.
         norms: what limiting the network's norms did last (how many were scaled, mean, largest; numbers or tensors on the device),
             or None.
+        events: of the run.
+        meter: knows how long the last update took and what memory it needed.
     """
 
     def __init__(
@@ -216,6 +187,8 @@ class TrainingLog:
         groups: Callable[[], Sequence[Mapping[str, Any]]],
         descriptions: Sequence[str | None],
         norms: Callable[[], Sequence[Tensor | float] | None] = lambda: None,
+        events: EventLog | None = None,
+        meter: StepMeter | None = None,
     ) -> None:
         self.losses = LossRecorder()
         self._trackers = trackers
@@ -223,9 +196,10 @@ class TrainingLog:
         self._groups = groups
         self._descriptions = descriptions
         self._norms = norms
+        self._events = events or EventLog()
+        self._meter = meter or StepMeter()
         self._feed = AsyncScalars()
-        self._norm_feed = AsyncScalars()
-        self._shown_norms: NormStats | None = None
+        self._window: list[tuple[_Batch, float]] = []
         self._here = Position()
         self._has_started = False
 
@@ -235,7 +209,7 @@ class TrainingLog:
             self._has_started = True
             self._progress.start_clock()
         rates = learning_rate_scalars(self._groups(), self._descriptions)
-        self._feed.push(_Observed(self._here.epoch, self._here.batch, self._here.update + 1, rates), loss)
+        self._feed.push(_Batch(self._here.epoch, self._here.batch, rates), loss)
         self._here = replace(self._here, batch=self._here.batch + 1)
 
     def before_training(self, position: Position) -> None:
@@ -244,10 +218,10 @@ class TrainingLog:
 
     def after_update(self, position: Position) -> None:
         """Count an update and show the losses that have arrived."""
+        norms = [torch.as_tensor(norm, dtype=torch.float32) for norm in self._norms() or ()]
+        tag = _Update(position.epoch, position.update, self._meter.read())
+        self._feed.push(tag, torch.stack(norms) if norms else torch.empty(0))
         self._here = position
-        norms = self._norms()
-        if norms is not None:
-            self._norm_feed.push(None, torch.stack([torch.as_tensor(norm, dtype=torch.float32) for norm in norms]))
         self._show(self._feed.ready())
         self._progress.advance()
 
@@ -277,12 +251,30 @@ class TrainingLog:
         self._progress.close()
         self._trackers.close()
 
-    def _show(self, arrived: Iterable[tuple[Any, float]]) -> None:
-        for _, (scaled, mean, largest) in self._norm_feed.ready():
-            # Networks without own bookkeeping report zeros when nothing was scaled: that is no measurement.
-            self._shown_norms = NormStats(int(scaled), mean, largest) if scaled or mean or largest else None
-        norms = self._shown_norms
-        for observed, loss in arrived:
-            self.losses.add(observed.epoch, observed.batch, loss)
-            self._trackers.step(step_scalars(loss, self.losses.average, observed.rates, norms), observed.update, observed.epoch)
-            self._progress.show(progress_figures(self.losses.average, observed.rates, norms))
+    def _show(self, arrived: Iterable[tuple[Any, Any]]) -> None:
+        for tag, value in arrived:
+            if isinstance(tag, _Batch):
+                self._window.append((tag, value))
+            else:
+                self._show_update(tag, value)
+
+    def _show_update(self, made: _Update, norms: Sequence[float]) -> None:
+        """Show what an update's batches gave; several batches share one position in the trackers."""
+        # Networks without own bookkeeping report zeros when nothing was scaled: that is no measurement.
+        stats = NormStats(int(norms[0]), norms[1], norms[2]) if any(norms) else None
+        window, self._window = self._window, []
+        for batch, loss in window:
+            self.losses.add(batch.epoch, batch.batch, loss)
+            self._trackers.step(step_scalars(loss, self.losses.average, batch.rates, stats), made.update, made.epoch)
+        rates = window[-1][0].rates
+        self._progress.show(progress_figures(self.losses.average, rates, stats))
+        self._events.write(
+            "step",
+            step=made.update,
+            epoch=made.epoch,
+            loss=sum(loss for _, loss in window) / len(window),
+            average=self.losses.average,
+            lr={name.removeprefix("lr/"): rate for name, rate in rates.items()},
+            seconds=made.figures.seconds,
+            memory=made.figures.memory,
+        )

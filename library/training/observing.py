@@ -10,16 +10,19 @@ from library.generation.pipeline import Pipeline
 from library.generation.request import ImageRequest
 from library.models.family import Components
 from library.options.record import option_values
+from library.training.events import SCHEMA_VERSION
 from library.training.loader import make_loader
 from library.training.logs import TrainingLog
 from library.training.loop import TrainingRun
+from library.training.position import Position
 from library.training.preparation import TextSide
 from library.training.preview_plan import PreviewPlan
 from library.training.previews import Previews
 from library.training.progress import Progress
-from library.training.saving import Saver
+from library.training.saving import Saved, Saver
 from library.training.setting import Setting, Trained
 from library.training.step import ModelParts
+from library.training.step_meter import StepMeter
 from library.training.trackers import RunLog
 from library.training.validation import Validation, ValidationPlan, validation_timesteps
 
@@ -42,7 +45,7 @@ def add_observers(
 
     Args:
         run: gains its observers.
-        saver: comes last, so that what the others did with an update is in what it saves.
+        saver: comes after all who change something, so that what they did with an update is in what it saves.
         setting: of the run.
         trained: what is trained.
         parts: the model.
@@ -56,18 +59,54 @@ def add_observers(
     """
     trackers = open_trackers(tracker_name, setting)
     progress = Progress(setting.length.total_updates, first_update, visible=setting.accelerator.is_main_process)
+    meter = StepMeter(setting.accelerator.device)
     training_log = TrainingLog(
-        trackers, progress, lambda: saver.live.optimizer.param_groups, trained.descriptions, lambda: trained.trainable.norms
+        trackers,
+        progress,
+        lambda: saver.live.optimizer.param_groups,
+        trained.descriptions,
+        lambda: trained.trainable.norms,
+        setting.events,
+        meter,
     )
     run.observe_loss, saver.losses = training_log.observe_loss, training_log.state_dict
+    saver.after_save.append(lambda saved: tell_saved(setting, saved))
     run.observers = [
         *run.observers,
         training_log,
         *validation(setting, trained, saver.averaged, run, training_log, trackers),
         *previews(setting, trained, saver.averaged, parts, text, requests, trackers),
         saver,
+        meter,
     ]
     return training_log
+
+
+def tell_start(setting: Setting, start: Position) -> None:
+    """Write the event that training begins; models are loaded and caches made by then."""
+    options, length = setting.options, setting.length
+    setting.events.write(
+        "start",
+        version=SCHEMA_VERSION,
+        script=options.script,
+        step=start.update,
+        epoch=start.epoch,
+        total_steps=length.total_updates,
+        epochs=length.num_epochs,
+        batches_per_epoch=setting.batches_per_epoch,
+        accumulation=options.length.gradient_accumulation_steps,
+        processes=setting.accelerator.num_processes,
+        device=str(setting.accelerator.device),
+        seed=setting.seed,
+        output_dir=options.output.output_dir,
+        output_name=options.output.output_name,
+        resumed_from=options.state.resume,
+    )
+
+
+def tell_saved(setting: Setting, saved: Saved) -> None:
+    """Write the event that a model or a state is complete on disk."""
+    setting.events.write("saved", step=saved.position.update, what=saved.what, occasion=saved.kind, path=saved.path)
 
 
 def open_trackers(tracker_name: str, setting: Setting) -> RunLog:
@@ -108,6 +147,7 @@ def validation(
             averaged=averaged,
             training_loss=training_log.average,
             trackers=trackers,
+            events=setting.events,
         )
     ]
 

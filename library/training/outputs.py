@@ -267,6 +267,16 @@ def folder_problems(option: str, folder: Path) -> list[str]:
     return [f"{option} {folder} cannot be written to. {problem}" for problem in problems_of(lambda: make_folder(above))]
 
 
+def file_problems(option: str, path: Path) -> list[str]:
+    """Say what keeps a file from being made or continued.
+
+    Args:
+        option: that names the file.
+        path: of the file, which need not exist.
+    """
+    return [f"{option} {path} is a folder; name a file."] if path.is_dir() else folder_problems(option, path.parent)
+
+
 def _blocked_names(folder: Path, output_name: str | None, extension: str) -> Iterator[str]:
     """Yield a sentence for each thing that stands where the run may write, and is none of what a run writes there."""
     occasions: tuple[SaveKind, ...] = ("epoch", "step", "final")

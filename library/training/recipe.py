@@ -27,12 +27,13 @@ from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes, make_accelerator, shared_seed
 from library.training.data_terms import describe_data_terms, unread_attributes
+from library.training.events import EventLog, events_of_run
 from library.training.interrupt import StopRequest
 from library.training.loader import make_loader
 from library.training.logs import RunSummary, TrainingLog
 from library.training.looking import look, only_looks
 from library.training.loop import TrainingRun, train
-from library.training.observing import add_observers
+from library.training.observing import add_observers, tell_start
 from library.training.outputs import RunLength, SavePlan
 from library.training.position import Position
 from library.training.preflight import open_dataset
@@ -87,7 +88,20 @@ def run_recipe(
     if only_looks(options):
         look(open_family, options, data, saved.seed if saved else None)
         return
-    setting = make_setting(open_family, options, data, saved.seed if saved else None)
+    with events_of_run(options.logging.log_events) as events:
+        carry_out(recipe, make_setting(open_family, options, data, saved.seed if saved else None, events), saved, requests)
+
+
+def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, requests: Sequence[ImageRequest]) -> None:
+    """Load the model, make its parts trainable, and train; see `run_recipe`.
+
+    Args:
+        recipe: of the script.
+        setting: of the run.
+        saved: where the resumed state stood, if any.
+        requests: sample prompts.
+    """
+    options = setting.options
     accelerator, length = setting.accelerator, setting.length
     start = start_position(options.state, saved, length, setting.batches_per_epoch, options.length.gradient_accumulation_steps)
 
@@ -104,6 +118,7 @@ def run_recipe(
         run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, first_update=start.update
     )
     load_saved(options.state.resume, saved, saver, training_log)
+    tell_start(setting, start)
     try:
         with StopRequest() as stop:
             end = train(run, start, stop)
@@ -122,7 +137,11 @@ def load_saved(resume: str | None, saved: SavedPlace | None, saver: Saver, train
 
 
 def make_setting(
-    open_family: Callable[[ModelSource], Family], options: TrainingOptions, data: DatasetConfig, saved_seed: int | None
+    open_family: Callable[[ModelSource], Family],
+    options: TrainingOptions,
+    data: DatasetConfig,
+    saved_seed: int | None,
+    events: EventLog,
 ) -> Setting:
     """Start accelerate, open model and data, and work out how long the run is.
 
@@ -131,6 +150,7 @@ def make_setting(
         options: checked.
         data: the dataset definition, checked.
         saved_seed: of the run that is resumed; used where none is given.
+        events: of the run.
     """
     started_at = time.time()
     accelerator = make_accelerator(options.precision, options.distributed)
@@ -144,7 +164,7 @@ def make_setting(
     batches_per_epoch = dataset.batches_per_epoch(accelerator.num_processes)
     times = options.length
     length = RunLength.of(batches_per_epoch, times.gradient_accumulation_steps, times.max_train_steps, times.max_train_epochs)
-    return Setting(options, accelerator, dtypes, seed, family, dataset, batches_per_epoch, length, started_at)
+    return Setting(options, accelerator, dtypes, seed, family, dataset, batches_per_epoch, length, started_at, events)
 
 
 def warn_of_other_prediction(family: Family, v_parameterization: bool) -> None:

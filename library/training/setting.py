@@ -12,6 +12,7 @@ from library.models.family import Family
 from library.models.prompt_weights import PromptStyle
 from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes
+from library.training.events import EventLog
 from library.training.outputs import RunLength
 from library.training.position import Position
 from library.training.trainable import Trainable
@@ -34,6 +35,8 @@ class Setting:
     length: RunLength
     started_at: float
     """Unix time in seconds."""
+    events: EventLog
+    """Of `--log_events`; writes in the main process only."""
 
     @property
     def prompt_style(self) -> PromptStyle:

@@ -10,7 +10,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from library.dataset.batch import Batch
 from library.diffusion.noise import timestep_range
 from library.options.groups.noise import NoiseOptions
 from library.options.groups.validation import ValidationOptions
+from library.training.events import EventLog
 from library.training.position import Position
 from library.training.step import TrainStep
 from library.training.trackers import RunLog
@@ -72,6 +73,7 @@ class Validation:
         averaged: enters the evaluation mode of optimizers that train other weights than they hand out.
         training_loss: gives the running loss, which the validation loss is held against.
         trackers: receive the values.
+        events: of the run.
     """
 
     plan: ValidationPlan
@@ -84,6 +86,7 @@ class Validation:
     averaged: Callable[[], AbstractContextManager[None]]
     training_loss: Callable[[], float]
     trackers: RunLog
+    events: EventLog = field(default_factory=EventLog)
 
     def __post_init__(self) -> None:
         self._last: tuple[int, float] | None = None
@@ -112,6 +115,7 @@ class Validation:
         loss, training = self._last[1], self.training_loss()
         if self.accelerator.is_main_process:
             log.info("Validation loss %.5g at step %d (training %.5g)", loss, position.update, training)
+            self.events.write("validation", step=position.update, epoch=position.epoch, loss=loss, training=training)
         return {f"loss/validation/{kind}_average": loss, f"loss/validation/{kind}_divergence": loss - training}
 
     def measure(self) -> float:

@@ -3,6 +3,7 @@
 import json
 import shlex
 import signal
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -164,10 +165,21 @@ def test_sample_images_and_both_caches(dataset: Path, tiny_checkpoint: Path, tmp
         "1",
         "--save_precision",
         "fp16",
+        "--log_events",
+        str(tmp_path / "logs" / "events.jsonl"),
     ]
     done = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "out", *more))
     assert done.returncode == 0, done.stderr
     assert "the U-Net alone is trained" in done.stderr
+    events = [json.loads(line) for line in (tmp_path / "logs" / "events.jsonl").read_text().splitlines()]
+    told = [kind for kind, _ in groupby(event["kind"] for event in events if event["kind"] not in ("warning", "sample"))]
+    assert told == ["start", "step", "saved", "step", "saved", "end"]
+    assert events[-1]["outcome"] == "complete"
+    assert "the U-Net alone is trained" in " ".join(event.get("message") or "" for event in events)
+    saved = [event for event in events if event["kind"] == "saved"]
+    assert [(Path(event["path"]).name, event["occasion"], event["step"]) for event in saved] == [
+        ("net-000001.safetensors", "epoch", 3), ("net.safetensors", "final", 6),
+    ]  # fmt: skip
     assert "those of 5 images become 16 texts (--text_cache_variants 3)" in done.stderr
     pictures = sorted(path.name for path in (tmp_path / "out" / "sample").iterdir())
     assert [name[:14] for name in pictures] == [f"net_e00000{e}_0{i}" for e in range(3) for i in range(2)]

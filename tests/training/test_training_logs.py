@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from library.options.errors import UserError
 from library.options.groups.logging import LoggingOptions
+from library.training.async_scalars import AsyncScalars
 from library.training.logs import (
-    AsyncScalars,
     LossRecorder,
     NormStats,
     RunSummary,

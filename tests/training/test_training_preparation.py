@@ -16,6 +16,7 @@ from library.options.groups.model import ModelOptions
 from library.options.scripts import TrainingOptions
 from library.training import preparation
 from library.training.accelerator import DTypes
+from library.training.events import EventLog
 from library.training.outputs import RunLength
 from library.training.preparation import prepare_latents, prepare_text
 from library.training.setting import Setting
@@ -52,7 +53,7 @@ def setting(folder: Path, family: LoadingFamily, **caching: Any) -> Setting:
     options = TrainingOptions(cache=CacheOptions(**caching), model=ModelOptions(pretrained_model_name_or_path="x"))
     dtypes = DTypes(torch.float32, torch.float32, torch.float32, None)
     dataset = Dataset(config(section(subset(folder))), 1)
-    return Setting(options, Accelerator(cpu=True), dtypes, 1, family, dataset, 1, RunLength.of(1, 1, 1, None), 0.0)
+    return Setting(options, Accelerator(cpu=True), dtypes, 1, family, dataset, 1, RunLength.of(1, 1, 1, None), 0.0, EventLog())
 
 
 def test_without_caches_everything_is_loaded(folder: Path) -> None:

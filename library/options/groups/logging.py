@@ -1,5 +1,6 @@
 """Options about logs and trackers."""
 
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from library.options.declare import OptionGroup, flag, option
@@ -19,4 +20,5 @@ class LoggingOptions(OptionGroup):
     log_tracker_config: str | None = option(None, "TOML file with arguments of the tracker.")
     wandb_run_name: str | None = option(None, "Name of the run on wandb.")
     wandb_api_key: str | None = option(None, "Key to log in to wandb with.")
+    log_events: Path | None = option(None, "Append what happens to this file, one JSON object per line, for programs that watch.")
     log_config: bool = flag("Store the options of the run with the tracker, without keys, tokens and paths.")
