@@ -68,6 +68,11 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
     yield from _sample_problems(options.sample)
     yield from _logging_problems(options.logging)
     yield from _start_problems(options)
+    if options.distributed.ddp_static_graph and options.length.gradient_accumulation_steps > 1:
+        yield (
+            "--ddp_static_graph excludes --gradient_accumulation_steps above 1: PyTorch's static graph wants gradients exchanged "
+            "after every batch. Leave one of them out."
+        )
     cache = options.cache
     if cache.cache_latents_posterior and not cache.cache_latents:
         yield "--cache_latents_posterior needs --cache_latents or --cache_latents_to_disk."

@@ -55,8 +55,6 @@ def make_accelerator(precision: WorkingPrecisionOptions, distributed: ProcessGro
     """
     handlers: list[Any] = [
         DistributedDataParallelKwargs(
-            # Adapters of layers whose output is unused, such as the last one of CLIP-L, never get a gradient.
-            find_unused_parameters=not distributed.ddp_static_graph,
             gradient_as_bucket_view=distributed.ddp_gradient_as_bucket_view,
             static_graph=distributed.ddp_static_graph,
         ),

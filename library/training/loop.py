@@ -50,7 +50,7 @@ class TrainingRun:
     max_updates: int
     seed: int
     observe_loss: Callable[[Tensor], None] = lambda loss: None
-    """Receives each batch's mean loss, still on the device."""
+    """Receives each batch's loss, the mean over the images of all processes, still on the device; once its update is complete."""
     observers: Sequence[Observer] = field(default_factory=list)
 
 
@@ -75,14 +75,18 @@ def train(run: TrainingRun, start: Position, stop: StopRequest) -> Position:
 def train_epoch(run: TrainingRun, position: Position, stop: StopRequest) -> Position:
     """Train on what is left of the epoch; returns early when the run is complete or a stop was asked for."""
     run.trainable.on_epoch_start()
+    losses: list[Tensor] = []
     for index, batch in enumerate(run.batches(position.epoch, position.batch), start=position.batch):
         size = window_size(index, run.batches_per_epoch, run.accumulation)
         is_last_of_window = (index + 1) % run.accumulation == 0 or index + 1 == run.batches_per_epoch
         if is_last_of_window:
             run.updater.begin(update_seed(run.seed, position.update))
-        accumulate_gradient(run, batch, position.epoch, index, size, is_last_of_window)
+        losses.append(accumulate_gradient(run, batch, position.epoch, index, size, is_last_of_window))
         if not is_last_of_window:
             continue
+        for loss in mean_over_processes(run.accelerator, losses):
+            run.observe_loss(loss)
+        losses.clear()
         update_parameters(run)
         position = position.after_update(batches=index + 1)
         notify(run.observers, "after_update", position)
@@ -91,14 +95,28 @@ def train_epoch(run: TrainingRun, position: Position, stop: StopRequest) -> Posi
     return position
 
 
-def accumulate_gradient(run: TrainingRun, batch: Batch, epoch: int, index: int, window: int, synchronise: bool) -> None:
-    """Add one batch's share to the gradient; processes exchange gradients with the last batch of a window only."""
+def accumulate_gradient(run: TrainingRun, batch: Batch, epoch: int, index: int, window: int, synchronise: bool) -> Tensor:
+    """Add one batch's share to the gradient, and return its loss.
+
+    Processes exchange gradients with the last batch of a window only.
+    """
     torch.manual_seed(batch_seed(run.seed, epoch, index, run.accelerator.process_index))  # dropout inside the networks
     run.trainable.on_batch_start()
     with contextlib.nullcontext() if synchronise else run.accelerator.no_sync(run.step):
-        loss = run.step(batch.to(run.accelerator.device)).mean()
+        loss: Tensor = run.step(batch.to(run.accelerator.device)).mean()
         run.accelerator.backward(loss / window)
-    run.observe_loss(loss.detach())
+    return loss.detach()
+
+
+def mean_over_processes(accelerator: Any, losses: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the mean over all processes of each batch's loss (); shares are weighted such that it is the mean over the images.
+
+    One exchange for all of them, which the device makes in its turn and nobody waits for.
+    """
+    if accelerator.num_processes == 1:
+        return list(losses)
+    mean: Tensor = accelerator.reduce(torch.stack(list(losses)), reduction="mean")
+    return mean.unbind()
 
 
 def update_parameters(run: TrainingRun) -> None:

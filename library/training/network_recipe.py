@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from library.dataset.facts import metadata_facts, num_reg_images, num_train_uses
+from library.models.family import Family
 from library.optim.optimizers import describe_optimizer
 from library.options.errors import UserError
 from library.options.groups.network import NetworkOptions
@@ -31,6 +32,7 @@ from library.training.preparation import TextSide
 from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
 from library.training.trainable import NetworkTrainable
 from networks.loading import import_network_module, parse_network_args
+from networks.lora_network import LoRANetwork
 from networks.targets import encoders_for_module
 
 log = logging.getLogger(__name__)
@@ -74,7 +76,8 @@ class NetworkRecipe:
         groups, descriptions = parameter_groups(network, rates, options.network.unet_lr, options.optimizer.learning_rate)
         network.prepare_grad_etc(encoders, denoiser)
         trainable = NetworkTrainable(network, denoiser, encoders, options.network.scale_weight_norms)
-        return Trained(trainable, groups, descriptions, trains_text, options.output.extension)
+        may_skip = not freeze_unused(network, setting.family, encoders) or needs_strength(setting.dataset.config)
+        return Trained(trainable, groups, descriptions, trains_text, options.output.extension, may_skip)
 
     def metadata(self, setting: Setting, trained: Trained) -> MetadataAt:
         """Build what stays the same now; hashes of the base model are computed in the background until the first save."""
@@ -117,6 +120,26 @@ def text_encoder_rates(options: NetworkOptions, default: float, encoders: Sequen
         log.warning("Text encoder outputs are cached, so the U-Net alone is trained (as with --network_train_unet_only).")
         return [0.0] * len(encoders)
     return [default if rate is None else rate for rate in options.text_encoder_rates()]
+
+
+def freeze_unused(network: Any, family: Family, encoders: Sequence[nn.Module]) -> bool:
+    """Freeze the adapters of layers whose output nothing reads, such as the last one of CLIP-L: they never get a gradient.
+
+    Args:
+        network: applied, its parameter groups made.
+        family: knows the layers.
+        encoders: the text encoders.
+
+    Returns:
+        Whether all that is left to train gets a gradient in every batch; False where the network does not say, or drops modules.
+    """
+    if not isinstance(network, LoRANetwork):
+        return False
+    unused = {id(parameter) for encoder in encoders for parameter in family.unused_text_parameters(encoder)}
+    for adapter in network.adapters.values():
+        if id(adapter.layer.weight) in unused:
+            adapter.requires_grad_(False)
+    return all(adapter.dropouts.module == 0 for adapter in network.adapters.values())
 
 
 def make_network(options: NetworkOptions, vae: nn.Module | None, encoders: Sequence[nn.Module | None], denoiser: nn.Module) -> Any:

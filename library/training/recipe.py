@@ -201,6 +201,8 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
         set_strength=trained.trainable.set_strength,
         masks_from_control=options.loss.masked_loss,
     )
+    if accelerator.ddp_handler is not None:
+        accelerator.ddp_handler.find_unused_parameters = trained.may_skip
     prepared_step, prepared = accelerator.prepare(step, optimizer)
     parameters = [parameter for group in trained.groups for parameter in group["params"]]
     run = TrainingRun(

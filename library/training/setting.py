@@ -75,3 +75,5 @@ class Trained:
     """Whether gradients flow through the text encoders."""
     extension: str
     """Of the files that `trainable` saves, with its dot; "" for folders."""
+    may_skip: bool = False
+    """Whether a batch may leave trained parameters without a gradient, which several processes then have to look for."""

@@ -50,23 +50,6 @@ def test_measuring_the_loss_changes_no_bit_of_the_network(tiny_checkpoint: Path,
     assert epoch == (1, averages[2])
 
 
-def test_two_processes_measure_what_one_measures(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path, photos, batch_size=1, count=8)
-    # The first update has the rate 0, so both measure the same weights.
-    more = [*SPLIT, "--max_train_steps", "1", "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "5"]
-    more += ["--validate_every_n_steps", "1", "--cache_latents"]
-    values = []
-    for name, launcher in {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}.items():
-        logs = ["--logging_dir", str(tmp_path / name / "logs")]
-        done = run_command(arguments(tiny_checkpoint, dataset, tmp_path / name, *more, *logs), launcher)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("Validation loss") == 1
-        ((step, value),) = scalars(tmp_path / name / "logs")["loss/validation/step_average"]
-        assert step == 1
-        values.append(value)
-    assert values[0] == pytest.approx(values[1], rel=1e-6)
-
-
 def test_a_model_is_measured_too_and_what_holds_nothing_out_is_told(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path, photos)
     dataset.write_text(dataset.read_text().replace("[general]", "[general]\nvalidation_split = 0.4"), encoding="utf-8")

@@ -3,11 +3,12 @@
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -88,14 +89,41 @@ def run_command(args: Sequence[str], launcher: Sequence[str] = (), script: str =
     command = [sys.executable, *launcher, script, *args]
     if launcher or sys.platform != "linux":
         return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, check=False)
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        process = warm_processes().Process(target=_run_script, args=(script, list(args), str(out), str(err)))
-        process.start()
-        process.join()
-        assert process.exitcode is not None
-        said, complained = (path.read_text(encoding="utf-8", errors="replace") for path in (out, err))
-    return subprocess.CompletedProcess(command, process.exitcode, said, complained)
+    return run_processes(args, script, count=1)
+
+
+def run_processes(
+    args: Sequence[str], script: str = SCRIPT, *, count: int = 2, more: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end in several processes that train together, started as a launcher starts them but from warm ones.
+
+    Args:
+        args: of the script.
+        script: its path.
+        count: of processes.
+        more: environment variables that a launcher would set besides.
+
+    Returns:
+        What the first process said, and the largest exit status.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+        free.close()
+        started = []
+        for rank in range(count):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+            variables = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if count > 1 else {}
+            files = [str(Path(folder) / f"{name}{rank}") for name in ("out", "err")]
+            process = warm_processes().Process(target=_run_script, args=(script, list(args), *files, {**variables, **(more or {})}))
+            process.start()
+            started.append(process)
+        for process in started:
+            process.join()
+        codes = [abs(process.exitcode or 0) for process in started]
+        said = [[(Path(folder) / f"{name}{rank}").read_text(errors="replace") for name in ("out", "err")] for rank in range(count)]
+    complaints = "".join(err for code, (_, err) in zip(codes[1:], said[1:], strict=True) if code)
+    return subprocess.CompletedProcess([script, *args], max(codes), said[0][0], said[0][1] + complaints)
 
 
 @cache
@@ -117,12 +145,13 @@ def _nothing() -> None:
     pass
 
 
-def _run_script(script: str, args: list[str], out: str, err: str) -> None:
+def _run_script(script: str, args: list[str], out: str, err: str, variables: Mapping[str, str]) -> None:
     """Run a script as the main program, with its output in files."""
     for path, descriptor in ((out, 1), (err, 2)):
         with open(path, "wb") as file:
             os.dup2(file.fileno(), descriptor)
     os.chdir(ROOT)
+    os.environ.update(variables)
     sys.argv = [script, *args]
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # it lives as long as the process
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115

@@ -1,0 +1,91 @@
+"""Both training scripts in several processes, which train what one process trains."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.cli.training_commands import (
+    FINETUNE,
+    SCRIPT,
+    arguments,
+    finetune_arguments,
+    run_processes,
+    weights,
+    write_dataset,
+)
+
+PLAIN = ["--optimizer_type", "SGD", "--max_grad_norm", "0"]
+"""Steps as large as the gradients are, of which every share counts."""
+
+
+def scalars(logs: Path) -> dict[str, list[float]]:
+    (folder,) = logs.glob("*/*")
+    events = EventAccumulator(str(folder)).Reload()
+    return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def run_both(folder: Path, make: object, checkpoint: Path, photos: Path, script: str, *more: str) -> dict[int, str]:
+    """Run a script in two processes of two images and in one of four; returns what each first process said."""
+    said = {}
+    for count in (1, 2):
+        dataset = write_dataset(folder / f"data{count}", photos, batch_size=4 // count, count=7)
+        text = dataset.read_text().replace(f"data{count}/images", "data1/images")
+        dataset.write_text(text.replace("[general]", "[general]\nvalidation_split = 0.3\nvalidation_seed = 1"))
+        paths = ["--logging_dir", str(folder / f"logs{count}")]
+        args = make(checkpoint, dataset, folder / str(count), *PLAIN, *more, *paths)  # type: ignore[operator]
+        done = run_processes(args, script, count=count)
+        assert done.returncode == 0, done.stderr
+        said[count] = done.stderr
+    return said
+
+
+def assert_same_run(folder: Path, name: str) -> None:
+    """Hold that two processes wrote the files, weights and figures that one wrote."""
+    files = [{path.relative_to(folder / count).as_posix() for path in (folder / count).rglob("*")} for count in ("1", "2")]
+    assert {file.rpartition("_2")[0] or file for file in files[0]} == {file.rpartition("_2")[0] or file for file in files[1]}
+    ours, theirs = (weights(folder / count / name) for count in ("1", "2"))
+    for key, tensor in ours.items():
+        torch.testing.assert_close(theirs[key], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+    one, two = (scalars(folder / f"logs{count}") for count in ("1", "2"))
+    assert one.keys() == two.keys() and len(one["loss/current"]) > 1
+    for key, values in one.items():
+        assert two[key] == pytest.approx(values, rel=1e-4, abs=1e-6), key
+
+
+def test_a_network_trained_in_two_processes_is_that_of_one(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    """Two epochs with uneven shares and windows, text encoders, saves, states, held-out images and sample images."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red house --s 1\na tree --s 1\na road --s 1\n", encoding="utf-8")
+    more = [
+        "--gradient_accumulation_steps",
+        "2",
+        "--network_dropout",
+        "0",
+        "--learning_rate",
+        "0.5",
+        "--max_train_epochs",
+        "2",
+        "--save_every_n_epochs",
+        "1",
+    ]
+    more += ["--save_state", "--sample_prompts", str(prompts), "--sample_every_n_epochs", "2", "--ddp_gradient_as_bucket_view"]
+    said = run_both(tmp_path, arguments, tiny_checkpoint, photos, SCRIPT, *more)
+    assert_same_run(tmp_path, "net.safetensors")
+    assert said[2].count("Validation loss") == 2 and "processes: 2" in said[2]
+    assert len(list((tmp_path / "2" / "sample").glob("net_e000002_0[012]_*.png"))) == 3
+    with safe_open(tmp_path / "2" / "net.safetensors", "pt") as file:
+        assert file.metadata()["ss_steps"]
+    assert any(tensor.any() for key, tensor in weights(tmp_path / "2" / "net.safetensors").items() if "lora_up" in key)
+
+
+def test_a_model_trained_in_two_processes_is_that_of_one(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    more = ["--learning_rate", "0.01", "--train_text_encoder", "--learning_rate_te1", "0.01", "--max_train_epochs", "1"]
+    more += ["--gradient_checkpointing", "--ddp_static_graph", "--save_every_n_steps", "1"]
+    run_both(tmp_path, finetune_arguments, tiny_checkpoint, photos, FINETUNE, *more)
+    assert_same_run(tmp_path, "model.safetensors")
+    before, after = weights(tiny_checkpoint), weights(tmp_path / "2" / "model.safetensors")
+    changed = [name for name in after if not torch.equal(before[name].float(), after[name].float())]
+    assert {name.partition(".layers")[0] for name in changed if "layers.0.mlp" in name or "input_blocks.0.0.weight" in name}
