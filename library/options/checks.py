@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from library.options.checks_hub import hub_notes, hub_problems
 from library.options.checks_optimizer import fused_problems, negative_rate_problems
 from library.options.groups.cache import CacheFileOptions
 from library.options.groups.dataset import DatasetOptions
@@ -68,6 +69,7 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
     yield from _sample_problems(options.sample)
     yield from _logging_problems(options.logging)
     yield from _start_problems(options)
+    yield from hub_problems(options.state, options.hub)
     if options.distributed.ddp_static_graph and options.length.gradient_accumulation_steps > 1:
         yield (
             "--ddp_static_graph excludes --gradient_accumulation_steps above 1: PyTorch's static graph wants gradients exchanged "
@@ -179,8 +181,6 @@ def _logging_problems(log: LoggingOptions) -> Iterator[str]:
 
 def _start_problems(options: TrainingOptions) -> Iterator[str]:
     state, length = options.state, options.length
-    if state.resume is not None and not Path(state.resume).is_dir():
-        yield f"--resume: there is no folder {state.resume}."
     if state.initial_step is not None and length.max_train_epochs is None and state.initial_step >= length.max_train_steps:
         yield f"--initial_step ({state.initial_step}) must be below --max_train_steps ({length.max_train_steps})."
     if state.initial_epoch is not None and length.max_train_epochs is not None and state.initial_epoch > length.max_train_epochs:
@@ -198,8 +198,14 @@ def _training_notes(options: TrainingOptions) -> Iterator[str]:
         options.state.initial_step or options.state.initial_epoch or options.state.resume
     ):
         yield "--skip_until_initial_step has no effect without --initial_step, --initial_epoch or --resume."
-    if options.logging.wandb_api_key and options.logging.log_with in ("wandb", "all"):
-        yield "wandb shows command lines to everyone who sees the run; --wandb_api_key is safer in a --config_file."
+    if options.logging.log_with in ("wandb", "all"):
+        for name, secret in (
+            ("wandb_api_key", options.logging.wandb_api_key),
+            ("huggingface_token", options.hub.huggingface_token),
+        ):
+            if secret:
+                yield f"wandb shows command lines to everyone who sees the run; --{name} is safer in a --config_file."
+    yield from hub_notes(options.state, options.hub)
 
 
 def _generation_problems(options: SdxlGenImgOptions) -> Iterator[str]:

@@ -6,7 +6,6 @@ So nobody trains without what was asked for. A feature that is built is deleted 
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-_UPLOAD = "files stay on this machine; upload them afterwards, for example with `hf upload`"
 _DEEPSPEED = "several processes train with DistributedDataParallel"
 _COMPILE = "models run without torch.compile"
 _FLUX = "only SDXL models are supported"
@@ -25,9 +24,6 @@ def _refuse(instead: str, *names: str) -> dict[str, str]:
 
 NOT_BUILT: Mapping[str, str] = {
     **_refuse("datasets are described by --dataset_config or folders", "dataset_class"),
-    **_refuse(_UPLOAD, "huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "huggingface_token"),
-    **_refuse(_UPLOAD, "huggingface_repo_visibility", "save_state_to_huggingface", "async_upload"),
-    **_refuse("a run is resumed from a folder on this machine", "resume_from_huggingface"),
     **_refuse(_BASE_WEIGHTS, "base_weights", "base_weights_multiplier"),
     **_refuse(_EIGHT_BIT, "fp8_base", "fp8_base_unet"),
     **_refuse("checkpointed activations stay on the accelerator", "cpu_offload_checkpointing"),

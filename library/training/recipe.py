@@ -7,7 +7,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -28,6 +28,7 @@ from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes, make_accelerator, shared_seed
 from library.training.data_terms import describe_data_terms, unread_attributes
 from library.training.events import EventLog, events_of_run
+from library.training.hub import open_uploads
 from library.training.interrupt import StopRequest
 from library.training.loader import make_loader
 from library.training.logs import RunSummary, TrainingLog
@@ -39,7 +40,7 @@ from library.training.position import Position
 from library.training.preflight import open_dataset
 from library.training.preparation import TextSide, model_source, prepare_latents, prepare_text
 from library.training.resume import saved_place, start_position
-from library.training.resume_command import resume_command
+from library.training.resume_command import resume_command, secrets_given
 from library.training.saving import Saver
 from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
 from library.training.state import Resumable, SavedPlace, load_state
@@ -84,7 +85,7 @@ def run_recipe(
         UserError: something the person gave cannot be used.
         SystemExit: the run was stopped by a signal, after it was saved.
     """
-    saved = saved_place(options.state)
+    saved = saved_place(options.state, options.hub)
     if only_looks(options):
         look(open_family, options, data, saved.seed if saved else None)
         return
@@ -103,6 +104,7 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
     """
     options = setting.options
     accelerator, length = setting.accelerator, setting.length
+    uploads = open_uploads(options.hub) if accelerator.is_main_process else None
     start = start_position(options.state, saved, length, setting.batches_per_epoch, options.length.gradient_accumulation_steps)
 
     part_dtypes = recipe.dtypes_of_parts(setting)
@@ -117,10 +119,13 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
     training_log = add_observers(
         run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, first_update=start.update
     )
-    load_saved(options.state.resume, saved, saver, training_log)
+    if uploads is not None:
+        saver.after_save.append(uploads.add)
+    if saved is not None:
+        load_saved(saved, saver, training_log)
     tell_start(setting, start)
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, uploads or nullcontext():
             end = train(run, start, stop)
             if stop.agreed:
                 stop_saved(saver, end, stop, accelerator.num_processes)
@@ -128,12 +133,11 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
         training_log.close()
 
 
-def load_saved(resume: str | None, saved: SavedPlace | None, saver: Saver, training_log: TrainingLog) -> None:
-    """Take up the state of the run that is resumed, if any, with its averages of the loss."""
-    if resume is not None:
-        load_state(Path(resume), saver.live)
-        if saved is not None and saved.losses:
-            training_log.losses.load_state_dict(saved.losses)
+def load_saved(saved: SavedPlace, saver: Saver, training_log: TrainingLog) -> None:
+    """Take up the state of the run that is resumed, with its averages of the loss."""
+    load_state(saved.folder, saver.live)
+    if saved.losses:
+        training_log.losses.load_state_dict(saved.losses)
 
 
 def make_setting(
@@ -261,4 +265,6 @@ def stop_saved(saver: Saver, end: Position, stop: StopRequest, num_processes: in
     state = saver.save_interrupted(end)
     log.warning("Stopped at step %d. The same command with --resume continues exactly there:", end.update)
     log.warning("  %s", shlex.join(resume_command(state, num_processes)))
+    if secrets := secrets_given():
+        log.warning("It is shown without %s; add what was given there.", " and ".join(secrets))
     raise SystemExit(128 + (stop.signal or 0))

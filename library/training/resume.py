@@ -3,8 +3,11 @@
 import logging
 from pathlib import Path
 
+from library.options.checks_hub import is_on_hub
 from library.options.errors import UserError
+from library.options.groups.hub import HubOptions
 from library.options.groups.state import StateOptions
+from library.training.hub import download_state
 from library.training.outputs import RunLength
 from library.training.position import Position
 from library.training.state import SavedPlace, read_place
@@ -12,13 +15,15 @@ from library.training.state import SavedPlace, read_place
 log = logging.getLogger(__name__)
 
 
-def saved_place(options: StateOptions) -> SavedPlace | None:
-    """Read where the state of `--resume` stood; None where nothing is resumed.
+def saved_place(options: StateOptions, hub: HubOptions) -> SavedPlace | None:
+    """Read where the state of `--resume` stood, once it is on this machine; None where nothing is resumed.
 
     Raises:
-        UserError: if the folder is missing or is not a training state.
+        UserError: if the folder is missing, cannot be fetched or is not a training state.
     """
-    return None if options.resume is None else read_place(Path(options.resume))
+    if options.resume is None:
+        return None
+    return read_place(download_state(options.resume, hub.huggingface_token) if is_on_hub(options, hub) else Path(options.resume))
 
 
 def start_position(

@@ -1,8 +1,13 @@
-"""The command that continues a run that was stopped."""
+"""The command that continues a run that was stopped, without secrets."""
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+SECRETS = ("--huggingface_token", "--wandb_api_key")
+"""Options whose values are never shown."""
+_SHORTEST = len("--wandb_")
+"""Beginnings of this length, and shorter ones, may mean several options."""
 
 
 def resume_command(state: object, num_processes: int) -> list[str]:
@@ -12,7 +17,13 @@ def resume_command(state: object, num_processes: int) -> list[str]:
         state: the state's folder.
         num_processes: of the run.
     """
-    return [*launcher(num_processes), *without_option(sys.argv, "--resume"), "--resume", str(state)]
+    kept = without_options(sys.argv, values=["--resume", *SECRETS], flags=["--resume_from_huggingface"])
+    return [*launcher(num_processes), *kept, "--resume", str(state)]
+
+
+def secrets_given() -> list[str]:
+    """Return the options with a secret that were typed, and that the command must be given again."""
+    return [option for option in SECRETS if without_options(sys.argv, values=[option]) != sys.argv]
 
 
 def launcher(num_processes: int) -> list[str]:
@@ -22,15 +33,28 @@ def launcher(num_processes: int) -> list[str]:
     return ["python"] if num_processes == 1 else ["torchrun", "--nproc_per_node", str(num_processes)]
 
 
-def without_option(words: Sequence[str], option: str) -> list[str]:
-    """Return a command line without an option and its value, in both spellings."""
-    kept: list[str] = []
-    skip = False
-    for word in words:
-        if skip or word.startswith(f"{option}="):
-            skip = False
-        elif word == option:
-            skip = True
-        else:
-            kept.append(word)
-    return kept
+def without_options(words: Sequence[str], *, values: Sequence[str] = (), flags: Sequence[str] = ()) -> list[str]:
+    """Return a command line without some options.
+
+    Args:
+        words: the command line.
+        values: options that have a value, in both spellings.
+        flags: options that have none.
+    """
+
+    def kept() -> Iterator[str]:
+        rest = iter(words)
+        for word in rest:
+            if _is_one_of(word, values):
+                if "=" not in word:
+                    next(rest, None)
+            elif not _is_one_of(word, flags):
+                yield word
+
+    return list(kept())
+
+
+def _is_one_of(word: str, options: Sequence[str]) -> bool:
+    """Say whether a word is one of these options, or so much of its name that it can be no other."""
+    name = word.partition("=")[0]
+    return any(name == option or (len(name) > _SHORTEST and option.startswith(name)) for option in options)

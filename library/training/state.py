@@ -39,6 +39,8 @@ _NOT_IN_EVERY_VERSION = frozenset(
 class SavedPlace:
     """What `train_state.json` says."""
 
+    folder: Path
+    """Where the state lies on this machine."""
     position: Position | None
     """None for a state of sd-scripts, which does not say where in the epoch it stands."""
     epoch: int
@@ -128,9 +130,9 @@ def read_place(folder: Path) -> SavedPlace:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume: {folder / TRAIN_STATE} cannot be read ({error!r}). Choose another state folder.") from error
     if "current_batch" not in saved:
-        return SavedPlace(position=None, epoch=epoch, update=update)
+        return SavedPlace(folder, position=None, epoch=epoch, update=update)
     position = Position(epoch=epoch, batch=int(saved["current_batch"]), update=update)
-    return SavedPlace(position, epoch, update, int(saved["seed"]), int(saved["batches_per_epoch"]), saved.get("losses", {}))
+    return SavedPlace(folder, position, epoch, update, int(saved["seed"]), int(saved["batches_per_epoch"]), saved.get("losses", {}))
 
 
 def load_state(folder: Path, live: Resumable) -> None:

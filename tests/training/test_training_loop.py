@@ -10,7 +10,7 @@ from library.options.errors import UserError
 from library.training.interrupt import StopRequest
 from library.training.loop import batch_seed
 from library.training.position import Position, window_size
-from library.training.resume_command import launcher, without_option
+from library.training.resume_command import launcher, resume_command, secrets_given
 from library.training.state import load_state, read_place, save_state
 from tests.training.fake_run import SEED, FakeRun, Recorder, dataset, state_folder
 
@@ -199,5 +199,17 @@ def test_the_command_that_continues_starts_as_this_one_was_started(monkeypatch: 
     assert launcher(1) == ["python"] and launcher(2) == ["torchrun", "--nproc_per_node", "2"]
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
     assert launcher(1) == ["accelerate", "launch"] and launcher(2) == ["accelerate", "launch", "--num_processes", "2"]
-    words = ["train.py", "--resume", "old", "--seed", "1", "--resume=older"]
-    assert without_option(words, "--resume") == ["train.py", "--seed", "1"]
+    words = [
+        "train.py",
+        "--resume",
+        "old",
+        "--resume_from_huggingface",
+        "--seed",
+        "1",
+        "--resume=older",
+        "--huggingface_token",
+        "hf_x",
+    ]
+    monkeypatch.setattr("sys.argv", [*words, "--wandb_api=secret"])
+    assert resume_command("new", 1) == ["accelerate", "launch", "train.py", "--seed", "1", "--resume", "new"]
+    assert secrets_given() == ["--huggingface_token", "--wandb_api_key"]
