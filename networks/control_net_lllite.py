@@ -1,0 +1,167 @@
+"""ControlNet-LLLite: small modules that make a frozen U-Net follow control images such as outlines or depth.
+
+One module stands before each query, key and value of the self-attentions, and before each query of the cross-attentions, in the
+transformers of the U-Net's input blocks and its middle block.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from library.files.pickle_io import save_pickle_checkpoint
+from library.files.safetensors_io import open_safetensors, save_safetensors
+from library.options.errors import UserError
+from networks.lllite_module import LLLiteModule
+
+_TARGET = re.compile(r"(?:input_blocks\.(\d+)\.|middle_block\.).*\.(?:attn1\.to_[qkv]|attn2\.to_q)")
+
+
+class Widths(NamedTuple):
+    """The two sizes of a network's modules."""
+
+    cond_emb_dim: int
+    mlp_dim: int
+
+
+class ControlNetLLLite(nn.Module):
+    """The LLLite modules of a U-Net; without effect until `apply_to` and `see` were called, and untrained even then.
+
+    Args:
+        unet: frozen; found by name are its transformers' layers.
+        widths: of every module.
+        dropout: see `LLLiteModule`.
+        multiplier: strength of all modules.
+
+    Raises:
+        UserError: the U-Net has no layer to adapt.
+    """
+
+    def __init__(self, unet: nn.Module, widths: Widths, dropout: float = 0.0, multiplier: float = 1.0) -> None:
+        super().__init__()
+        self.widths = widths
+        for name, layer, depth in _targets(unet):
+            self.add_module(name, LLLiteModule(layer, depth, *widths, dropout=dropout, multiplier=multiplier))
+        if not self.adapters:
+            raise UserError("ControlNet-LLLite finds no attention layers in the U-Net's input blocks. Is this an SDXL model?")
+
+    @property
+    def adapters(self) -> Mapping[str, LLLiteModule]:
+        """The modules by their names in files."""
+        return {name: module for name, module in self.named_children() if isinstance(module, LLLiteModule)}
+
+    def apply_to(self) -> None:
+        """Put the modules into the layers' forward passes."""
+        for adapter in self.adapters.values():
+            adapter.apply_to()
+
+    def see(self, images: Tensor | None) -> None:
+        """Take the control images that the next calls of the U-Net follow.
+
+        Args:
+            images: (N, 3, H, W) in [-1, 1], of the pictures' size in pixels, where the U-Net is given N rows or a multiple of N
+                in which the images repeat in order; None for none.
+        """
+        for adapter in self.adapters.values():
+            adapter.see(images)
+
+    def set_multiplier(self, multiplier: float) -> None:
+        """Set the strength of all modules; 0 leaves the U-Net as it is."""
+        for adapter in self.adapters.values():
+            adapter.multiplier = multiplier
+
+    def load_weights(self, file: str) -> None:
+        """Load a file into the modules.
+
+        Raises:
+            UserError: the file cannot be read, or is of another model or of other sizes.
+        """
+        weights, own = read_lllite(file), self.state_dict()
+        for name in sorted(own.keys() ^ weights.keys()):
+            raise UserError(f"{file} does not fit this model: {name} is only in one of the two. Is it for another model?")
+        for name, tensor in weights.items():
+            if tensor.shape != own[name].shape:
+                found = widths_of(weights, file)
+                raise UserError(
+                    f"{file} does not fit this network: {name} is {tuple(tensor.shape)} in the file, "
+                    f"{tuple(own[name].shape)} here. "
+                    f"The file has --cond_emb_dim {found.cond_emb_dim} and --network_dim {found.mlp_dim}."
+                )
+        self.load_state_dict(weights)
+
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """Write the modules atomically.
+
+        Args:
+            file: `.safetensors`, or with any other extension a PyTorch pickle without metadata.
+            dtype: of all tensors; None keeps their own.
+            metadata: of a safetensors file.
+
+        Raises:
+            UserError: the disk is full or the folder not writable.
+        """
+        tensors = {
+            name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in self.state_dict().items()
+        }
+        if Path(file).suffix.lower() == ".safetensors":
+            save_safetensors(file, tensors, metadata)
+        else:
+            save_pickle_checkpoint(file, tensors)
+
+
+def from_file(unet: nn.Module, file: str, multiplier: float = 1.0) -> ControlNetLLLite:
+    """Make a network of the sizes of a file, with its weights, not applied yet.
+
+    Args:
+        unet: gets the modules.
+        file: as `ControlNetLLLite.save_weights` or another trainer wrote it.
+        multiplier: strength of all modules.
+
+    Raises:
+        UserError: the file is no LLLite file, or is of another model.
+    """
+    network = ControlNetLLLite(unet, widths_of(read_lllite(file), file), multiplier=multiplier)
+    network.load_weights(file)
+    return network
+
+
+def read_lllite(file: str) -> dict[str, Tensor]:
+    """Return the tensors of an LLLite file by name.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    weights = dict(open_safetensors(file))
+    if not weights or not all(name.startswith("lllite_unet_") for name in weights):
+        raise UserError(f"{file} is no ControlNet-LLLite file: its tensors are not called lllite_unet_…. Give another file.")
+    return weights
+
+
+def widths_of(weights: Mapping[str, Any], file: str) -> Widths:
+    """Read the sizes from the shapes of a file's tensors.
+
+    Args:
+        weights: the tensors by name.
+        file: named in the error.
+
+    Raises:
+        UserError: the tensors that tell them are missing.
+    """
+    first = next((tensor for name, tensor in weights.items() if name.endswith(".conditioning1.0.weight")), None)
+    down = next((tensor for name, tensor in weights.items() if name.endswith(".down.0.weight")), None)
+    if first is None or down is None:
+        raise UserError(f"{file} is an incomplete ControlNet-LLLite file: it has no conditioning1.0 or no down.0. Get it again.")
+    return Widths(cond_emb_dim=2 * first.shape[0], mlp_dim=down.shape[0])
+
+
+def _targets(unet: nn.Module) -> Iterator[tuple[str, nn.Linear, int]]:
+    """Yield name in files, layer and depth of every layer that gets a module."""
+    for path, layer in unet.named_modules():
+        found = _TARGET.fullmatch(path)
+        if found and isinstance(layer, nn.Linear):
+            block = found.group(1)
+            depth = 3 if block is None else min(int(block) // 3 + 1, 3)
+            yield f"lllite_unet_{path.replace('.', '_')}", layer, depth
