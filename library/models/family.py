@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from library.models.new_words import NewWord
 from library.models.prompt_weights import PromptStyle
 
 Tokens = dict[str, Tensor]
@@ -109,6 +110,10 @@ class Family(Protocol):
         """Text encoders in their fixed order, as they are named in network files (SDXL: `te1`, `te2`)."""
 
     @property
+    def word_file_keys(self) -> tuple[str, ...]:
+        """The names of each text encoder's vectors in files of learned words (SDXL: `clip_l`, `clip_g`)."""
+
+    @property
     def latent_cache(self) -> LatentCacheSpec:
         """How latent caches are named."""
 
@@ -127,6 +132,21 @@ class Family(Protocol):
 
     def fingerprint(self, part: str) -> str:
         """Identify the file behind `part` ("vae" or "text_encoders") for caches: it changes whenever the weights may have."""
+
+    def with_words(self, words: Sequence[NewWord]) -> "Family":
+        """Return this family with words besides the vocabulary of its text encoders.
+
+        Raises:
+            UserError: one of them, or of the names of its vectors, is in the vocabulary.
+        """
+
+    def extend_vocabulary(self, encoders: Sequence[nn.Module], rows: Sequence[Tensor]) -> None:
+        """Put the vectors of the new words behind each encoder's table; the encoder's `ExtendedEmbedding` then holds them.
+
+        Args:
+            encoders: all of them, as `load_text_encoders` gives them.
+            rows: for each encoder (R, D), the vectors of all new words in the order of the words.
+        """
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Turn B texts into token ids, on the CPU."""

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from library.models.family import LatentCacheSpec, ModelSource, SizeConditioning, TextCacheSpec, TextCond, Tokens
+from library.models.new_words import ExtendedEmbedding, NewWord
 from library.models.prompt_weights import PromptStyle
 from library.models.sdxl.build import build_part, file_names
 from library.models.sdxl.checkpoint import Checkpoint, told_prediction
@@ -20,10 +22,11 @@ from library.models.sdxl.open_model import check_parts, open_checkpoint
 from library.models.sdxl.save_model import save_model, stored_model
 from library.models.sdxl.sizes import SdxlSizes
 from library.models.sdxl.text_encoders import OpenClipTextEncoder, merge_rows, text_body
-from library.models.sdxl.tokenizer import load_bpe, tokenize
+from library.models.sdxl.tokenizer import ClipBpe, load_bpe, tokenize
 from library.models.sdxl.unet import UNet
 from library.models.sdxl.weighted_text import encode_prompts
 from library.models.weights import content_hash, fill
+from library.options.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,8 @@ class SdxlFamily:
     source: ModelSource
     checkpoint: Checkpoint
     sizes: SdxlSizes
+    words: tuple[NewWord, ...] = ()
+    """Words besides the vocabulary."""
 
     name = "sdxl"
     latent_channels = 4
@@ -58,6 +63,7 @@ class SdxlFamily:
     size_multiple = 32
     denoiser_name = "unet"
     encoder_names = ("te1", "te2")
+    word_file_keys = ("clip_l", "clip_g")
     latent_cache = LatentCacheSpec("_sdxl.npz")
     text_cache = TextCacheSpec("_te_outputs.npz", frozenset(_NPZ_NAMES.values()), _pack, _unpack)
 
@@ -70,6 +76,29 @@ class SdxlFamily:
         """
         checkpoint = open_checkpoint(source)
         return cls(source, checkpoint, check_parts(checkpoint))
+
+    @cached_property
+    def _bpe(self) -> ClipBpe:
+        bpe = load_bpe(self.source.tokenizer_cache_dir)
+        return bpe.with_words(self.words) if self.words else bpe
+
+    def with_words(self, words: Sequence[NewWord]) -> "SdxlFamily":
+        """Return this family with words besides the vocabulary; see `Family.with_words`."""
+        for word in words:
+            if taken := self._bpe.taken(word):
+                raise UserError(
+                    f"{taken[0]!r} is in the vocabulary of the text encoders and cannot become a new word. Choose another, such as "
+                    f"{word.text}-concept."
+                )
+        return replace(self, words=tuple(words))
+
+    def extend_vocabulary(self, encoders: Sequence[nn.Module], rows: Sequence[Tensor]) -> None:
+        """Put the vectors of new words behind the encoders' tables; see `Family.extend_vocabulary`."""
+        for encoder, new in zip(encoders, rows, strict=True):
+            embeddings: Any = text_body(encoder).embeddings
+            embeddings.token_embedding = ExtendedEmbedding(
+                embeddings.token_embedding, new.to(embeddings.token_embedding.weight.device)
+            )
 
     def load_text_encoders(self, dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
         """Load TE1 and TE2, frozen and in evaluation mode."""
@@ -90,12 +119,12 @@ class SdxlFamily:
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Turn B texts into `ids1` and `ids2`, int64 (B, n, 77), on the CPU."""
-        ids1, ids2 = tokenize(load_bpe(self.source.tokenizer_cache_dir), texts, self.source.max_token_length)
+        ids1, ids2 = tokenize(self._bpe, texts, self.source.max_token_length)
         return {"ids1": ids1, "ids2": ids2}
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return how many tokens each text has; both encoders read the same."""
-        return load_bpe(self.source.tokenizer_cache_dir).count(texts)
+        return self._bpe.count(texts)
 
     def encode_text(self, tokens: Tokens, encoders: Sequence[nn.Module | None]) -> TextCond:
         """Run TE1 and TE2, each if it is not None, on its device and in its dtype.
@@ -116,8 +145,7 @@ class SdxlFamily:
 
     def encode_prompts(self, texts: Sequence[str], encoders: Sequence[nn.Module | None], style: PromptStyle) -> list[TextCond]:
         """Encode a picture's weighted prompts to one length; see `Family.encode_prompts`."""
-        bpe = load_bpe(self.source.tokenizer_cache_dir)
-        return encode_prompts(bpe, lambda tokens: self.encode_text(tokens, encoders), texts, style)
+        return encode_prompts(self._bpe, lambda tokens: self.encode_text(tokens, encoders), texts, style)
 
     def encode_images(self, vae: nn.Module, images: Tensor, noise: Tensor) -> Tensor:
         """Sample the VAE posterior: mean + exp(logvar / 2) · noise, unscaled.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from library.models.new_words import NewWord, WordFinder, taken_names
 from library.models.sdxl.text_encoders import BEGIN_ID, END_ID
 from library.options.errors import UserError
 
@@ -30,10 +31,26 @@ PAD_ID_1, PAD_ID_2 = END_ID, 0
 
 
 class ClipBpe:
-    """Text to token ids, without begin, end and padding."""
+    """Text to token ids, without begin, end and padding.
 
-    def __init__(self, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> None:
+    Args:
+        vocabulary: ids of symbols and words.
+        merges: in their order.
+        words: that are no part of the vocabulary; their tokens follow on it, in their order.
+    """
+
+    def __init__(self, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], words: Sequence[NewWord] = ()) -> None:
+        self._vocabulary, self._merges = vocabulary, merges
         self._tokenizer = CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=ROW_LENGTH)
+        self._finder = WordFinder(words, first_id=len(vocabulary)) if words else None
+
+    def with_words(self, words: Sequence[NewWord]) -> "ClipBpe":
+        """Return this tokenizer with words of one's own in place of those it had."""
+        return ClipBpe(self._vocabulary, self._merges, words)
+
+    def taken(self, word: NewWord) -> list[str]:
+        """Return those names of a word's vectors that mean something already."""
+        return taken_names(word, self._vocabulary)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of all tokens of `text`.
@@ -41,13 +58,21 @@ class ClipBpe:
         The text is cleaned as OpenAI did for training: ftfy repairs it, whitespace collapses, case is lost. Without ftfy, curly
         quotes, ligatures and full-width letters would get other ids.
         """
-        ids: list[int] = self._tokenizer(_cleaned(text), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        cleaned = _cleaned(text)
+        if self._finder is None:
+            return self._known(cleaned)
+        return [i for piece in self._finder.split(cleaned) for i in (self._known(piece) if isinstance(piece, str) else piece)]
+
+    def _known(self, cleaned: str) -> list[int]:
+        ids: list[int] = self._tokenizer(cleaned, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
         return ids
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Return how many tokens each of many texts has."""
         if not texts:
             return []
+        if self._finder is not None:
+            return [len(self.encode(text)) for text in texts]
         cleaned = [_cleaned(text) for text in texts]
         return [
             len(ids) for ids in self._tokenizer(cleaned, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
