@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from library.generation.additions import ControlFile, planned_controls, planned_words, with_guide_images
 from library.generation.network_files import NetworkFile, planned_networks
 from library.generation.plan import (
     PictureSettings,
@@ -46,10 +47,12 @@ from library.options.scripts import SdxlGenImgOptions
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from library.generation.networks import AttachedNetworks
     from library.generation.output import PictureFiles
     from library.generation.pipeline import Pipeline
+    from library.models.sdxl.family import SdxlFamily
 
 logger = logging.getLogger(__name__)
 
@@ -65,20 +68,24 @@ def main(argv: Sequence[str]) -> None:
     options = parse(SdxlGenImgOptions, argv, find_problems)
     set_up_logging(options.console)
     checkpoint = resolve_checkpoint(options.model.ckpt or "")
-    networks = planned_networks(options.network)
+    networks, words, controls = planned_networks(options.network), planned_words(options.network), planned_controls(options.network)
     settings, prompts = PictureSettings.of(options), read_prompts(options.prompt)
     log_notes(prompts, settings)
-    requests = plan_pictures(prompts, settings)
+    requests = with_guide_images(plan_pictures(prompts, settings), options.network, len(controls))
 
-    # The model, its networks, the folder.
-    pipeline = load_pipeline(checkpoint, options)
+    # The model, its words and networks, the folder.
+    pipeline = load_pipeline(checkpoint, words, options)
     attached = attach(networks, pipeline, options)
+    attach_controls(controls, pipeline, options)
     files = open_folder(checkpoint, options)
 
     # The pictures.
     draw_all(requests, options.prompt.batch_size, pipeline, attached, files)
     if options.prompt.interactive:
+        drawn = len(requests)
         for typed in typed_prompts(settings):
+            typed = with_guide_images(typed, options.network, len(controls), drawn)
+            drawn += len(typed)
             draw_all(typed, options.prompt.batch_size, pipeline, attached, files)
     if pipeline.num_not_finite:
         raise UserError(f"{pipeline.num_not_finite} of the pictures came out black, for the reasons told above.")
@@ -87,8 +94,8 @@ def main(argv: Sequence[str]) -> None:
 # ---------------------------------------------------------------- model
 
 
-def load_pipeline(checkpoint: str, options: SdxlGenImgOptions) -> "Pipeline":
-    """Load the model onto the best device there is."""
+def load_pipeline(checkpoint: str, words: Sequence[str], options: SdxlGenImgOptions) -> "Pipeline":
+    """Load the model onto the best device there is, and teach it learned words."""
     import torch
 
     from library.generation.pipeline import Pipeline
@@ -109,7 +116,10 @@ def load_pipeline(checkpoint: str, options: SdxlGenImgOptions) -> "Pipeline":
     if model.opt_channels_last:
         for part in (unet, vae):
             part.to(memory_format=torch.channels_last)
-    components = Components(unet, vae, [*family.load_text_encoders(dtype, device)])
+    encoders = family.load_text_encoders(dtype, device)
+    if words:
+        family = with_learned_words(family, encoders, words)
+    components = Components(unet, vae, [*encoders])
     style = PromptStyle(max_chunks=options.prompt.max_embeddings_multiples or 1)
     return Pipeline(
         family,
@@ -120,6 +130,19 @@ def load_pipeline(checkpoint: str, options: SdxlGenImgOptions) -> "Pipeline":
         style=style,
         vae_batch_size=vae_batch_size(options),
     )
+
+
+def with_learned_words(family: "SdxlFamily", encoders: Sequence["nn.Module"], paths: Sequence[str]) -> "SdxlFamily":
+    """Put the vectors of learned words into the text encoders, and return the family that reads those words."""
+    import torch
+
+    from library.models.new_words import NewWord
+
+    vectors = [family.read_word(path) for path in paths]
+    family = family.with_words([NewWord(Path(path).stem, len(rows[0])) for path, rows in zip(paths, vectors, strict=True)])
+    family.extend_vocabulary(encoders, [torch.cat(rows) for rows in zip(*vectors, strict=True)])
+    logger.info("Words added: %s", ", ".join(f"{word.text} ({word.num_vectors} vectors)" for word in family.words))
+    return family
 
 
 def compute_dtype(model: GenModelOptions) -> "torch.dtype":
@@ -157,6 +180,15 @@ def attach(networks: Sequence[NetworkFile], pipeline: "Pipeline", options: SdxlG
         precalculate=options.network.network_pre_calc,
         show_metadata=options.network.network_show_meta,
     )
+
+
+def attach_controls(controls: Sequence[ControlFile], pipeline: "Pipeline", options: SdxlGenImgOptions) -> None:
+    """Load the control networks into the model."""
+    from library.generation.controls import Controls
+
+    denoiser = pipeline.components.denoiser
+    if controls and denoiser is not None:
+        pipeline.controls = Controls.attach(controls, denoiser, compute_dtype(options.model), pipeline.device)
 
 
 # ---------------------------------------------------------------- pictures

@@ -25,7 +25,7 @@ from library.options.scripts import (
     SdxlTrainNetworkOptions,
     SdxlTrainOptions,
 )
-from tools import resize_images_to_resolution, show_metadata
+from tools import canny, resize_images_to_resolution, show_metadata
 from tools.bench import BenchScriptOptions, check
 from tools.bench_dataset import command_line as bench_dataset_parser
 from tools.convert_sdxl import command_line as convert_parser
@@ -76,6 +76,7 @@ ACCEPT: dict[str, Callable[[list[str]], object]] = {
     "tools/cache_latents.py": lambda arguments: parse(CacheLatentsOptions, arguments),
     "tools/cache_text_encoder_outputs.py": lambda arguments: parse(CacheTextEncoderOutputsOptions, arguments),
     "tools/bench_dataset.py": lambda arguments: bench_dataset_parser().parse_args(arguments),
+    "tools/canny.py": canny.read_command_line,
     "tools/convert_sdxl.py": lambda arguments: output_layout(convert_parser().parse_args(arguments)),
     "tools/resize_images_to_resolution.py": resize_images_to_resolution.read_command_line,
     "tools/show_metadata.py": lambda arguments: show_metadata.command_line().parse_args(arguments),

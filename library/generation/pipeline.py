@@ -6,7 +6,7 @@ Shape legend: B pictures of one batch, C latent channels, h and w latent height 
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from library.diffusion.samplers import PredictionType, image_generators, make_sampler, sampler_step, start_noise
+from library.generation.controls import Controls
 from library.generation.request import ImageRequest, with_rounded_size
 from library.models.family import Components, Family, SizeConditioning, TextCond
 from library.models.prompt_weights import PromptStyle
@@ -49,6 +50,7 @@ class Pipeline:
         style: how prompts become conditioning.
         autocast_dtype: run text encoders and denoiser under autocast to this type; None: in the type they have.
         vae_batch_size: pictures decoded at once.
+        controls: control networks that the pictures' guide images go to.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Pipeline:
         style: PromptStyle | None = None,
         autocast_dtype: torch.dtype | None = None,
         vae_batch_size: int = 1,
+        controls: Controls | None = None,
     ) -> None:
         self.family = family
         self.components = components
@@ -71,6 +74,7 @@ class Pipeline:
         self.style = style or PromptStyle()
         self.autocast_dtype = autocast_dtype
         self.vae_batch_size = vae_batch_size
+        self.controls = controls
         self.num_not_finite = 0
         """Pictures so far whose values were not finite; they come out black."""
 
@@ -117,7 +121,8 @@ class Pipeline:
         pictures: dict[int, Image.Image] = {}
         for indices in _equal_groups(requests, encoded):
             group = [requests[i] for i in indices]
-            latents = self._denoise(group, [encoded[i] for i in indices], on_step)
+            with self._controlled(group):
+                latents = self._denoise(group, [encoded[i] for i in indices], on_step)
             pictures.update(zip(indices, self._decode(latents, group), strict=True))
         return [pictures[i] for i in range(len(requests))]
 
@@ -144,6 +149,8 @@ class Pipeline:
         latents: Tensor = start_noise(generators, self._latent_shape(first)).to(self.device) * sampler.init_noise_sigma
         for done, t in enumerate(sampler.timesteps, 1):
             noisy = sampler.scale_model_input(torch.cat([latents] * 2) if first.uses_guidance else latents, t)
+            if self.controls is not None:
+                self.controls.before_step(done - 1, len(sampler.timesteps))
             with self._autocast():
                 predicted = self.family.predict(denoiser, noisy, t.expand(len(noisy)), cond, sizes).float()
             if first.uses_guidance:
@@ -153,6 +160,19 @@ class Pipeline:
             if on_step is not None:
                 on_step(done, len(sampler.timesteps))
         return latents
+
+    @contextmanager
+    def _controlled(self, requests: Sequence[ImageRequest]) -> Iterator[None]:
+        """Let control networks follow the guide images of a batch."""
+        if self.controls is None:
+            yield
+            return
+        with self._autocast():
+            self.controls.begin(requests)
+        try:
+            yield
+        finally:
+            self.controls.end()
 
     def _latent_shape(self, request: ImageRequest) -> tuple[int, int, int]:
         stride = self.family.latent_stride

@@ -9,6 +9,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+from library.generation.additions import planned_controls, planned_words
 from library.generation.network_files import planned_networks
 from library.generation.prompt_line import GENERATION, PromptLine, parse_prompt_line
 from library.generation.request import MIN_SIDE, SIDE_STEP, ImageRequest, rounded_side
@@ -54,6 +55,8 @@ def find_problems(options: SdxlGenImgOptions) -> Iterator[str]:
         lambda: None if ckpt is None else resolve_checkpoint(ckpt),
         lambda: read_prompts(options.prompt),
         lambda: planned_networks(options.network),
+        lambda: planned_words(options.network),
+        lambda: planned_controls(options.network),
     ]
     for check in checks:
         try:

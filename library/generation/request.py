@@ -34,6 +34,8 @@ class ImageRequest:
     crop_top_left: tuple[int, int] = (0, 0)
     network_mul: tuple[float, ...] | None = None
     """Strength of each attached network for this picture; None: as given for the run."""
+    guides: tuple[str, ...] = ()
+    """Files of the images that control networks follow, one for each of them."""
     raw_prompt: str = ""
     """The line as typed, with its options."""
 

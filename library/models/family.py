@@ -110,10 +110,6 @@ class Family(Protocol):
         """Text encoders in their fixed order, as they are named in network files (SDXL: `te1`, `te2`)."""
 
     @property
-    def word_file_keys(self) -> tuple[str, ...]:
-        """The names of each text encoder's vectors in files of learned words (SDXL: `clip_l`, `clip_g`)."""
-
-    @property
     def latent_cache(self) -> LatentCacheSpec:
         """How latent caches are named."""
 
@@ -138,6 +134,28 @@ class Family(Protocol):
 
         Raises:
             UserError: one of them, or of the names of its vectors, is in the vocabulary.
+        """
+
+    def read_word(self, path: str | Path) -> list[Tensor]:
+        """Return the vectors of a learned word for each text encoder, (n, width) float32.
+
+        Raises:
+            UserError: the file cannot be read, or is of another kind of model.
+        """
+
+    def save_word(
+        self, path: str | Path, rows: Sequence[Tensor], dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+    ) -> None:
+        """Write the vectors of a learned word atomically.
+
+        Args:
+            path: `.safetensors`, or with any other extension a PyTorch pickle without metadata.
+            rows: (n, width) for each text encoder.
+            dtype: of the saved vectors; None keeps their own.
+            metadata: of a safetensors file.
+
+        Raises:
+            UserError: the disk is full or the folder not writable.
         """
 
     def extend_vocabulary(self, encoders: Sequence[nn.Module], rows: Sequence[Tensor]) -> None:

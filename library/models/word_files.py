@@ -43,7 +43,7 @@ def save_word(path: str | Path, rows: Mapping[str, Tensor], dtype: torch.dtype |
 
     Args:
         path: `.safetensors`, or with any other extension a PyTorch pickle without metadata.
-        rows: (n, width) by the names of `Family.word_file_keys`.
+        rows: (n, width) by their names in the file.
         dtype: of the saved vectors; None keeps their own.
         metadata: of a safetensors file.
 

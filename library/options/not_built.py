@@ -15,7 +15,6 @@ _INPUT_IMAGE = "images are drawn from prompts only"
 _HIGHRES = "images are drawn in one stage"
 _DEEP_SHRINK = "the U-Net runs at full size in every step"
 _GRADUAL = "latents have their final size from the first step"
-_CONTROL = "images are drawn without control images"
 
 
 def _refuse(instead: str, *names: str) -> dict[str, str]:
@@ -42,8 +41,6 @@ NOT_BUILT: Mapping[str, str] = {
     **_refuse(_GRADUAL, "gradual_latent_timesteps", "gradual_latent_ratio", "gradual_latent_ratio_step"),
     **_refuse(_GRADUAL, "gradual_latent_every_n_steps", "gradual_latent_s_noise", "gradual_latent_unsharp_params"),
     **_refuse("every network acts on the whole image", "network_regional_mask_max_color_codes"),
-    **_refuse("words have the meaning the text encoders know", "textual_inversion_embeddings"),
-    **_refuse(_CONTROL, "control_net_lllite_models", "control_net_multipliers", "control_net_ratios", "guide_image_path"),
 }
 """What happens instead, as a clause, for every refused option. A feature that is built is deleted here; nothing is added."""
 

@@ -15,6 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from library.models.family import ModelSource
+from library.models.sdxl.family import SdxlFamily
+from networks.control_net_lllite import ControlNetLLLite, Widths
+
 SMALL = ["--W", "64", "--H", "64", "--steps", "2", "--sampler", "euler_a"]
 
 
@@ -74,6 +78,29 @@ def test_a_prompt_file_with_a_lora_and_then_typed_prompts(command, lora, tmp_pat
     assert f"{prompts}, line 3: 96x70 is drawn as 96x64" in ran.stderr
     assert "prompt: --dsd1 (Deep Shrink) is not available" in ran.stderr
     assert "1 of 1 modules attached, strength 0.5" in ran.stderr
+
+
+def test_a_learned_word_and_a_control_network_with_guide_images(command, tiny_checkpoint, tmp_path):
+    family = SdxlFamily.open(ModelSource(str(tiny_checkpoint)))
+    generator = torch.Generator().manual_seed(0)
+    widths = family.sizes.te1.width, family.sizes.te2.width
+    family.save_word(tmp_path / "newword.pt", [torch.randn(2, width, generator=generator) for width in widths], None, None)
+    network = ControlNetLLLite(family.load_denoiser(torch.float32, torch.device("cpu")), Widths(8, 4))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+    network.save_weights(str(tmp_path / "edges.safetensors"), torch.float16, None)
+    for name, colour in (("black", 0), ("white", 255)):
+        Image.new("L", (50, 50), colour).save(tmp_path / f"{name}.png")
+    words = ["--textual_inversion_embeddings", str(tmp_path / "newword.pt")]
+    control = ["--control_net_lllite_models", str(tmp_path / "edges.safetensors"), "--control_net_multipliers", "0.8"]
+    guides = ["--guide_image_path", str(tmp_path / "black.png"), str(tmp_path / "white.png")]
+    prompt = ["--prompt", "a newword --d 5", "--images_per_prompt", "3", "--sequential_file_name"]
+    ran = run([*command, *SMALL, *words, *control, *guides, *prompt])
+    assert ran.returncode == 0, ran.stderr
+    assert "Words added: newword (2 vectors)" in ran.stderr
+    first, second, third = (np.asarray(Image.open(path)) for path in saved(tmp_path))
+    assert np.array_equal(first, third) and not np.array_equal(first, second), "the guide images take turns"
 
 
 def test_every_mistake_is_told_together_before_anything_is_loaded(command, tmp_path):

@@ -17,6 +17,7 @@ SCRIPTS = [
     "finetune/merge_captions_to_metadata.py",
     "finetune/merge_dd_tags_to_metadata.py",
     "finetune/prepare_buckets_latents.py",
+    "tools/canny.py",
     "tools/resize_images_to_resolution.py",
     "tools/show_metadata.py",
 ]

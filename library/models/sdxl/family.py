@@ -26,12 +26,17 @@ from library.models.sdxl.tokenizer import ClipBpe, load_bpe, tokenize
 from library.models.sdxl.unet import UNet
 from library.models.sdxl.weighted_text import encode_prompts
 from library.models.weights import content_hash, fill
+from library.models.word_files import read_word, save_word
 from library.options.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _NPZ_NAMES = {"hidden1": "hidden_state1", "hidden2": "hidden_state2", "pool2": "pool2"}
 """Our names of text outputs, and those of the cache files that sd-scripts reads."""
+
+
+_WORD_KEYS = ("clip_l", "clip_g")
+"""Names of the vectors for TE1 and TE2 in files of learned words."""
 
 
 def _pack(cond: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
@@ -63,7 +68,6 @@ class SdxlFamily:
     size_multiple = 32
     denoiser_name = "unet"
     encoder_names = ("te1", "te2")
-    word_file_keys = ("clip_l", "clip_g")
     latent_cache = LatentCacheSpec("_sdxl.npz")
     text_cache = TextCacheSpec("_te_outputs.npz", frozenset(_NPZ_NAMES.values()), _pack, _unpack)
 
@@ -91,6 +95,16 @@ class SdxlFamily:
                     f"{word.text}-concept."
                 )
         return replace(self, words=tuple(words))
+
+    def read_word(self, path: str | Path) -> list[Tensor]:
+        """Return the vectors of a learned word for TE1 and TE2; see `Family.read_word`."""
+        return read_word(path, _WORD_KEYS, (self.sizes.te1.width, self.sizes.te2.width))
+
+    def save_word(
+        self, path: str | Path, rows: Sequence[Tensor], dtype: torch.dtype | None, metadata: Mapping[str, str] | None
+    ) -> None:
+        """Write the vectors of a learned word as `clip_l` and `clip_g`; see `Family.save_word`."""
+        save_word(path, dict(zip(_WORD_KEYS, rows, strict=True)), dtype, metadata)
 
     def extend_vocabulary(self, encoders: Sequence[nn.Module], rows: Sequence[Tensor]) -> None:
         """Put the vectors of new words behind the encoders' tables; see `Family.extend_vocabulary`."""
