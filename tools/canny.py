@@ -71,7 +71,7 @@ def read_command_line(argv: Sequence[str]) -> argparse.Namespace:
     source, target = Path(arguments.input), Path(arguments.output)
     problems = []
     if not source.exists():
-        problems.append(f"--input {source}: there is no such file or folder; check the path.")
+        problems.append(f"--input {source}: there is no file or folder of that name; check the path.")
     elif source.is_dir() and target.is_file():
         problems.append(f"--output {target} is a file, and --input is a folder; give a folder for the edges of its pictures.")
     elif not source.is_dir() and target.suffix.lower() not in IMAGE_SUFFIXES:

@@ -55,7 +55,7 @@ def test_a_broken_picture_is_named_and_the_others_are_done(pictures: Path, tmp_p
     ("arguments", "told"),
     [
         ([], "--input is missing.*--output is missing"),
-        (["--input", "nowhere.png", "--output", "x.png"], "nowhere.png: there is no such file"),
+        (["--input", "nowhere.png", "--output", "x.png"], "nowhere.png: there is no file or folder"),
         (["--input", "in/a.png", "--output", "edges"], "must end in .png"),
         (["--input", "in", "--output", "in"], "are the same"),
         (["--input", "in", "--output", "in/a.png"], "is a file, and --input is a folder"),
