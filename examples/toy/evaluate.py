@@ -102,7 +102,7 @@ def draw_captions(
     if network is not None:
         given += ["--network_module", "networks.lora", "--network_weights", network]
     options = parse(SdxlGenImgOptions, given)
-    pipeline = load_pipeline(checkpoint, options)
+    pipeline = load_pipeline(checkpoint, (), options)
     attach(planned_networks(options.network), pipeline, options).set_strengths(None)
     requests = [
         ImageRequest(prompt=caption, width=SIZE, height=SIZE, steps=STEPS, cfg_scale=cfg_scale, seed=seed + number, sampler=SAMPLER)
