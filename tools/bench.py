@@ -14,12 +14,10 @@ The step is the training loop's own, with cached latents and cached text. Option
 
 import json
 import logging
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,13 +34,12 @@ from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import WorkingPrecisionOptions
 from library.options.parse import parse
 from library.options.scripts import ScriptOptions
+from library.training.environment import hardware as hardware_of
+from library.training.environment import installed_versions
 
 if TYPE_CHECKING:
     from library.memory.trace import Peak
     from tools.bench_step import Speed
-
-PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "bitsandbytes", "xformers")
-"""Packages whose version can change the numbers."""
 
 UNEVEN = 1.5
 """A slowest step this many times as long as the fastest means that the device was probably not ours alone."""
@@ -101,19 +98,8 @@ def report(
         **({"result": asdict(speed)} if speed else {}),
         **({"traced_peak_gib": peak.in_gib()} if peak else {}),
         "hardware": hardware,
-        "versions": {"python": platform.python_version()} | installed_versions(),
+        "versions": installed_versions(),
     }
-
-
-def installed_versions() -> dict[str, str]:
-    """The versions of the packages that matter, those that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def what_is_run(options: BenchScriptOptions, hardware: dict[str, Any]) -> dict[str, str]:
@@ -162,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
     logging.captureWarnings(True)
     asked = (options.bench, options.precision, options.optimizer)
     has_gpu = torch.cuda.is_available()
-    hardware = bench_step.hardware(torch.device("cuda" if has_gpu else "cpu"))
+    hardware = hardware_of(torch.device("cuda" if has_gpu else "cpu"))
     can_forecast = untraceable(options.optimizer) is None
     peak = bench_trace.forecast(*asked) if options.bench.trace or (has_gpu and can_forecast) else None
     speed = None if options.bench.trace else bench_step.measure(*asked)

@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import platform
 import statistics
 import sys
 import time
@@ -317,23 +316,3 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """Name what the numbers were measured on."""
-    facts: dict[str, Any] = {"device": device.type, "machine": platform.machine(), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts |= {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda}
-    else:
-        facts["name"] = cpu_name()
-    return facts
-
-
-def cpu_name() -> str:
-    """The processor's name as the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -198,13 +198,6 @@ def _training_notes(options: TrainingOptions) -> Iterator[str]:
         options.state.initial_step or options.state.initial_epoch or options.state.resume
     ):
         yield "--skip_until_initial_step has no effect without --initial_step, --initial_epoch or --resume."
-    if options.logging.log_with in ("wandb", "all"):
-        for name, secret in (
-            ("wandb_api_key", options.logging.wandb_api_key),
-            ("huggingface_token", options.hub.huggingface_token),
-        ):
-            if secret:
-                yield f"wandb shows command lines to everyone who sees the run; --{name} is safer in a --config_file."
     yield from hub_notes(options.state, options.hub)
 
 

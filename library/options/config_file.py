@@ -8,8 +8,8 @@ from typing import Any
 
 from library.options.errors import UsageError
 
-NOT_WRITTEN = frozenset({"config_file", "output_config", "strict_config", "wandb_api_key", "huggingface_token"})
-"""Options that never go into a file: about files themselves, and secrets."""
+NOT_WRITTEN = frozenset({"config_file", "output_config", "strict_config"})
+"""Options about such files themselves, which are not written into one."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
-    """Write option values, without those of `NOT_WRITTEN`, to a new file.
+    """Write option values, among which there is no secret, to a new file; those of `NOT_WRITTEN` are left out.
 
     Raises:
         UsageError: the file exists or cannot be made.

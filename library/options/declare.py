@@ -1,7 +1,7 @@
 """How an option is declared: one field of an `OptionGroup`, from which flag, TOML key, check and documentation follow."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
@@ -64,3 +64,17 @@ class SameAsUnset:
 @dataclass(frozen=True)
 class CommaList:
     """Marks a text of comma-separated numbers, which a configuration file may also give as a number or an array."""
+
+
+@dataclass(frozen=True)
+class LocalPath:
+    """Marks a text that names a file or folder of this machine: nobody else needs to know it."""
+
+
+@dataclass(frozen=True)
+class Secret:
+    """Marks a text that is never shown or stored."""
+
+
+PathText = Annotated[str | None, LocalPath()]
+SecretText = Annotated[str | None, Secret()]

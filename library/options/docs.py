@@ -74,6 +74,7 @@ def config_schema() -> dict[str, Any]:
     for script in SCRIPTS:
         if "config" in script.groups():
             declared |= {name: option for name, option in options_of(script).items() if name not in NOT_WRITTEN}
+    declared = {name: option for name, option in declared.items() if not option.is_secret}
     properties = {name: _property(option) for name, option in declared.items()}
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",

@@ -13,6 +13,7 @@ from library.options.checks import find_notes, find_problems
 from library.options.command_line import scan
 from library.options.config_file import FileValue, config_path, read_config_file, write_config_file
 from library.options.declare import OptionGroup
+from library.options.disclosure import tell_disclosures
 from library.options.effects import effective_options
 from library.options.elsewhere import names_elsewhere
 from library.options.errors import UsageError
@@ -72,6 +73,7 @@ def parse(script: type[Script], argv: Sequence[str], further_problems: Callable[
     if problems:
         raise UsageError(problems)
     _tell_notes(script, parsed, changed)
+    tell_disclosures(parsed, line.typed)
     return parsed
 
 
@@ -140,7 +142,8 @@ def _write_file(given: Mapping[str, _Given], problems: Sequence[str], options: M
     if problems:
         raise UsageError(problems)
     path = config_path(given["config_file"].value)
-    write_config_file(path, {name: each.value for name, each in given.items() if each.value != options[name].default})
+    changed = {name: each.value for name, each in given.items() if each.value != options[name].default}
+    write_config_file(path, {name: value for name, value in changed.items() if not options[name].is_secret})
     logger.info("Wrote the options to %s; secrets are left out.", path)
     raise SystemExit(0)
 

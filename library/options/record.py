@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from library.options.declare import CommaList, OptionGroup, SameAsUnset
+from library.options.declare import CommaList, LocalPath, OptionGroup, SameAsUnset, Secret
 from library.options.scripts import ScriptOptions
 
 
@@ -51,6 +51,10 @@ class Option:
     """The value that says the same as leaving the option out."""
     comma_list: bool
     """Whether its text is a list of numbers, which a configuration file may give as numbers."""
+    is_path: bool
+    """Whether it names a file or folder of this machine."""
+    is_secret: bool
+    """Whether it is never shown or stored."""
 
     @property
     def flag(self) -> str:
@@ -98,6 +102,8 @@ def _option(name: str, attribute: str, group: type[OptionGroup], info: FieldInfo
         lt=marks[Lt].lt if Lt in marks else None,
         unset_value=marks[SameAsUnset].value if SameAsUnset in marks else None,
         comma_list=CommaList in marks,
+        is_path=LocalPath in marks or value_type is Path,
+        is_secret=Secret in marks,
     )
 
 

@@ -60,7 +60,7 @@ class EventLog:
         """
         if self._file is None:
             return
-        line = json.dumps(_plain({"kind": kind, "time": round(time.time(), 3), **fields}), ensure_ascii=False)
+        line = json.dumps(plain({"kind": kind, "time": round(time.time(), 3), **fields}), ensure_ascii=False)
         self._attempt(lambda: self._append(line))
 
     def close(self) -> None:
@@ -143,14 +143,14 @@ def _ends_within_a_line(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return what JSON can hold, so that no event is lost to a value."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return str(value)

@@ -5,16 +5,15 @@ random generator or an options object: what is recorded comes in as arguments.
 """
 
 import json
-import subprocess
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from library.files.hashes import model_hash, sha256_file
 from library.options.groups.network import NetworkOptions
+from library.training.environment import source_revision
 
 Metadata = dict[str, str]
 
@@ -218,15 +217,3 @@ def _hashes(model_path: str, vae_path: str | None) -> Metadata:
             found[f"ss_{name}_hash"] = model_hash(path)
             found[f"ss_new_{name}_hash"] = sha256_file(path)
     return found
-
-
-@cache
-def source_revision() -> str:
-    """Return the git revision of this suite, or "(unknown)" where it was not cloned."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "(unknown)"
-    return done.stdout.strip()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from library.options.errors import UserError
 from library.options.groups.modelspec import ModelSpecOptions
-from library.training.metadata import Metadata, source_revision
+from library.training.environment import source_revision
+from library.training.metadata import Metadata
 from library.training.setting import Setting
 
 

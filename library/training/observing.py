@@ -9,11 +9,12 @@ from typing import Any
 from library.generation.pipeline import Pipeline
 from library.generation.request import ImageRequest
 from library.models.family import Components
-from library.options.record import option_values
+from library.options.disclosure import loggable_config
 from library.training.events import SCHEMA_VERSION
 from library.training.loader import make_loader
 from library.training.logs import TrainingLog
 from library.training.loop import TrainingRun
+from library.training.manifest import Manifest, manifest_path, run_facts
 from library.training.position import Position
 from library.training.preparation import TextSide
 from library.training.preview_plan import PreviewPlan
@@ -39,7 +40,7 @@ def add_observers(
     requests: Sequence[ImageRequest],
     *,
     tracker_name: str,
-    first_update: int,
+    start: Position,
 ) -> TrainingLog:
     """Give a run everyone who looks on, and the saver the log's averages for its states.
 
@@ -52,13 +53,13 @@ def add_observers(
         text: holds the encoded sample prompts.
         requests: sample prompts; empty where no sample images are drawn.
         tracker_name: project name in trackers, unless another is given.
-        first_update: updates made before this run.
+        start: where the run starts.
 
     Returns:
         The log, to be closed when the run is over.
     """
     trackers = open_trackers(tracker_name, setting)
-    progress = Progress(setting.length.total_updates, first_update, visible=setting.accelerator.is_main_process)
+    progress = Progress(setting.length.total_updates, start.update, visible=setting.accelerator.is_main_process)
     meter = StepMeter(setting.accelerator.device)
     training_log = TrainingLog(
         trackers,
@@ -71,15 +72,28 @@ def add_observers(
     )
     run.observe_loss, saver.losses = training_log.observe_loss, training_log.state_dict
     saver.after_save.append(lambda saved: tell_saved(setting, saved))
+    manifests = write_manifest(setting, trained, saver, start)
     run.observers = [
         *run.observers,
         training_log,
         *validation(setting, trained, saver.averaged, run, training_log, trackers),
         *previews(setting, trained, saver.averaged, parts, text, requests, trackers),
         saver,
+        *manifests,
         meter,
     ]
     return training_log
+
+
+def write_manifest(setting: Setting, trained: Trained, saver: Saver, start: Position) -> list[Manifest]:
+    """Return the observer that writes the run's manifest, in the main process."""
+    if not setting.accelerator.is_main_process:
+        return []
+    facts = run_facts(setting, trained, start)
+    manifest = Manifest(manifest_path(setting), facts, continues=setting.options.state.resume is not None)
+    saver.after_save.append(manifest.saved)
+    setting.events.at_end.append(manifest.ended)
+    return [manifest]
 
 
 def tell_start(setting: Setting, start: Position) -> None:
@@ -101,6 +115,7 @@ def tell_start(setting: Setting, start: Position) -> None:
         output_dir=options.output.output_dir,
         output_name=options.output.output_name,
         resumed_from=options.state.resume,
+        manifest=manifest_path(setting),
     )
 
 
@@ -114,7 +129,8 @@ def open_trackers(tracker_name: str, setting: Setting) -> RunLog:
     if not setting.accelerator.is_main_process:
         return RunLog()
     options = setting.options
-    return RunLog.open(options.logging, tracker_name, option_values(options), datetime.fromtimestamp(setting.started_at))
+    config = loggable_config(options) if options.logging.log_config else None
+    return RunLog.open(options.logging, tracker_name, config, datetime.fromtimestamp(setting.started_at))
 
 
 def validation(

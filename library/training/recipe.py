@@ -116,9 +116,7 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
 
     parts = ModelParts(setting.family, denoiser, text.encoders, vae, options.cache.vae_batch_size, setting.caption_style)
     run, saver = build_run(recipe, setting, trained, parts)
-    training_log = add_observers(
-        run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, first_update=start.update
-    )
+    training_log = add_observers(run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, start=start)
     if uploads is not None:
         saver.after_save.append(uploads.add)
     if saved is not None:

@@ -103,27 +103,6 @@ class WandbTracker:
 
 _TRACKERS: dict[str, Callable[[TrackerSettings], Tracker]] = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
 
-PRIVATE_OPTIONS = frozenset({
-    "wandb_api_key", "huggingface_token",
-    "pretrained_model_name_or_path", "vae", "tokenizer_cache_dir", "train_data_dir", "conditioning_data_dir", "reg_data_dir",
-    "output_dir", "logging_dir",
-    "in_json", "dataset_config", "config_file", "output_config", "resume", "sample_prompts", "network_weights", "base_weights",
-    "log_tracker_config", "console_log_file", "metadata_thumbnail",
-})  # fmt: skip
-"""Options that `--log_config` leaves out: secrets, and paths, which tell of a person's machine."""
-
-
-def loggable_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options to store with a tracker: no secret, no path; lists and tables as text.
-
-    Args:
-        values: every option of the script by its name.
-    """
-    plain = (bool, int, float, str, type(None))
-    return {
-        name: value if isinstance(value, plain) else str(value) for name, value in values.items() if name not in PRIVATE_OPTIONS
-    }
-
 
 class RunLog:
     """All trackers of a run; none of them where logging is off or the process is not the main one."""
@@ -132,13 +111,13 @@ class RunLog:
         self._trackers = tuple(trackers)
 
     @classmethod
-    def open(cls, options: LoggingOptions, project: str, values: Mapping[str, Any], started_at: datetime) -> "RunLog":
+    def open(cls, options: LoggingOptions, project: str, config: Mapping[str, Any] | None, started_at: datetime) -> "RunLog":
         """Start the trackers that `--log_with` and `--logging_dir` ask for.
 
         Args:
             options: the logging options.
             project: the tracker name of the script (`network_train`), unless `--log_tracker_name` gives another.
-            values: every option of the script by its name, stored where `--log_config` is set.
+            config: stored with the run; None for nothing.
             started_at: names the run's folder, `<log_prefix><YYYYmmddHHMMSS>`.
 
         Raises:
@@ -146,7 +125,6 @@ class RunLog:
         """
         folder = run_folder(options, started_at)
         arguments = _tracker_arguments(options.log_tracker_config)
-        config = loggable_config(values) if options.log_config else None
 
         def settings(kind: str) -> TrackerSettings:
             name = options.log_tracker_name or project

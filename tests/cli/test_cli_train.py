@@ -55,7 +55,8 @@ def test_a_run_trains_both_encoders_and_the_u_net_and_nothing_else(whole_run, ti
     out, _, _ = whole_run
     names = {path.name for path in out.iterdir()}
     steps = [f"model-step0000000{n}" for n in (2, 4)]
-    assert names == {*(f"{s}.safetensors" for s in steps), *(f"{s}-state" for s in steps), "model.safetensors", "model-state"}
+    written = ("model.safetensors", "model-state", "model-run.json")
+    assert names == {*(f"{s}.safetensors" for s in steps), *(f"{s}-state" for s in steps), *written}
     found = changed(tiny_checkpoint, out / "model.safetensors")
     source = weights(tiny_checkpoint)
     unused = ("encoder.layers.2.", "final_layer_norm")  # of TE1: the context is taken before them

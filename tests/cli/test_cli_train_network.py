@@ -50,7 +50,12 @@ def test_a_run_writes_the_network_its_states_and_its_log(whole_run: tuple[Path, 
     folder, _ = whole_run
     names = {path.name for path in (folder / "out").iterdir()}
     steps = [f"net-step0000000{n}" for n in (2, 4, 6)]
-    assert names == {*(f"{s}.safetensors" for s in steps), *(f"{s}-state" for s in steps), "net.safetensors", "net-state"}
+    written = ("net.safetensors", "net-state", "net-run.json")
+    assert names == {*(f"{s}.safetensors" for s in steps), *(f"{s}-state" for s in steps), *written}
+    manifest = json.loads((folder / "out" / "net-run.json").read_text(encoding="utf-8"))
+    assert manifest["end"]["outcome"] == "complete" and manifest["end"]["step"] == 6
+    assert {Path(saved["path"]).name for saved in manifest["saved"]} == names - {"net-run.json"}
+    assert [each["part"] for each in manifest["trained"]] == ["textencoder1", "textencoder2", "unet"]
     assert list((folder / "logs").glob("*/network_train/events.out.*"))
 
 

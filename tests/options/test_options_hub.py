@@ -58,7 +58,7 @@ def test_a_folder_on_this_machine_is_taken_before_one_on_the_hub(tmp_path, monke
             f"{UPLOAD} --huggingface_token t --save_state_to_huggingface",
             "uploads no states: none are saved without --save_state",
         ),
-        ("--log_with wandb --huggingface_token t", "wandb shows command lines to everyone who sees the run; --huggingface_token"),
+        ("--log_with wandb --huggingface_token t", "wandb stores the command line, and --huggingface_token"),
     ],
 )
 def test_what_is_odd_is_said(line: str, words: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from library.options.groups.network import NetworkOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.record import option_values
 from library.options.scripts import SdxlTrainNetworkOptions
+from library.training.environment import source_revision
 from library.training.metadata import (
     MINIMAL_KEYS,
     NetworkRecord,
@@ -23,7 +24,6 @@ from library.training.metadata import (
     network_metadata,
     network_record,
     source_names,
-    source_revision,
 )
 from library.training.modelspec import ModelSpec, described_fields, model_title, thumbnail_data_url
 

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from library.options.declare import OptionGroup, flag, option
+from library.options.declare import OptionGroup, PathText, flag, option
 
 
 class ConfigOptions(OptionGroup):
@@ -10,7 +10,7 @@ class ConfigOptions(OptionGroup):
 
     topic: ClassVar[str] = "Configuration file"
 
-    config_file: str | None = option(
+    config_file: PathText = option(
         None, "TOML file with option values; the command line wins over it, and .toml is appended when it is missing."
     )
     output_config: bool = flag("Write the options that differ from their defaults to --config_file and stop.")

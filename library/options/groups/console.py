@@ -2,7 +2,7 @@
 
 from typing import ClassVar, Literal
 
-from library.options.declare import OptionGroup, flag, option
+from library.options.declare import OptionGroup, PathText, flag, option
 
 
 class ConsoleOptions(OptionGroup):
@@ -13,5 +13,5 @@ class ConsoleOptions(OptionGroup):
     console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = option(
         None, "Least important kind of message that is shown; INFO when left out."
     )
-    console_log_file: str | None = option(None, "Write messages to this file, which is overwritten, instead of the console.")
+    console_log_file: PathText = option(None, "Write messages to this file, which is overwritten, instead of the console.")
     console_log_simple: bool = flag("Write plain lines to standard output instead of coloured ones to standard error.")

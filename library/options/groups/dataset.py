@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import field_validator
 
-from library.options.declare import CommaList, OptionGroup, flag, option
+from library.options.declare import CommaList, OptionGroup, PathText, flag, option
 
 
 class DatasetOptions(OptionGroup):
@@ -14,10 +14,10 @@ class DatasetOptions(OptionGroup):
     topic: ClassVar[str] = "Dataset source"
 
     dataset_config: Path | None = option(None, "Dataset definition, a .toml or .json file; replaces the folder options below.")
-    train_data_dir: str | None = option(None, "Folder whose sub-folders <repeats>_<class tokens> hold the training images.")
-    reg_data_dir: str | None = option(None, "Folder whose sub-folders <repeats>_<class tokens> hold regularisation images.")
-    in_json: str | None = option(None, "Metadata file (.json, .jsonl) with the captions and tags of images in --train_data_dir.")
-    conditioning_data_dir: str | None = option(None, "Folder with control images.")
+    train_data_dir: PathText = option(None, "Folder whose sub-folders <repeats>_<class tokens> hold the training images.")
+    reg_data_dir: PathText = option(None, "Folder whose sub-folders <repeats>_<class tokens> hold regularisation images.")
+    in_json: PathText = option(None, "Metadata file (.json, .jsonl) with the captions and tags of images in --train_data_dir.")
+    conditioning_data_dir: PathText = option(None, "Folder with control images.")
     dataset_repeats: int = option(1, "Uses of each image per epoch where the dataset file says nothing.", ge=1)
     dataset_class: str | None = option(None, "Dotted path of a dataset class of your own.")
     train_batch_size: int = option(1, "Images per device and step.", ge=1)

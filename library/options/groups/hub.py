@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from library.options.declare import OptionGroup, flag, option
+from library.options.declare import OptionGroup, SecretText, flag, option
 
 
 class HubOptions(OptionGroup):
@@ -15,7 +15,7 @@ class HubOptions(OptionGroup):
     )
     huggingface_repo_type: str | None = option(None, "model, dataset or space; a model repository when left out.")
     huggingface_path_in_repo: str | None = option(None, "Folder inside the repository; its top when left out.")
-    huggingface_token: str | None = option(None, "Access token; that of `hf auth login` or of HF_TOKEN when left out.")
+    huggingface_token: SecretText = option(None, "Access token; that of `hf auth login` or of HF_TOKEN when left out.")
     huggingface_repo_visibility: str | None = option(
         None, "public or private, for a repository that is made; private when left out."
     )

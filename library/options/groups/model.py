@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from library.options.declare import OptionGroup, SameAsUnset, flag, option
+from library.options.declare import OptionGroup, PathText, SameAsUnset, flag, option
 
 
 class ModelOptions(OptionGroup):
@@ -10,13 +10,13 @@ class ModelOptions(OptionGroup):
 
     topic: ClassVar[str] = "Base model"
 
-    pretrained_model_name_or_path: str | None = option(
+    pretrained_model_name_or_path: PathText = option(
         None, "Base SDXL model: a single-file checkpoint (.safetensors, .ckpt) or a diffusers folder."
     )
     v2: bool = flag("Stable Diffusion 2.x; refused, because these scripts are for SDXL.")
     v_parameterization: bool = flag("Train on the velocity target; for models that predict v instead of noise.")
-    tokenizer_cache_dir: str | None = option(None, "Folder with copies of the tokenizers.")
-    vae: str | None = option(None, "VAE that replaces the model's own: a file (VAE or whole model) or a diffusers folder.")
+    tokenizer_cache_dir: PathText = option(None, "Folder with copies of the tokenizers.")
+    vae: PathText = option(None, "VAE that replaces the model's own: a file (VAE or whole model) or a diffusers folder.")
     disable_mmap_load_safetensors: bool = flag(
         "Read checkpoint files whole instead of mapping them; faster on some network drives."
     )

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from library.options.declare import OptionGroup, option
+from library.options.declare import OptionGroup, PathText, option
 
 
 class ModelSpecOptions(OptionGroup):
@@ -16,7 +16,7 @@ class ModelSpecOptions(OptionGroup):
     metadata_license: str | None = option(None, "Licence.")
     metadata_tags: str | None = option(None, "Tags, separated by commas.")
     metadata_usage_hint: str | None = option(None, "Hint on how to use the model.")
-    metadata_thumbnail: str | None = option(None, "Picture: a data URL, or an image file that is stored as one.")
+    metadata_thumbnail: PathText = option(None, "Picture: a data URL, or an image file that is stored as one.")
     metadata_merged_from: str | None = option(None, "Names of the models this one was merged from.")
     metadata_trigger_phrase: str | None = option(None, "Words that call up what was trained.")
     metadata_preprocessor: str | None = option(None, "Name of the preprocessor of control images.")

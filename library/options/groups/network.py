@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar
 
-from library.options.declare import OptionGroup, SameAsUnset, flag, option
+from library.options.declare import LocalPath, OptionGroup, PathText, SameAsUnset, flag, option
 
 
 class NetworkOptions(OptionGroup):
@@ -17,7 +17,7 @@ class NetworkOptions(OptionGroup):
         None, "Probability of dropping each value of the down-projection in training.", ge=0, lt=1
     )
     network_args: tuple[str, ...] | None = option(None, "Further arguments of the network module, each key=value.")
-    network_weights: str | None = option(None, "Network file to start from.")
+    network_weights: PathText = option(None, "Network file to start from.")
     dim_from_weights: bool = flag("Take rank and alpha of every module from --network_weights.")
     network_train_unet_only: bool = flag("Train the U-Net only.")
     network_train_text_encoder_only: bool = flag("Train the text encoders only.")
@@ -29,7 +29,9 @@ class NetworkOptions(OptionGroup):
     text_encoder_lr2: float | None = option(
         None, "Learning rate of text encoder 2, OpenCLIP ViT-bigG; wins over --text_encoder_lr."
     )
-    base_weights: tuple[str, ...] | None = option(None, "Network files merged into the base model before training.")
+    base_weights: Annotated[tuple[str, ...] | None, LocalPath()] = option(
+        None, "Network files merged into the base model before training."
+    )
     base_weights_multiplier: tuple[float, ...] | None = option(
         None, "Strengths of --base_weights, in their order; 1 when left out."
     )

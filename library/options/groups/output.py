@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from library.options.declare import OptionGroup, SameAsUnset, flag, option
+from library.options.declare import OptionGroup, PathText, SameAsUnset, flag, option
 
 
 class SavingOptions(OptionGroup):
@@ -10,7 +10,7 @@ class SavingOptions(OptionGroup):
 
     topic: ClassVar[str] = "Output and saving"
 
-    output_dir: str | None = option(None, "Folder for everything the run writes; made when needed.")
+    output_dir: PathText = option(None, "Folder for everything the run writes; made when needed.")
     output_name: str | None = option(None, "Base name of the saved files; `last` and the like when left out.")
     save_precision: Literal["float", "fp16", "bf16"] | None = option(
         None, "Number type of the saved weights; the type they were trained in when left out."

@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from library.options.declare import OptionGroup, SameAsUnset, flag, option
+from library.options.declare import OptionGroup, PathText, SameAsUnset, flag, option
 
 SamplerName = Literal[
     "ddim", "pndm", "lms", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver", "dpmsolver++", "dpmsingle",
@@ -16,7 +16,7 @@ class SampleOptions(OptionGroup):
 
     topic: ClassVar[str] = "Sample images during training"
 
-    sample_prompts: str | None = option(None, "File with the prompts: .txt with one per line, .toml or .json.")
+    sample_prompts: PathText = option(None, "File with the prompts: .txt with one per line, .toml or .json.")
     sample_every_n_steps: Annotated[int | None, SameAsUnset(0)] = option(None, "Draw samples every N steps.", ge=1)
     sample_every_n_epochs: Annotated[int | None, SameAsUnset(0)] = option(
         None, "Draw samples every N epochs; replaces --sample_every_n_steps.", ge=1

@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from library.options.declare import OptionGroup, flag, option
+from library.options.declare import OptionGroup, PathText, flag, option
 
 
 class StateFileOptions(OptionGroup):
@@ -12,7 +12,7 @@ class StateFileOptions(OptionGroup):
 
     save_state: bool = flag("Save the state of the run whenever a model is saved, and at the end.")
     save_state_on_train_end: bool = flag("Save the state of the run at the end only.")
-    resume: str | None = option(None, "Folder of a saved state to continue from, exactly.")
+    resume: PathText = option(None, "Folder of a saved state to continue from, exactly.")
 
 
 class StateOptions(StateFileOptions):
