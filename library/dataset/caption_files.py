@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from library.options.errors import UserError
 
 _USUAL_ENDINGS = (".txt", ".caption", ".tags")
+_READ_SIZE = 1 << 16
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -66,8 +67,7 @@ def read_text(path: str) -> str:
         UserError: the file cannot be read or is in another encoding.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = _content(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     try:
@@ -75,6 +75,15 @@ def read_text(path: str) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {_encoding_advice(content, error.start)}") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _content(path: str) -> bytes:
+    """Read a file without Python's buffers, which for a few words take longer than the reading."""
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        return b"".join(iter(lambda: os.read(file, _READ_SIZE), b""))
+    finally:
+        os.close(file)
 
 
 def _encoding_advice(content: bytes, offset: int) -> str:

@@ -8,7 +8,6 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, overload
 
 import numpy as np
@@ -25,11 +24,12 @@ class Texts(Sequence[str]):
     __slots__ = ("_ends", "_packed")
 
     def __init__(self, texts: Iterable[str]) -> None:
-        parts = list(texts)
+        parts = texts if isinstance(texts, list) else list(texts)
         whole = "".join(parts)
         lengths = map(len, parts if whole.isascii() else (text.encode("utf-8", "surrogatepass") for text in parts))
         self._packed = whole.encode("utf-8", "surrogatepass")  # names that are not UTF-8 come as surrogates
-        self._ends = array("q", accumulate(lengths, initial=0))  # an array gives single numbers faster than numpy
+        self._ends = array("q", [0])  # an array gives single numbers faster than numpy
+        self._ends.frombytes(np.cumsum(np.fromiter(lengths, dtype=np.int64, count=len(parts))).tobytes())
 
     def __len__(self) -> int:
         return len(self._ends) - 1

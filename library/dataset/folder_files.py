@@ -150,11 +150,12 @@ def _look(
     own = slice(chunk.start, chunk.stop)
     paths = [prefix + name for name in names[own]]
     looked: _Looked[Found] = _Looked(names[own], _statuses(paths))
-    for path, row, status in zip(paths, rows[own], looked.statuses, strict=True):
-        if row is not None and status is not None and row[2] == status.st_mtime_ns and row[1] == status.st_size:
-            looked.found.append(row[3])
-        else:
-            looked.found.append(_read_anew(path, path[len(prefix) :], status, read, looked))
+    looked.found = [
+        row[3]
+        if row is not None and status is not None and row[2] == status.st_mtime_ns and row[1] == status.st_size
+        else _read_anew(path, path[len(prefix) :], status, read, looked)
+        for path, row, status in zip(paths, rows[own], looked.statuses, strict=True)
+    ]
     return looked
 
 

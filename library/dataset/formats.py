@@ -53,6 +53,9 @@ def without_package(paths: Iterable[str]) -> dict[str, list[str]]:
     """Return the pictures that a package is missing for, by a clause that says which; all others can be tried."""
     found: dict[str, list[str]] = defaultdict(list)
     paths = list(paths)
+    whole = "".join(paths).lower()  # one search through all names: most folders hold no rare formats
+    if not any(ending in whole for ending in _PLUG_INS):
+        return {}
     endings = {ending for ending in {path[path.rfind(".") :] for path in paths} if not _can_read(ending.lower())}
     for path in paths if endings else ():
         if (ending := path[path.rfind(".") :]) in endings:

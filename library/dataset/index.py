@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from library.dataset.buckets import BucketChooser
+from library.dataset.collector import without_collector
 from library.dataset.columns import Flags, Pictures
 from library.dataset.control_images import with_controls
 from library.dataset.findings import Findings, Kind, names_of
@@ -67,7 +68,8 @@ def build_index(
     """
     collected = Findings() if findings is None else findings
     lister = Lister(collected, open_folder)
-    pictures = [[lister.pictures(subset) for subset in section.subsets] for section in config.sections]
+    with without_collector():
+        pictures = [[lister.pictures(subset) for subset in section.subsets] for section in config.sections]
     for number, position, subset in _subsets(config):
         held = pictures[number][position]
         report_of_subset(subset, held, collected)

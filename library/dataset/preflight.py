@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from library.dataset.caption_files import caption_candidates
+from library.dataset.collector import without_collector
 from library.dataset.columns import Flags
 from library.dataset.dataset import Dataset
 from library.dataset.duplicates import same_contents, same_files
@@ -54,6 +55,7 @@ class Checked:
     """Groups of files with the same content."""
 
 
+@without_collector()
 def check_dataset(dataset: Dataset, findings: Findings, limits: Limits) -> Checked:
     """Add to the findings what the index cannot see: captions too long, sizes that do not suit, copies, buckets not filled."""
     surveyed = survey(dataset, TokenCounter(limits.count_tokens, limits.max_tokens, weighted=limits.weighted_captions))
