@@ -1,7 +1,11 @@
-"""The training objective of DDPM families: from latents to noisy latents, from a prediction to a weighted loss per image."""
+"""The training objective: from latents to noisy latents, from a prediction to a weighted loss per image.
+
+`Objective` is what the training loop knows of it, `DdpmObjective` that of epsilon and v-prediction models.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +29,40 @@ class NoisySample:
     """(B,) int64."""
 
 
+PredictionKind = Literal["epsilon", "v"]
+"""What a denoiser predicts, as files say it: the noise, or the velocity."""
+
+
+class Objective(Protocol):
+    """Noise process, target and loss of one family, all decided before the first step; see `DdpmObjective` for the shapes."""
+
+    @property
+    def prediction(self) -> PredictionKind:
+        """What the denoiser learns to predict."""
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether it is trained down to pure noise."""
+
+    @property
+    def trained_timesteps(self) -> tuple[int, int]:
+        """The first timestep that is trained and the one after the last; an empty range trains its end alone."""
+
+    def sample(self, latents: Tensor, seeds: Sequence[int], timestep: int | None = None) -> NoisySample:
+        """Draw noise and timesteps, each image's by its own seed, and mix them with the latents."""
+
+    def target(self, sample: NoisySample, latents: Tensor) -> Tensor:
+        """Return what the model should predict."""
+
+    def weighted(
+        self, prediction: Tensor, target: Tensor, timesteps: Tensor, loss_weights: Tensor, masks: Tensor | None = None
+    ) -> Tensor:
+        """Return the weighted loss of each image, (B,) float32; its mean is what is minimised."""
+
+    def describe(self) -> list[str]:
+        """Say what is trained for, one line per choice that is on, for the head of a run."""
+
+
 class DdpmObjective:
     """Noise process, target and loss of epsilon and v-prediction models; every choice is made here, none in a step.
 
@@ -41,9 +79,10 @@ class DdpmObjective:
     """
 
     def __init__(self, schedule: NoiseSchedule, v_parameterization: bool, noise: NoiseOptions, loss: LossOptions) -> None:
-        timestep_range(noise)
+        self.trained_timesteps = timestep_range(noise)
         self.schedule = schedule
-        self.v_parameterization = v_parameterization
+        self.prediction: PredictionKind = "v" if v_parameterization else "epsilon"
+        self.zero_terminal_snr = noise.zero_terminal_snr
         self.noise_options = noise
         self.loss_options = loss
         self.element_loss = ELEMENT_LOSSES[loss.loss_type]
@@ -73,7 +112,7 @@ class DdpmObjective:
 
     def target(self, sample: NoisySample, latents: Tensor) -> Tensor:
         """Return what the model should predict, (B, C, h, w) float32: the noise, or the velocity."""
-        if not self.v_parameterization:
+        if self.prediction == "epsilon":
             return sample.noise
         return self.schedule.velocity(latents.float(), sample.noise, sample.timesteps)
 
@@ -108,5 +147,5 @@ class DdpmObjective:
         loss = self.loss_options
         has_c = loss.loss_type in ("huber", "smooth_l1")
         shape = f", c {loss.huber_c} by the {loss.huber_schedule} schedule" if has_c else ""
-        lines = [f"target: {'velocity' if self.v_parameterization else 'noise'}", f"loss: {loss.loss_type}{shape}"]
+        lines = [f"target: {'noise' if self.prediction == 'epsilon' else 'velocity'}", f"loss: {loss.loss_type}{shape}"]
         return lines + [term.description for term in self.terms] + describe_noise(self.noise_options)

@@ -14,8 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from library.diffusion.objective import Objective
 from library.models.new_words import NewWord
 from library.models.prompt_weights import PromptStyle
+from library.options.groups.loss import LossOptions
+from library.options.groups.model import ModelOptions
+from library.options.groups.noise import NoiseOptions
 
 Tokens = dict[str, Tensor]
 """Token ids by the family's own names; SDXL: `ids1` and `ids2`, int64 (B, n, 77)."""
@@ -126,6 +130,9 @@ class Family(Protocol):
     def load_denoiser(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Load the U-Net or transformer, frozen and in evaluation mode."""
 
+    def trusts_foreign_text_caches(self) -> bool:
+        """Whether text outputs that sd-scripts cached of this model are those of this model."""
+
     def fingerprint(self, part: str) -> str:
         """Identify the file behind `part` ("vae" or "text_encoders") for caches: it changes whenever the weights may have."""
 
@@ -221,6 +228,19 @@ class Family(Protocol):
             (B, C, h, w), in the denoiser's output dtype.
         """
 
+    def make_objective(self, model: ModelOptions, noise: NoiseOptions, loss: LossOptions, device: torch.device) -> Objective:
+        """Make the noise process, target and loss that this model is trained with, and warn where its files say otherwise.
+
+        Args:
+            model: what the denoiser predicts.
+            noise: noise and timestep options.
+            loss: loss options.
+            device: that trains.
+
+        Raises:
+            UsageError: the options do not fit this family.
+        """
+
     def set_attention(self, denoiser: nn.Module, kind: str) -> None:
         """Choose how the denoiser computes attention: "sdpa", "xformers", "mem_eff_attn" or "plain".
 
@@ -270,11 +290,8 @@ class Family(Protocol):
             UserError: the disk is full or the folder not writable; what stood at `path` before is still whole.
         """
 
-    def declared_prediction(self) -> str | None:
-        """Return what the files say the denoiser predicts, "v" or "epsilon"; None where they say nothing."""
+    def network_metadata(self) -> dict[str, str]:
+        """The `ss_*` keys of network files that say which models they fit, such as `ss_base_model_version` (`sdxl_base_v1-0`)."""
 
-    def base_model_version(self) -> str:
-        """The `ss_base_model_version` of network files (SDXL: `sdxl_base_v1-0`)."""
-
-    def architecture(self) -> str:
-        """The `modelspec.architecture` of a base model (SDXL: `stable-diffusion-xl-v1-base`)."""
+    def model_spec(self) -> dict[str, str]:
+        """The `modelspec` fields of a base model: `architecture` (SDXL: `stable-diffusion-xl-v1-base`) and `implementation`."""

@@ -1,7 +1,6 @@
 """Say how much of a dataset is cached already, without loading a model."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -41,10 +40,8 @@ def survey_caches(options: TrainingOptions, checked: Checked, family: Family) ->
         except UserError as error:
             checked.findings.error(Kind.CACHE, "latents", str(error))
     if cache.cache_text_encoder_outputs_to_disk:
-        model = options.model
-        texts = TextEncoder(family, _not_loaded, torch.device("cpu"), dtypes.compute, model.max_token_length or 75)
-        is_folder = Path(model.pretrained_model_name_or_path or "").is_dir()
-        reports.append(survey_text_outputs(dataset, texts, cache, trust_foreign=is_folder))
+        texts = TextEncoder(family, _not_loaded, torch.device("cpu"), dtypes.compute, options.model.max_token_length or 75)
+        reports.append(survey_text_outputs(dataset, texts, cache, trust_foreign=family.trusts_foreign_text_caches()))
     return _facts(reports)
 
 

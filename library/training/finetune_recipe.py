@@ -69,8 +69,8 @@ class FinetuneRecipe:
             family,
             parts,
             options.output.layout,
-            v_prediction=options.model.v_parameterization,
-            zero_terminal_snr=options.noise.zero_terminal_snr,
+            v_prediction=setting.objective.prediction == "v",
+            zero_terminal_snr=setting.objective.zero_terminal_snr,
         )
         return Trained(trainable, list(groups.values()), list(groups), any(self.encoder_rates), options.output.extension)
 

@@ -55,8 +55,6 @@ class RunRecord:
     total_updates: int
     optimizer: str
     """`module.Class(argument=value,…)`, as `library.optim.optimizers.describe_optimizer` gives it."""
-    base_model_version: str
-    """As the family names it, such as `sdxl_base_v1-0`."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,8 @@ def network_metadata(
         run: the facts of the run.
         network: the network's rank, alpha and arguments.
         dataset_facts: `ss_*` keys from the dataset; dicts and lists become JSON.
-        source: name and hash keys of the base model and VAE, see `source_names` and `hash_sources`.
+        source: which models the network fits, as the family says it, and name and hash keys of the base model and VAE, see
+            `source_names` and `hash_sources`.
 
     Returns:
         All keys but those of `at_save`.
@@ -96,7 +95,6 @@ def network_metadata(
         "ss_output_name": str(values["output_name"]),
         "ss_text_encoder_lr": network.text_encoder_lr,
         "ss_debiased_estimation": str(values["debiased_estimation_loss"]),
-        "ss_v2": "False",
         "ss_network_dim": network.dim,
         "ss_network_alpha": network.alpha,
         "ss_sd_scripts_commit_hash": source_revision(),
@@ -119,7 +117,6 @@ def _run_keys(run: RunRecord) -> Metadata:
         "ss_num_epochs": str(run.num_epochs),
         "ss_max_train_steps": str(run.total_updates),
         "ss_optimizer": run.optimizer,
-        "ss_base_model_version": run.base_model_version,
     }
 
 

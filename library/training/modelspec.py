@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from library.diffusion.objective import PredictionKind
 from library.options.errors import UserError
 from library.options.groups.modelspec import ModelSpecOptions
 from library.training.environment import source_revision
@@ -18,12 +19,12 @@ from library.training.setting import Setting
 class ModelSpec:
     """The parts of `modelspec.*` (version 1.0.1) that are the same for every file of a run."""
 
-    architecture: str
-    """As the family names it, with `/lora` for a network."""
+    model: Mapping[str, str]
+    """`architecture` and `implementation` as the family names them, with `/lora` in the architecture of a network."""
     title: str
     resolution: tuple[int, int]
     """Width and height in pixels."""
-    v_prediction: bool
+    prediction: PredictionKind
     timestep_range: tuple[int | None, int | None]
     """`--min_timestep` and `--max_timestep`."""
     clip_skip: int | None
@@ -34,13 +35,12 @@ class ModelSpec:
         """Return the `modelspec.*` keys of a file saved at Unix time `now`."""
         spec = {
             "sai_model_spec": "1.0.1",
-            "architecture": self.architecture,
-            "implementation": "https://github.com/Stability-AI/generative-models",
+            **self.model,
             "implementation_version": f"atelier/{source_revision()}",
             "title": self.title,
             "resolution": "{}x{}".format(*self.resolution),
             "date": datetime.fromtimestamp(int(now)).isoformat(),
-            "prediction_type": "v" if self.v_prediction else "epsilon",
+            "prediction_type": self.prediction,
         }
         low, high = self.timestep_range
         if low is not None or high is not None:
@@ -58,12 +58,12 @@ def model_spec(setting: Setting, kind: str, suffix: str = "") -> ModelSpec:
         kind: what is trained, for the title of files without a name.
         suffix: of the family's architecture, such as `/lora`.
     """
-    options = setting.options
+    options, of_model = setting.options, setting.family.model_spec()
     return ModelSpec(
-        architecture=setting.family.architecture() + suffix,
+        model=of_model | {"architecture": of_model["architecture"] + suffix},
         title=model_title(options.modelspec, options.output.output_name, kind, setting.started_at),
         resolution=setting.dataset.sections[0].config.resolution,
-        v_prediction=options.model.v_parameterization,
+        prediction=setting.objective.prediction,
         timestep_range=(options.noise.min_timestep, options.noise.max_timestep),
         clip_skip=options.model.clip_skip,
         fields=described_fields(options.modelspec),

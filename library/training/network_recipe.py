@@ -91,7 +91,7 @@ class NetworkRecipe:
             run_record(setting),
             network,
             metadata_facts(setting.dataset, setting.accelerator.num_processes),
-            source_names(*sources),
+            setting.family.network_metadata() | source_names(*sources),
         )
         spec = model_spec(setting, "LoRA", "/lora")
 
@@ -212,5 +212,4 @@ def run_record(setting: Setting) -> RunRecord:
         num_epochs=setting.length.num_epochs,
         total_updates=setting.length.total_updates,
         optimizer=describe_optimizer(setting.options.optimizer),
-        base_model_version=setting.family.base_model_version(),
     )

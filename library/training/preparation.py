@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -142,7 +141,7 @@ def fill_texts(
             dataset,
             encoder,
             options,
-            trust_foreign=Path(model.pretrained_model_name_or_path or "").is_dir(),
+            trust_foreign=family.trusts_foreign_text_caches(),
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             progress=progress,

@@ -14,8 +14,6 @@ import torch
 from torch import nn
 
 from library.dataset.facts import num_reg_images, num_train_uses
-from library.diffusion.objective import DdpmObjective
-from library.diffusion.schedule import NoiseSchedule
 from library.files.atomic import make_folder
 from library.generation.request import ImageRequest
 from library.models.family import Family, ModelSource
@@ -161,21 +159,12 @@ def make_setting(
     seed = shared_seed(accelerator, options.length.seed, saved_seed)
     dtypes = DTypes.of(options.precision, options.cache.no_half_vae, options.output.save_precision)
     family = open_family(model_source(options.model, options.precision))
-    warn_of_other_prediction(family, options.model.v_parameterization)
+    objective = family.make_objective(options.model, options.noise, options.loss, accelerator.device)
     dataset = open_dataset(options, data, seed, family, accelerator.num_processes)
     batches_per_epoch = dataset.batches_per_epoch(accelerator.num_processes)
     times = options.length
     length = RunLength.of(batches_per_epoch, times.gradient_accumulation_steps, times.max_train_steps, times.max_train_epochs)
-    return Setting(options, accelerator, dtypes, seed, family, dataset, batches_per_epoch, length, started_at, events)
-
-
-def warn_of_other_prediction(family: Family, v_parameterization: bool) -> None:
-    """Warn where a model says that it predicts something else than it is trained for."""
-    declared = family.declared_prediction()
-    if declared == "v" and not v_parameterization:
-        log.warning("The base model says that it predicts v: add --v_parameterization, or it unlearns what it knows.")
-    if declared == "epsilon" and v_parameterization:
-        log.warning("The base model says that it predicts noise: leave out --v_parameterization, or it unlearns what it knows.")
+    return Setting(options, accelerator, dtypes, seed, family, objective, dataset, batches_per_epoch, length, started_at, events)
 
 
 def load_denoiser(setting: Setting, dtype: torch.dtype) -> nn.Module:
@@ -192,13 +181,11 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
     options, accelerator = setting.options, setting.accelerator
     optimizer = make_optimizer(options.optimizer, trained.groups)
     schedule = make_schedule(options.scheduler, options.optimizer, optimizer, setting.length.total_updates)
-    noise_schedule = NoiseSchedule.make(zero_terminal_snr=options.noise.zero_terminal_snr, device=accelerator.device)
-    objective = DdpmObjective(noise_schedule, options.model.v_parameterization, options.noise, options.loss)
-    report(setting, objective)
+    report(setting)
     step = TrainStep(
         trained.trainable.module,
         parts,
-        objective,
+        setting.objective,
         train_text=trained.trains_text,
         set_strength=trained.trainable.set_strength,
         masks_from_control=options.loss.masked_loss,
@@ -234,7 +221,7 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
     return run, saver
 
 
-def report(setting: Setting, objective: DdpmObjective) -> None:
+def report(setting: Setting) -> None:
     """Log the figures a person wants to check before waiting for hours."""
     sections = setting.dataset.sections
     summary = RunSummary(
@@ -247,7 +234,7 @@ def report(setting: Setting, objective: DdpmObjective) -> None:
         num_processes=setting.accelerator.num_processes,
         accumulation=setting.options.length.gradient_accumulation_steps,
         total_updates=setting.length.total_updates,
-        loss_terms=objective.describe() + describe_data_terms(setting.dataset.config, setting.options.loss),
+        loss_terms=setting.objective.describe() + describe_data_terms(setting.dataset.config, setting.options.loss),
     )
     log.info("Training\n%s", "\n".join(summary.lines()))
     if unread := unread_attributes(setting.dataset.config):

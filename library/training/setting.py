@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from library.dataset.dataset import Dataset
+from library.diffusion.objective import Objective
 from library.models.family import Family
 from library.models.prompt_weights import PromptStyle
 from library.options.scripts import TrainingOptions
@@ -30,6 +31,7 @@ class Setting:
     dtypes: DTypes
     seed: int
     family: Family
+    objective: Objective
     dataset: Dataset
     batches_per_epoch: int
     length: RunLength

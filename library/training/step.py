@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from library.dataset.batch import Batch
-from library.diffusion.objective import DdpmObjective, NoisySample
+from library.diffusion.objective import NoisySample, Objective
 from library.diffusion.posterior import posterior_noise
 from library.diffusion.transfer import to_device
 from library.models.caption_encoding import encode_captions
@@ -54,7 +54,7 @@ class TrainStep(nn.Module):
         self,
         trained: nn.Module,
         parts: ModelParts,
-        objective: DdpmObjective,
+        objective: Objective,
         *,
         train_text: bool,
         set_strength: Callable[[float], None] | None = None,

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 
 from library.dataset.batch import Batch
-from library.diffusion.noise import timestep_range
-from library.options.groups.noise import NoiseOptions
 from library.options.groups.validation import ValidationOptions
 from library.training.events import EventLog
 from library.training.position import Position
@@ -51,9 +49,13 @@ class ValidationPlan:
         return epoch % self.every_n_epochs == 0
 
 
-def validation_timesteps(options: NoiseOptions) -> list[int]:
-    """Return the timesteps the loss is measured at: those that cut the range that is trained into five equal parts."""
-    low, high = timestep_range(options)
+def validation_timesteps(low: int, high: int) -> list[int]:
+    """Return the timesteps the loss is measured at: those that cut the range that is trained into five equal parts.
+
+    Args:
+        low: first timestep that is trained.
+        high: the one after the last; the only one where the range is empty.
+    """
     parts = NUM_TIMESTEPS + 1
     return [low + (high - low) * cut // parts for cut in range(1, parts)] if low < high else [high]
 

@@ -98,6 +98,9 @@ class FakeFamily:
     def fingerprint(self, part: str) -> str:
         return self.fingerprints[part]
 
+    def trusts_foreign_text_caches(self) -> bool:
+        return False
+
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         self.encoded_texts += texts
         return {"ids": torch.tensor([[len(text), sum(text.encode()) % 1000] for text in texts])}

@@ -1,15 +1,19 @@
 """SDXL behind the family interface: the whole way from text, images and sizes to a prediction, against diffusers' pipeline."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from library.models.family import Family, SizeConditioning
+from library.models.family import Family, ModelSource, SizeConditioning
 from library.models.sdxl.embeddings import size_embedding
 from library.models.sdxl.family import SdxlFamily
+from library.options.groups.loss import LossOptions
+from library.options.groups.model import ModelOptions
+from library.options.groups.noise import NoiseOptions
 from tests.models.saving import save_parts
 
 CPU = torch.device("cpu")
@@ -24,8 +28,27 @@ def encoders(family):
 
 def test_it_is_a_family(family) -> None:
     as_family: Family = family
-    assert as_family.base_model_version() == "sdxl_base_v1-0"
-    assert as_family.architecture() == "stable-diffusion-xl-v1-base"
+    assert as_family.network_metadata() == {"ss_v2": "False", "ss_base_model_version": "sdxl_base_v1-0"}
+    assert as_family.model_spec()["architecture"] == "stable-diffusion-xl-v1-base"
+
+
+@pytest.mark.parametrize("said", ["v", "epsilon", None])
+@pytest.mark.parametrize("is_v", [False, True], ids=["epsilon", "v"])
+def test_the_objective_is_that_of_the_options_and_what_the_file_says_otherwise_is_told(family, caplog, said, is_v) -> None:
+    metadata = {"modelspec.prediction_type": said} if said else {}
+    opened: Family = replace(family, checkpoint=replace(family.checkpoint, metadata=metadata))
+    noise = NoiseOptions(zero_terminal_snr=is_v, min_timestep=100)
+    objective = opened.make_objective(ModelOptions(v_parameterization=is_v), noise, LossOptions(min_snr_gamma=5.0), CPU)
+    assert (objective.prediction, objective.zero_terminal_snr) == (("v", True) if is_v else ("epsilon", False))
+    assert objective.trained_timesteps == (100, 1000)
+    assert "min-SNR weight, gamma 5.0" in objective.describe()
+    told = {(False, "v"): "add --v_parameterization", (True, "epsilon"): "leave out --v_parameterization"}.get((is_v, said))
+    assert (told in caplog.text) if told else not caplog.text
+
+
+def test_text_caches_of_sd_scripts_are_trusted_for_folders_alone(family, tmp_path) -> None:
+    assert not family.trusts_foreign_text_caches()
+    assert replace(family, source=ModelSource(str(tmp_path))).trusts_foreign_text_caches()
 
 
 def test_size_embeddings_equal_sd_scripts() -> None:

@@ -41,8 +41,8 @@ RUN = RunRecord(
     num_epochs=3,
     total_updates=30,
     optimizer="torch.optim.adamw.AdamW(weight_decay=0.1)",
-    base_model_version="sdxl_base_v1-0",
 )
+FAMILY = {"ss_v2": "False", "ss_base_model_version": "sdxl_base_v1-0"}
 NETWORK = NetworkRecord(dim="8", alpha="4.0", args=None, text_encoder_lr="None")
 FACTS = {"ss_datasets": [{"resolution": [1024, 1024]}], "ss_tag_frequency": {"1_cat": {"a cat": 2}}, "ss_dataset_dirs": {}}
 
@@ -52,7 +52,7 @@ def values(**groups: Any) -> dict[str, Any]:
 
 
 def metadata(**groups: Any) -> dict[str, str]:
-    return network_metadata(values(**groups), RUN, NETWORK, FACTS, {})
+    return network_metadata(values(**groups), RUN, NETWORK, FACTS, FAMILY)
 
 
 def test_every_key_that_is_always_there_is_written_and_no_other() -> None:
@@ -91,7 +91,7 @@ def test_a_file_without_an_output_name_is_offered_under_its_file_name() -> None:
 
 
 def test_no_metadata_keeps_what_user_interfaces_need() -> None:
-    with_args = network_metadata(values(), RUN, NetworkRecord("8", "4.0", {"conv_dim": "4"}, "None"), FACTS, {})
+    with_args = network_metadata(values(), RUN, NetworkRecord("8", "4.0", {"conv_dim": "4"}, "None"), FACTS, FAMILY)
     assert set(minimal(with_args)) == set(KEYS["minimum_with_no_metadata"]) == MINIMAL_KEYS
     assert minimal(with_args)["ss_base_model_version"] == "sdxl_base_v1-0"
 
@@ -163,10 +163,10 @@ def test_source_hashes_equal_those_of_sha256sum(tmp_path: Path) -> None:
 
 def spec(**changes: Any) -> dict[str, str]:
     given: dict[str, Any] = {
-        "architecture": "stable-diffusion-xl-v1-base/lora",
+        "model": {"architecture": "stable-diffusion-xl-v1-base/lora", "implementation": "somewhere"},
         "title": "my",
         "resolution": (768, 1024),
-        "v_prediction": False,
+        "prediction": "epsilon",
         "timestep_range": (None, None),
         "clip_skip": None,
         "fields": {},
@@ -193,7 +193,7 @@ def test_the_timestep_range_is_written_when_either_bound_is_set(
 
 
 def test_velocity_prediction_and_clip_skip_are_told() -> None:
-    written = spec(v_prediction=True, clip_skip=2)
+    written = spec(prediction="v", clip_skip=2)
     assert (written["modelspec.prediction_type"], written["modelspec.encoder_layer"]) == ("v", "2")
 
 

@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from library.dataset.dataset import Dataset
+from library.diffusion.objective import DdpmObjective
+from library.diffusion.schedule import NoiseSchedule
 from library.options.groups.cache import CacheOptions
 from library.options.groups.model import ModelOptions
 from library.options.scripts import TrainingOptions
@@ -53,7 +55,9 @@ def setting(folder: Path, family: LoadingFamily, **caching: Any) -> Setting:
     options = TrainingOptions(cache=CacheOptions(**caching), model=ModelOptions(pretrained_model_name_or_path="x"))
     dtypes = DTypes(torch.float32, torch.float32, torch.float32, None)
     dataset = Dataset(config(section(subset(folder))), 1)
-    return Setting(options, Accelerator(cpu=True), dtypes, 1, family, dataset, 1, RunLength.of(1, 1, 1, None), 0.0, EventLog())
+    objective = DdpmObjective(NoiseSchedule.make(), False, options.noise, options.loss)
+    length = RunLength.of(1, 1, 1, None)
+    return Setting(options, Accelerator(cpu=True), dtypes, 1, family, objective, dataset, 1, length, 0.0, EventLog())
 
 
 def test_without_caches_everything_is_loaded(folder: Path) -> None:

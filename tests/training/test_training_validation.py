@@ -13,7 +13,6 @@ import torch
 
 from library.dataset.batch import Batch
 from library.optim.eval_mode import averaged_weights
-from library.options.groups.noise import NoiseOptions
 from library.options.groups.validation import ValidationOptions
 from library.training.position import Position
 from library.training.trackers import RunLog
@@ -190,6 +189,6 @@ def test_the_timesteps_are_those_of_sd_scripts(project_root: Path) -> None:
     table = json.loads((project_root / "tests/compat/training_reference_values.json").read_text())["validation"]["timesteps"]
     for bounds, expected in table.items():
         low, high = map(int, bounds.split("_"))
-        assert validation_timesteps(NoiseOptions(min_timestep=low, max_timestep=high)) == expected
-    assert validation_timesteps(NoiseOptions()) == [200, 400, 600, 800]
-    assert validation_timesteps(NoiseOptions(min_timestep=7, max_timestep=7)) == [7]
+        assert validation_timesteps(low, high) == expected
+    assert validation_timesteps(0, 1000) == [200, 400, 600, 800]
+    assert validation_timesteps(7, 7) == [7]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from library.diffusion.objective import DdpmObjective, Objective
+from library.diffusion.schedule import NoiseSchedule
 from library.models.family import LatentCacheSpec, ModelSource, SizeConditioning, TextCacheSpec, TextCond, Tokens
 from library.models.new_words import ExtendedEmbedding, NewWord
 from library.models.prompt_weights import PromptStyle
@@ -28,15 +30,20 @@ from library.models.sdxl.weighted_text import encode_prompts
 from library.models.weights import content_hash, fill
 from library.models.word_files import read_word, save_word
 from library.options.errors import UserError
+from library.options.groups.loss import LossOptions
+from library.options.groups.model import ModelOptions
+from library.options.groups.noise import NoiseOptions
 
 logger = logging.getLogger(__name__)
 
 _NPZ_NAMES = {"hidden1": "hidden_state1", "hidden2": "hidden_state2", "pool2": "pool2"}
 """Our names of text outputs, and those of the cache files that sd-scripts reads."""
-
-
 _WORD_KEYS = ("clip_l", "clip_g")
 """Names of the vectors for TE1 and TE2 in files of learned words."""
+_OTHER_PREDICTION = {
+    "v": "The base model says that it predicts v: add --v_parameterization",
+    "epsilon": "The base model says that it predicts noise: leave out --v_parameterization",
+}
 
 
 def _pack(cond: Mapping[str, Tensor]) -> dict[str, np.ndarray[Any, Any]]:
@@ -125,6 +132,10 @@ class SdxlFamily:
     def load_denoiser(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Load the U-Net, frozen and in evaluation mode."""
         return self._load("unet", dtype, device)
+
+    def trusts_foreign_text_caches(self) -> bool:
+        """Trust them for diffusers folders: of single files, sd-scripts reads OpenCLIP's projection the wrong way round."""
+        return Path(self.source.path).is_dir()
 
     def fingerprint(self, part: str) -> str:
         """Hash the values of a part ("vae" or "text_encoders"): copies of a model, or the same weights in another layout, agree."""
@@ -218,6 +229,15 @@ class SdxlFamily:
         """Return whether the files say that the noise schedule ends in pure noise."""
         return "ztsnr" in self.checkpoint.markers
 
+    def make_objective(self, model: ModelOptions, noise: NoiseOptions, loss: LossOptions, device: torch.device) -> Objective:
+        """Make the objective of epsilon or v-prediction; see `Family.make_objective`."""
+        schedule = NoiseSchedule.make(zero_terminal_snr=noise.zero_terminal_snr, device=device)
+        objective = DdpmObjective(schedule, model.v_parameterization, noise, loss)
+        declared = self.declared_prediction()
+        if declared is not None and declared != objective.prediction:
+            logger.warning("%s, or it unlearns what it knows.", _OTHER_PREDICTION[declared])
+        return objective
+
     def set_attention(self, denoiser: nn.Module, kind: str) -> None:
         """Choose how the U-Net computes attention: "sdpa", "xformers", "mem_eff_attn" or "plain"."""
         cast(UNet, denoiser).set_attention(kind)
@@ -273,13 +293,16 @@ class SdxlFamily:
         model = stored_model(self.checkpoint, trained, frozenset(marker for marker, is_wanted in wanted.items() if is_wanted))
         save_model(path, layout, model, self.sizes, dtype=dtype, metadata=metadata, progress=progress)
 
-    def base_model_version(self) -> str:
-        """`sdxl_base_v1-0`, as network files call it."""
-        return "sdxl_base_v1-0"
+    def network_metadata(self) -> dict[str, str]:
+        """Say which models network files fit, in the `ss_*` keys that user interfaces read."""
+        return {"ss_v2": "False", "ss_base_model_version": "sdxl_base_v1-0"}
 
-    def architecture(self) -> str:
-        """`stable-diffusion-xl-v1-base`, as modelspec calls it."""
-        return "stable-diffusion-xl-v1-base"
+    def model_spec(self) -> dict[str, str]:
+        """Say what a base model is, in `modelspec` fields."""
+        return {
+            "architecture": "stable-diffusion-xl-v1-base",
+            "implementation": "https://github.com/Stability-AI/generative-models",
+        }
 
     def _load(self, part: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
         module = build_part(part, self.sizes)
