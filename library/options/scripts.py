@@ -93,6 +93,7 @@ _TRAINING_ADDITIONS = frozenset(
         "dataset_report",
         "log_events",
         "masked_loss_normalize",
+        "resume_changed",
         "strict_config",
         "cache_latents_posterior",
         "text_cache_variants",

@@ -27,6 +27,7 @@ from library.training.accelerator import DTypes, make_accelerator, shared_seed
 from library.training.data_terms import describe_data_terms, unread_attributes
 from library.training.events import EventLog, events_of_run
 from library.training.hub import open_uploads
+from library.training.identity import check_same_run, identity_of
 from library.training.interrupt import StopRequest
 from library.training.loader import make_loader
 from library.training.logs import RunSummary, TrainingLog
@@ -102,6 +103,9 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
     """
     options = setting.options
     accelerator, length = setting.accelerator, setting.length
+    identity = identity_of(setting)
+    if saved is not None:
+        check_same_run(saved, identity, options)
     uploads = open_uploads(options.hub) if accelerator.is_main_process else None
     start = start_position(options.state, saved, length, setting.batches_per_epoch, options.length.gradient_accumulation_steps)
 
@@ -114,6 +118,7 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
 
     parts = ModelParts(setting.family, denoiser, text.encoders, vae, options.cache.vae_batch_size, setting.caption_style)
     run, saver = build_run(recipe, setting, trained, parts)
+    saver.identity = identity
     training_log = add_observers(run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, start=start)
     if uploads is not None:
         saver.after_save.append(uploads.add)

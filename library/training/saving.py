@@ -1,7 +1,7 @@
 """Writes models and states when their time comes, and lets old ones go."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,7 @@ class Saver:
         metadata: (file stem, place) to the metadata of a model saved there.
         averaged: enters the evaluation mode of optimizers that train other weights than they want saved.
         writes: whether this is the process that writes.
-        seed, batches_per_epoch: recorded in states.
+        seed, batches_per_epoch, identity: recorded in states.
         losses: the loss recorder's own state, recorded in states.
         after_save: called, in the process that writes, with everything that is complete on disk.
     """
@@ -56,6 +56,7 @@ class Saver:
     writes: bool
     seed: int
     batches_per_epoch: int
+    identity: Mapping[str, Any] | None = None
     losses: Callable[[], dict[str, Any]] = dict
     after_save: list[Callable[[Saved], None]] = field(default_factory=list)
 
@@ -112,7 +113,7 @@ class Saver:
         self._tell(Saved(path, "model", kind, position))
 
     def _write_state(self, folder: Path, kind: SaveKind, position: Position) -> None:
-        save_state(folder, self.live, position, self.seed, self.batches_per_epoch, self.losses())
+        save_state(folder, self.live, position, self.seed, self.batches_per_epoch, self.losses(), self.identity)
         log.info("Saved the state %s", folder)
         self._tell(Saved(folder, "state", kind, position))
 

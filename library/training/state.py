@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from library.files.atomic import atomic_folder
 from library.files.safetensors_io import open_safetensors, save_safetensors
+from library.optim.own_settings import OwnSettings
 from library.optim.parameter_steps import load_optimizer_state
 from library.options.errors import UserError
 from library.training.full_tensors import full_tensors
@@ -49,6 +50,8 @@ class SavedPlace:
     batches_per_epoch: int | None = None
     losses: dict[str, Any] = field(default_factory=dict)
     """The running average of the loss, as its recorder wants it back."""
+    identity: dict[str, Any] | None = None
+    """Of the run that saved it, see `library.training.identity`; None where the state does not say."""
 
 
 class StatefulTensors(Protocol):
@@ -74,7 +77,13 @@ class Resumable:
 
 
 def save_state(
-    folder: Path, live: Resumable, position: Position, seed: int, batches_per_epoch: int, losses: Mapping[str, Any]
+    folder: Path,
+    live: Resumable,
+    position: Position,
+    seed: int,
+    batches_per_epoch: int,
+    losses: Mapping[str, Any],
+    identity: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a state folder; the folder appears under its name only when all of it is on disk.
 
@@ -89,7 +98,7 @@ def save_state(
         "batches_per_epoch": batches_per_epoch,
         "losses": dict(losses),
         "optimizer": class_path(live.optimizer),
-    }
+    } | ({} if identity is None else {"identity": dict(identity)})
     tensors = {name: tensor.contiguous() for name, tensor in full_tensors(live.module)}
     try:
         with atomic_folder(folder) as unfinished:
@@ -132,11 +141,22 @@ def read_place(folder: Path) -> SavedPlace:
     if "current_batch" not in saved:
         return SavedPlace(folder, position=None, epoch=epoch, update=update)
     position = Position(epoch=epoch, batch=int(saved["current_batch"]), update=update)
-    return SavedPlace(folder, position, epoch, update, int(saved["seed"]), int(saved["batches_per_epoch"]), saved.get("losses", {}))
+    return SavedPlace(
+        folder,
+        position,
+        epoch,
+        update,
+        int(saved["seed"]),
+        int(saved["batches_per_epoch"]),
+        saved.get("losses", {}),
+        saved.get("identity"),
+    )
 
 
 def load_state(folder: Path, live: Resumable) -> None:
     """Restore parameters, optimizer, schedule, gradient scaler and the extras from a state folder.
+
+    Rates and what else the options say of optimizer and schedule stay as they are; the state tells what training made of them.
 
     Raises:
         UserError: if the state belongs to another network, optimizer or schedule, or lacks an extra.
@@ -147,6 +167,7 @@ def load_state(folder: Path, live: Resumable) -> None:
     live.module.load_state_dict(weights)
     for name, extra in live.extras.items():
         extra.load_state_dict(extras[name])
+    settings = OwnSettings.of(live.optimizer, live.schedule)
     parts = [("optimizer.bin", live.optimizer), ("scheduler.bin", live.schedule)]
     if live.scaler is not None and (folder / "scaler.pt").is_file():
         parts.append(("scaler.pt", live.scaler))
@@ -163,6 +184,7 @@ def load_state(folder: Path, live: Resumable) -> None:
                 f"--resume: {folder / name} does not fit this run ({error}). Use the same --optimizer_type and --lr_scheduler "
                 "as the run that saved it."
             ) from error
+    settings.put_back(live.optimizer, live.schedule)
 
 
 def _extra_file(name: str) -> str:

@@ -18,6 +18,7 @@ class StateFileOptions(OptionGroup):
 class StateOptions(StateFileOptions):
     """Saving, resuming and starting late."""
 
+    resume_changed: bool = flag("Resume although the data, or options that decide the numbers, changed since the state was saved.")
     initial_epoch: int | None = option(None, "Epoch to start from, counted from 1.", ge=1)
     initial_step: int | None = option(None, "Step to start from, counted from 0; wins over --initial_epoch.", ge=0)
     skip_until_initial_step: bool = flag("Skip the data before the initial step instead of starting the data anew.")
