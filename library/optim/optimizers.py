@@ -15,6 +15,7 @@ from library.options.checks_optimizer import (
     missing_package,
     named_optimizer,
     negative_rate_problems,
+    one_rate_problems,
     optimizer_arguments,
     optimizer_name,
     optimizer_problems,
@@ -53,7 +54,8 @@ def make_optimizer(options: OptimizerOptions, param_groups: Sequence[Mapping[str
         raise UsageError(
             ["There is nothing to train: every learning rate is 0 or every part is switched off. Give a rate above 0."]
         )
-    if problems := negative_rate_problems(options, [group.get("lr") or 0.0 for group in groups]):
+    rates = [group.get("lr", options.learning_rate) for group in groups]
+    if problems := [*negative_rate_problems(options, rates), *one_rate_problems(options, rates)]:
         raise UsageError(problems)
     arguments, cls = optimizer_arguments(options), optimizer_class(options)
     rate: float | None = options.learning_rate
@@ -63,7 +65,7 @@ def make_optimizer(options: OptimizerOptions, param_groups: Sequence[Mapping[str
     _log_advice(options, cls, groups, arguments)
     try:
         optimizer: torch.optim.Optimizer = cls(groups, **{"lr": rate, **arguments})
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, AttributeError, NotImplementedError, RuntimeError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in {"lr": rate, **arguments}.items())
         raise UsageError(
             [f"{cls.__name__} does not accept its arguments ({given}): {error}. Change --optimizer_args or --learning_rate."]
@@ -113,6 +115,11 @@ def optimizer_class(options: OptimizerOptions) -> type[torch.optim.Optimizer]:
         hint = did_you_mean_class(class_name, classes)
         raise UsageError(
             [f"--optimizer_type: {module_name} has no optimizer {class_name}.{hint} It has {', '.join(classes) or 'none'}."]
+        )
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UsageError(
+            [f"--optimizer_type {name} wants to evaluate the loss itself, several times a step, which training does not offer."]
         )
     return cls
 
@@ -164,10 +171,4 @@ def _log_advice(options: OptimizerOptions, cls: type, groups: Sequence[Mapping[s
                 "%s finds the rate itself and multiplies it by the learning rate, here %s; 1.0 is advised.",
                 cls.__name__,
                 min(rates),
-            )
-        if len(rates) > 1:
-            logger.warning(
-                "%s finds one rate for everything; the different learning rates %s may not be followed.",
-                cls.__name__,
-                sorted(rates),
             )

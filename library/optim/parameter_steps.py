@@ -13,8 +13,8 @@ from library.optim.stochastic_rounding import round_stochastically
 class ParameterSteps:
     """Steps the parameters it is given and no others; the optimizer, its groups and its state stay one object.
 
-    A bfloat16 parameter, and those of its optimizer state that are as large as it is, take their step in float32 and are rounded
-    back stochastically. State of another shape, such as Adafactor's factors, stays in float32, and 8-bit state in 8 bits.
+    A bfloat16 parameter, and those of its optimizer state that have its shape, take their step in float32 and are rounded back
+    stochastically. State of another shape, such as Adafactor's factors, and counts of steps stay in float32, 8-bit state in 8 bits.
 
     Args:
         optimizer: as `make_optimizer` gives it. Stepping parameters one after the other equals one step of all only where nothing
@@ -72,7 +72,7 @@ class ParameterSteps:
         return [
             (key, value)
             for key, value in state.items()
-            if isinstance(value, Tensor) and value.dtype == dtype and value.shape == parameter.shape and value.dim() > 0
+            if isinstance(value, Tensor) and value.dtype == dtype and value.shape == parameter.shape and key != "step"
         ]
 
     def _generator(self, parameter: nn.Parameter, seed: int) -> torch.Generator:
@@ -109,5 +109,14 @@ def load_optimizer_state(optimizer: Any, saved: Mapping[str, Any]) -> None:
     for number, parameter in zip(numbers, parameters, strict=True):
         state = inner.state.get(parameter, {})
         for key, value in saved["state"].get(number, {}).items():
-            if isinstance(value, Tensor) and isinstance(state.get(key), Tensor) and state[key].dtype != value.dtype:
-                state[key] = value.to(state[key].device)
+            if key in state:
+                state[key] = _in_saved_type(value, state[key])
+
+
+def _in_saved_type(saved: Any, loaded: Any) -> Any:
+    """Return what was loaded, with every tensor in it, also within lists, in the type it was saved in."""
+    if isinstance(saved, Tensor) and isinstance(loaded, Tensor):
+        return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
+    if isinstance(saved, list | tuple) and isinstance(loaded, list | tuple):
+        return type(saved)(_in_saved_type(one, other) for one, other in zip(saved, loaded, strict=True))
+    return loaded

@@ -11,6 +11,7 @@ from library.options.groups.scheduler import SchedulerOptions
 from library.options.nearest import did_you_mean, nearest
 from library.options.optimizer_choices import (
     FULL_PATHS,
+    ONE_RATE,
     OPTIMIZERS,
     PIP_NAMES,
     POLYNOMIAL_LR_END,
@@ -164,6 +165,23 @@ def negative_rate_problems(options: OptimizerOptions, rates: Sequence[float]) ->
     return [
         f"The learning rate {negative[0]} is negative, which {optimizer_name(options)} cannot use. Give a positive rate, or train "
         "away from the data with --optimizer_type Adafactor --optimizer_args relative_step=False scale_parameter=False."
+    ]
+
+
+def one_rate_problems(options: OptimizerOptions, rates: Sequence[float]) -> list[str]:
+    """Return one sentence if parts have different rates and the optimizer would give all of them the same.
+
+    Args:
+        options: the optimizer.
+        rates: of the parts that are trained; 0 for one that is not.
+    """
+    different = sorted({rate for rate in rates if rate})
+    if len(different) < 2 or not class_path(options).startswith(ONE_RATE):
+        return []
+    return [
+        f"{optimizer_name(options)} finds one rate for everything that is trained and cannot follow the different learning rates "
+        f"{', '.join(map(str, different))}. Give every part the same, or take --optimizer_type "
+        "prodigyplus.ProdigyPlusScheduleFree, which finds one for each part."
     ]
 
 

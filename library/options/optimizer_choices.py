@@ -58,12 +58,15 @@ _CHOICES = (
         "Adafactor", "transformers.optimization.Adafactor", defaults={"relative_step": True}, shown_defaults=("relative_step",)
     ),
     *map(_schedule_free, ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")),
+    OptimizerChoice("CAME", "pytorch_optimizer.CAME", "pytorch-optimizer"),
+    OptimizerChoice("AdEMAMix", "pytorch_optimizer.AdEMAMix", "pytorch-optimizer"),
+    OptimizerChoice("Muon", "library.optim.muon.MuonWithAdamW"),
 )
 
 OPTIMIZERS: Mapping[str, OptimizerChoice] = {choice.name.lower(): choice for choice in _CHOICES}
 """Named optimizers by their name in lower case."""
 
-TORCH_OPTIMIZERS = ("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+TORCH_OPTIMIZERS = ("ASGD", "Adadelta", "Adagrad", "Adam", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 """Further classes of torch.optim that a training loop can step, written exactly so; newer ones by their full path."""
 
 FULL_PATHS: Mapping[str, str] = {
@@ -71,7 +74,6 @@ FULL_PATHS: Mapping[str, str] = {
     for module, names in {
         "bitsandbytes.optim": ("AdEMAMix8bit", "PagedAdEMAMix8bit", "RMSprop8bit", "Adagrad8bit", "LAMB8bit", "LARS8bit"),
         "prodigyplus": ("ProdigyPlusScheduleFree",),
-        "pytorch_optimizer": ("CAME",),
     }.items()
     for name in names
 }
@@ -84,8 +86,10 @@ PIP_NAMES: Mapping[str, str] = {
 }
 """What `pip install` calls packages whose import name differs."""
 
+ONE_RATE = ("dadaptation.", "prodigyopt.")
+"""Packages whose optimizers find one rate for all groups: they refuse groups with another factor on it, or do not look at it."""
 
-STEPPED_ALONE = ("torch.optim.", "bitsandbytes.optim.", "lion_pytorch.", "transformers.optimization.")
+STEPPED_ALONE = ("torch.optim.", "bitsandbytes.optim.", "lion_pytorch.", "transformers.optimization.", "library.optim.")
 """Packages whose optimizers step every parameter from that parameter alone. Those of others may look at all parameters at once, or
 count steps for a whole group."""
 

@@ -25,7 +25,7 @@ FIXED = ("relative_step=False", "scale_parameter=True", "warmup_init=False")
 ALONE = [
     name
     for name in (*(choice.name for choice in OPTIMIZERS.values()), *TORCH_OPTIMIZERS)
-    if steps_alone(OptimizerOptions(optimizer_type=name)) and name != "Muon"  # which takes matrices only
+    if steps_alone(OptimizerOptions(optimizer_type=name))
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -233,8 +233,13 @@ def test_rounding_is_right_on_average_and_keeps_what_needs_no_rounding() -> None
     assert torch.equal(round_stochastically(special, generator).float().nan_to_num(7), special.nan_to_num(7))
 
 
-@pytest.mark.parametrize("fused", [{}, {"fused_backward_pass": True}], ids=["after", "inside"])
-@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "Adafactor", "Lion"])
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        *((name, fused) for name in ("AdamW", "AdamW8bit", "Adafactor", "Lion") for fused in ({}, {"fused_backward_pass": True})),
+        ("pytorch_optimizer.SOAP", {}),  # whose state has lists of float32 tensors
+    ],
+)
 def test_a_state_that_was_saved_continues_bit_for_bit(tmp_path, name, fused) -> None:
     options = options_of(name, **fused)
     whole, _ = train(options, updates=5, dtype=torch.bfloat16)
