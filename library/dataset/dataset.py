@@ -77,6 +77,11 @@ class Dataset:
         return len(self.items)
 
     @property
+    def num_train_uses(self) -> int:
+        """The number of training images, repeats included, regularisation images left out."""
+        return sum(section.num_train_uses for section in self.sections)
+
+    @property
     def encoded_items(self) -> Sequence[Item]:
         """All images that caches hold: those trained on, then those held out, by number."""
         return JoinedItems([self.items, self.held_out])
@@ -117,6 +122,10 @@ class Dataset:
     def item_of(self, use: int) -> Item:
         """Return the image of a use; uses from `num_uses` on are those of held-out images."""
         return self.items[self.use_items[use]] if use < self.num_uses else self.held_out[use - self.num_uses]
+
+    def names_of(self, uses: Sequence[int]) -> list[str]:
+        """Return the files of uses, for messages."""
+        return [self.item_of(use).path for use in uses]
 
     def draws(self, use: int, epoch: int, *, update: int = 0, total_updates: int = 0) -> Draws:
         """Return what chance decides for a use in an epoch, whoever loads it and with whatever batch size.

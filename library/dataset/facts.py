@@ -46,8 +46,8 @@ def section_facts(section: Section, counted: TagCounts | None = None) -> Facts:
     return {
         "is_dreambooth": all(subset.metadata_file is None for subset in config.subsets),
         "batch_size_per_device": config.batch_size,
-        "num_train_images": num_train_uses(section),
-        "num_reg_images": num_reg_images(section),
+        "num_train_images": section.num_train_uses,
+        "num_reg_images": section.num_reg_images,
         "resolution": list(config.resolution),
         "enable_bucket": config.enable_bucket,
         "min_bucket_reso": config.min_bucket_reso,
@@ -57,17 +57,6 @@ def section_facts(section: Section, counted: TagCounts | None = None) -> Facts:
         "resize_interpolation": config.resize_interpolation,
         "subsets": [_subset_facts(subset, count) for subset, count in zip(config.subsets, section.image_counts, strict=True)],
     }
-
-
-def num_train_uses(section: Section) -> int:
-    """Return the number of training images, repeats included."""
-    return int(section.items.repeats[~section.items.is_reg].sum(dtype=np.int64))
-
-
-def num_reg_images(section: Section) -> int:
-    """Return the number of regularisation images found, repeats included, whether all are used or not."""
-    pairs = zip(section.config.subsets, section.image_counts, strict=True)
-    return sum(subset.num_repeats * count for subset, count in pairs if subset.is_reg)
 
 
 def tag_frequency(section: Section) -> TagCounts:

@@ -38,6 +38,17 @@ class Section:
     image_counts: tuple[int, ...]
     """Images found in the folder of each subset, but for those held out."""
 
+    @property
+    def num_train_uses(self) -> int:
+        """The number of training images, repeats included."""
+        return int(self.items.repeats[~self.items.is_reg].sum(dtype=np.int64))
+
+    @property
+    def num_reg_images(self) -> int:
+        """The number of regularisation images found, repeats included, whether all are used or not."""
+        pairs = zip(self.config.subsets, self.image_counts, strict=True)
+        return sum(subset.num_repeats * count for subset, count in pairs if subset.is_reg)
+
     def subset(self, item: Item) -> SubsetConfig:
         """Return the settings an item falls under."""
         return self.config.subsets[item.subset]

@@ -23,6 +23,7 @@ from library.dataset.batch import Batch
 from library.dataset.batch_images import load_images, size_conditioning
 from library.dataset.cached import LatentsInMemory, TextFiles, TextsInMemory
 from library.dataset.dataset import Dataset
+from library.dataset.foreign import ForeignDataset, load_foreign_batch
 from library.dataset.plan import EpochPlan, Share
 from library.models.family import TextCond
 from library.options.errors import UserError
@@ -178,14 +179,14 @@ class _Reader:
 
     def __getitem__(self, request: _Request) -> Batch | _Failure:
         try:
-            return load_batch(
-                self._dataset, request.epoch, request.share, update=request.update, total_updates=request.total_updates
-            )
+            times = {"update": request.update, "total_updates": request.total_updates}
+            if isinstance(self._dataset, ForeignDataset):
+                return load_foreign_batch(self._dataset, request.epoch, request.share, **times)
+            return load_batch(self._dataset, request.epoch, request.share, **times)
         except UserError as error:
             return _Failure(str(error))
         except Exception as error:
-            keys = [self._dataset.item_of(use).path for use in request.share.uses]
-            error.add_note(f"while loading {', '.join(keys)}")
+            error.add_note(f"while loading {', '.join(self._dataset.names_of(request.share.uses))}")
             raise
 
     def __getstate__(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from library.dataset.buckets import Size
-from library.dataset.facts import num_reg_images, num_train_uses, tag_frequency
+from library.dataset.facts import tag_frequency
 from library.dataset.findings import Findings, Severity
 from library.dataset.index import Section
 from library.dataset.preflight import NOTABLE_CUT, NOTABLE_ENLARGEMENT, Checked, largest, section_label
@@ -78,8 +78,8 @@ def _section_facts(section: Section, number: int) -> Facts:
         "batch_size": config.batch_size,
         "enable_bucket": config.enable_bucket,
         "bucket_no_upscale": config.bucket_no_upscale,
-        "train_uses": num_train_uses(section),
-        "regularisation_uses_found": num_reg_images(section),
+        "train_uses": section.num_train_uses,
+        "regularisation_uses_found": section.num_reg_images,
         "subsets": [
             {"source": subset.source, "images": count, "num_repeats": subset.num_repeats, "is_reg": subset.is_reg}
             for subset, count in zip(config.subsets, section.image_counts, strict=True)

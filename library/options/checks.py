@@ -7,6 +7,7 @@ from pathlib import Path
 
 from library.options.checks_hub import hub_notes, hub_problems
 from library.options.checks_optimizer import fused_problems, negative_rate_problems
+from library.options.dataset_class import class_notes, class_problems
 from library.options.groups.cache import CacheFileOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.generation import GenModelOptions, GenNetworkOptions, PictureOptions, PromptOptions
@@ -39,7 +40,7 @@ def find_problems(options: ScriptOptions) -> list[str]:
         case SdxlTrainOptions():
             return [*_training_problems(options), *_finetune_problems(options)]
         case CacheLatentsOptions() | CacheTextEncoderOutputsOptions():
-            return [*_model_problems(options.model), *_source_problems(options.dataset)]
+            return [*_model_problems(options.model), *_source_problems(options.dataset), *_tool_problems(options.dataset)]
         case SdxlGenImgOptions():
             return list(_generation_problems(options))
     return []
@@ -60,6 +61,7 @@ def find_notes(options: ScriptOptions) -> list[str]:
 def _training_problems(options: TrainingOptions) -> Iterator[str]:
     yield from _model_problems(options.model)
     yield from _source_problems(options.dataset)
+    yield from class_problems(options)
     if options.output.output_dir is None:
         yield "--output_dir is missing. Name the folder for what is trained."
     yield from precision_problems(options.precision)
@@ -102,8 +104,13 @@ def _model_problems(model: ModelOptions) -> Iterator[str]:
 
 
 def _source_problems(dataset: DatasetOptions) -> Iterator[str]:
-    if not dataset.dataset_config and not dataset.train_data_dir:
+    if not dataset.dataset_config and not dataset.train_data_dir and dataset.dataset_class is None:
         yield "There are no training images. Give --dataset_config, or --train_data_dir with folders <repeats>_<class tokens>."
+
+
+def _tool_problems(dataset: DatasetOptions) -> Iterator[str]:
+    if dataset.dataset_class is not None:
+        yield "--dataset_class makes its batches itself, so there is nothing to cache beside images. Leave it out."
 
 
 def _network_problems(network: NetworkOptions, cache: CacheFileOptions) -> Iterator[str]:
@@ -188,6 +195,7 @@ def _start_problems(options: TrainingOptions) -> Iterator[str]:
 
 
 def _training_notes(options: TrainingOptions) -> Iterator[str]:
+    yield from class_notes(options)
     if options.model.clip_skip is not None:
         yield "--clip_skip has no influence on SDXL, which always uses the second to last layer; it is only noted in the metadata."
     if options.noise.zero_terminal_snr and not options.model.v_parameterization:

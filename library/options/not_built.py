@@ -22,7 +22,6 @@ def _refuse(instead: str, *names: str) -> dict[str, str]:
 
 
 NOT_BUILT: Mapping[str, str] = {
-    **_refuse("datasets are described by --dataset_config or folders", "dataset_class"),
     **_refuse(_BASE_WEIGHTS, "base_weights", "base_weights_multiplier"),
     **_refuse(_EIGHT_BIT, "fp8_base", "fp8_base_unet"),
     **_refuse("checkpointed activations stay on the accelerator", "cpu_offload_checkpointing"),

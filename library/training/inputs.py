@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from library.generation.request import ImageRequest
 from library.generation.sample_prompts import SampleDefaults, read_sample_prompts
 from library.options.checks_optimizer import check_optimizer_options
+from library.options.dataset_class import class_definition
 from library.options.dataset_config import DatasetConfig, load_dataset_config
 from library.options.errors import problems_of
 from library.options.scripts import TrainingOptions
@@ -27,7 +28,8 @@ def input_problems(options: Options, *further: Callable[[Options], Any], trains_
     """
 
     def check_data(options: Options) -> None:
-        check_data_terms(dataset_definition(options), options.loss, trains_network=trains_network)
+        if options.dataset.dataset_class is None:  # else the batches themselves say what they are
+            check_data_terms(dataset_definition(options), options.loss, trains_network=trains_network)
 
     problems = output_problems(options.output) + check_optimizer_options(options.optimizer, options.scheduler)
     if options.preflight.dataset_report is not None:
@@ -41,7 +43,9 @@ def input_problems(options: Options, *further: Callable[[Options], Any], trains_
 
 
 def dataset_definition(options: TrainingOptions) -> DatasetConfig:
-    """Read and check `--dataset_config`, or the folders given in its place."""
+    """Read and check `--dataset_config`, or the folders given in its place; of `--dataset_class` little is known before it runs."""
+    if options.dataset.dataset_class is not None:
+        return class_definition(options.dataset)
     return load_dataset_config(
         options.dataset,
         options.caption,

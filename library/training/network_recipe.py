@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from library.dataset.facts import metadata_facts, num_reg_images, num_train_uses
+from library.dataset.facts import metadata_facts
 from library.models.family import Family
 from library.optim.optimizers import describe_optimizer
 from library.options.errors import UserError
@@ -205,8 +205,8 @@ def run_record(setting: Setting) -> RunRecord:
         session_id=random.SystemRandom().getrandbits(32),
         started_at=setting.started_at,
         seed=setting.seed,
-        num_train_images=sum(num_train_uses(section) for section in sections),
-        num_reg_images=sum(num_reg_images(section) for section in sections),
+        num_train_images=setting.dataset.num_train_uses,
+        num_reg_images=sum(section.num_reg_images for section in sections),
         num_validation_images=len(setting.dataset.held_out),
         batches_per_epoch=setting.batches_per_epoch,
         num_epochs=setting.length.num_epochs,

@@ -4,6 +4,7 @@ import logging
 
 from library.dataset.dataset import Dataset
 from library.dataset.findings import Findings
+from library.dataset.foreign import ForeignDataset
 from library.dataset.preflight import Checked, Limits, check_dataset
 from library.models.family import Family
 from library.options.dataset_config import DatasetConfig
@@ -28,6 +29,10 @@ def open_dataset(options: TrainingOptions, data: DatasetConfig, seed: int, famil
     Raises:
         UserError: names everything that keeps the run from starting.
     """
+    if options.dataset.dataset_class is not None:
+        arguments = (None, options.model.max_token_length, options.dataset.size, options.dataset.debug_dataset)
+        has_network = hasattr(options, "network")
+        return ForeignDataset(options.dataset.dataset_class, data, seed, family, arguments, has_network=has_network)
     checked = checked_dataset(options, data, seed, family, num_processes, compares_all=False)
     checked.findings.raise_errors()
     if warnings := checked.findings.warning_text():

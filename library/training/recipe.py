@@ -13,7 +13,6 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from library.dataset.facts import num_reg_images, num_train_uses
 from library.files.atomic import make_folder
 from library.generation.request import ImageRequest
 from library.models.family import Family, ModelSource
@@ -230,8 +229,8 @@ def report(setting: Setting) -> None:
     """Log the figures a person wants to check before waiting for hours."""
     sections = setting.dataset.sections
     summary = RunSummary(
-        num_train_images=sum(num_train_uses(section) for section in sections),
-        num_reg_images=sum(num_reg_images(section) for section in sections),
+        num_train_images=setting.dataset.num_train_uses,
+        num_reg_images=sum(section.num_reg_images for section in sections),
         num_validation_images=len(setting.dataset.held_out),
         batches_per_epoch=setting.batches_per_epoch,
         num_epochs=setting.length.num_epochs,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from library.dataset.dataset import Dataset
-from library.dataset.facts import bucket_info, num_train_uses, tag_frequency
+from library.dataset.facts import bucket_info, tag_frequency
 from library.dataset.index import Section, build_index
 from library.dataset.items import Items
 from tests.dataset.dataset_samples import config, section, subset
@@ -39,7 +39,7 @@ def test_columns_say_what_the_items_say(found: Section) -> None:
 
 def test_facts_are_those_of_the_items(found: Section) -> None:
     items = list(found.items)
-    assert num_train_uses(found) == sum(item.repeats for item in items if not item.is_reg)
+    assert found.num_train_uses == sum(item.repeats for item in items if not item.is_reg)
     info = bucket_info(found)
     if info is not None:
         uses = Counter(item.geometry.bucket for item in items for _ in range(item.repeats))

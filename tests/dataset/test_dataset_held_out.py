@@ -9,7 +9,7 @@ from dataset_samples import FakeFamily, FakeVae, config, make_image, section, su
 
 from library.dataset.captions import settled_caption
 from library.dataset.dataset import Dataset
-from library.dataset.facts import bucket_info, folders, num_train_uses, tag_frequency
+from library.dataset.facts import bucket_info, folders, tag_frequency
 from library.dataset.loader import Loader, load_batch
 from library.dataset.plan import Share
 from library.options.dataset_config import CaptionRules
@@ -97,7 +97,7 @@ def test_images_of_a_metadata_file_are_split_too(many: Path, tmp_path: Path) -> 
 def test_what_is_recorded_counts_only_what_is_trained(many: Path) -> None:
     dataset = Dataset(config(section(subset(many, validation_split=0.2, num_repeats=2), enable_bucket=True)), seed=0)
     (only,) = dataset.sections
-    assert num_train_uses(only) == 16
+    assert only.num_train_uses == 16
     assert folders(dataset, is_reg=False) == {"cats": {"n_repeats": 2, "img_count": 8}}
     tags = tag_frequency(only)["cats"]
     assert tags["tag"] == 8

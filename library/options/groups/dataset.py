@@ -19,7 +19,9 @@ class DatasetOptions(OptionGroup):
     in_json: PathText = option(None, "Metadata file (.json, .jsonl) with the captions and tags of images in --train_data_dir.")
     conditioning_data_dir: PathText = option(None, "Folder with control images.")
     dataset_repeats: int = option(1, "Uses of each image per epoch where the dataset file says nothing.", ge=1)
-    dataset_class: str | None = option(None, "Dotted path of a dataset class of your own.")
+    dataset_class: str | None = option(
+        None, "Dotted path of a dataset class of your own, whose batches replace those of images and caption files."
+    )
     train_batch_size: int = option(1, "Images per device and step.", ge=1)
     resolution: Annotated[str | None, CommaList()] = option(None, "Training size in pixels: one number, or width,height.")
     cache_info: bool = flag("Remember size and caption of every image in metadata_cache.json inside the image folder.")

@@ -1,0 +1,187 @@
+"""A dataset class of one's own makes the batches of a run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from library.dataset.batch import Batch
+from library.dataset.foreign import ForeignDataset
+from library.dataset.foreign_batch import read_batch
+from library.dataset.loader import Loader
+from library.models.family import ModelSource
+from library.models.sdxl.family import SdxlFamily
+from library.options.dataset_class import class_definition
+from library.options.errors import UsageError, UserError
+from library.options.groups.dataset import DatasetOptions
+from library.options.parse import parse
+from library.options.scripts import CacheLatentsOptions, SdxlTrainNetworkOptions
+from tests.cli.own_dataset import Stripes
+from tests.cli.training_commands import FINETUNE, arguments, assert_same_bits, run_command, weights
+
+NAME = "tests.cli.own_dataset.Stripes"
+
+
+@pytest.fixture(scope="module")
+def family(tiny_checkpoint: Path) -> SdxlFamily:
+    return SdxlFamily.open(ModelSource(str(tiny_checkpoint)))
+
+
+def opened(family: SdxlFamily, name: str = NAME, seed: int = 3) -> ForeignDataset:
+    options = DatasetOptions(resolution="64")
+    return ForeignDataset(name, class_definition(options), seed, family, (None, 75, options.size, False), has_network=True)
+
+
+def test_a_network_and_a_model_are_trained_on_the_batches_of_a_class(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    args = arguments(tiny_checkpoint, Path("unused"), tmp_path / "out", "--dataset_class", NAME, "--resolution", "64", "--flip_aug")
+    at = args.index("--dataset_config")
+    del args[at : at + 2]
+    done = run_command([*args, "--max_train_steps", "4", "--save_every_n_steps", "2", "--save_state"])
+    assert done.returncode == 0, done.stderr
+    assert f"The batches are made by {NAME}, so these have no effect: --flip_aug." in done.stderr
+    assert "training images × repeats: 6" in done.stderr
+    resume = ["--resume", str(tmp_path / "out" / "net-step00000002-state"), "--output_dir", str(tmp_path / "more")]
+    done = run_command([*args, "--max_train_steps", "4", *resume])
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(tmp_path / "out" / "net.safetensors", tmp_path / "more" / "net.safetensors")
+    assert any(tensor.any() for name, tensor in weights(tmp_path / "out" / "net.safetensors").items() if "lora_up" in name)
+    for flag in ("--network_module", "--network_dim", "--network_dropout"):
+        at = args.index(flag)
+        del args[at : at + 2]
+    done = run_command([*args, "--max_train_steps", "1", "--output_dir", str(tmp_path / "model")], script=FINETUNE)
+    assert done.returncode == 0, done.stderr
+
+
+def drawn(dataset: ForeignDataset, epoch: int, **more: Any) -> list[Batch]:
+    return list(Loader(dataset, **more).epoch(epoch))
+
+
+def test_order_and_draws_depend_on_seed_and_epoch_alone(family: SdxlFamily) -> None:
+    dataset = opened(family)
+    dataset.own[0]  # draws
+    ours, theirs = drawn(dataset, 2), drawn(opened(family), 2, num_workers=2)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.images is not None and other.images is not None
+        assert torch.equal(one.images, other.images) and one.draw_seeds == other.draw_seeds
+    assert sorted(batch.image_keys[0] for batch in ours) == [f"batch {number} of {NAME}" for number in range(3)]
+    assert dataset.own.epochs[-1] == 2
+    assert len({seed for batch in ours for seed in batch.draw_seeds}) == 6
+    orders = [[batch.captions[1] for batch in drawn(dataset, epoch)] for epoch in range(1, 6)]
+    assert len({tuple(order) for order in orders}) > 1
+
+
+def test_two_processes_share_the_batches_and_the_last_one_is_weighed_for_both(family: SdxlFamily) -> None:
+    first, second = (drawn(opened(family), 1, process_index=process, num_processes=2) for process in (0, 1))
+    assert len(first) == len(second) == 2
+    assert {batch.captions[1] for batch in [*first, *second]} == {f"stripes {number}" for number in range(3)}
+    totals = sorted([one.loss_weights[0].item(), other.loss_weights[0].item()] for one, other in zip(first, second, strict=True))
+    assert totals == [[1.0, 1.0], [2.0, 0.0]]
+
+
+def changed(**fields: Any) -> dict[str, Any]:
+    return {key: value for key, value in (Stripes(None, 75, (64, 64), False)[0] | fields).items() if value is not ...}
+
+
+def test_latents_texts_masks_and_attributes_are_handed_on(family: SdxlFamily) -> None:
+    texts = [torch.ones(2, 77, 768, dtype=torch.float16), torch.ones(2, 77, 1280), torch.ones(2, 1280)]
+    attributes = [{"diff_output_preservation": True}, {}]
+    given = changed(
+        images=...,
+        captions=...,
+        latents=torch.zeros(2, 4, 8, 8),
+        alpha_masks=torch.ones(2, 64, 64),
+        text_encoder_outputs_list=texts,
+        custom_attributes=attributes,
+        network_multipliers=[0.5, 0.5],
+        original_sizes_hw=[(10, 20), (30, 40)],
+    )
+    batch = read_batch(given, "b", family, has_network=True)
+    assert batch.images is None and batch.latents is not None and batch.masks is not None and batch.text_cond is not None
+    assert {name: tuple(tensor.shape[1:]) for name, tensor in batch.text_cond.items()} == {
+        "hidden1": (77, 768),
+        "hidden2": (77, 1280),
+        "pool2": (1280,),
+    }
+    assert batch.custom_attributes == attributes and batch.network_multiplier == 0.5
+    assert batch.sizes.original_hw.tolist() == [[10, 20], [30, 40]]
+    assert batch.loss_weights.tolist() == [1.0, 0.5]
+
+
+WRONG = {
+    "images": [..., torch.zeros(2, 3, 60, 64), torch.full((2, 3, 64, 64), 255.0), torch.zeros(2, 64, 64, 3), "a.png"],
+    "latents": [torch.zeros(2, 3, 8, 8), torch.zeros(2, 4, 6, 8)],
+    "captions": [..., ["one"], [1, 2]],
+    "text_encoder_outputs_list": [[torch.zeros(2, 77, 768)], [torch.zeros(1, 77, 768)] * 3],
+    "loss_weights": [torch.ones(3), "heavy"],
+    "original_sizes_hw": [..., torch.zeros(2)],
+    "target_sizes_hw": [None],
+    "alpha_masks": [torch.ones(2, 1, 64, 64)],
+    "network_multipliers": [torch.tensor([1.0, 0.5]), torch.full((2,), 0.5)],
+    "custom_attributes": [{}],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
+def test_a_batch_that_cannot_be_trained_on_is_told_with_its_key(key: str, value: Any, family: SdxlFamily) -> None:
+    with pytest.raises(UserError, match=f"--dataset_class: {key} of batch 7 of {NAME} "):
+        read_batch(changed(**{key: value}), f"batch 7 of {NAME}", family, has_network=False)
+
+
+class WithoutLength:
+    """Cannot be counted."""
+
+    def __init__(self, *made_of: Any) -> None:
+        del made_of
+
+    def __getitem__(self, number: int) -> Any:
+        return []
+
+
+class Lists(WithoutLength):
+    """Gives lists in place of dictionaries."""
+
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("no_such_package.Class", "the module no_such_package cannot be imported: No module named"),
+        ("tests.cli.own_dataset.Stripe", "has no class Stripe; it has Stripes"),
+        ("torch.utils.data.Dataset", "is made with four arguments"),
+        ("tests.cli.test_cli_dataset_class.WithoutLength", "has no __len__"),
+        ("tests.cli.test_cli_dataset_class.Lists", "must be a dictionary, but it is a list"),
+    ],
+)
+def test_a_class_that_cannot_be_used_is_told(name: str, words: str, family: SdxlFamily) -> None:
+    with pytest.raises(UserError) as told:
+        opened(family, name)
+    assert words in str(told.value) and name in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--dataset_config d.toml --train_data_dir d", "so --dataset_config, --train_data_dir would name images nobody reads"),
+        ("--cache_latents", "--cache_latents cannot be used with --dataset_class"),
+        ("--cache_text_encoder_outputs", "--cache_text_encoder_outputs cannot be used with --dataset_class"),
+        ("--validation_split 0.1", "--validation_split cannot be used with --dataset_class"),
+        ("--dataset_report r", "--dataset_report cannot be used with --dataset_class"),
+        ("--debug_dataset", "--debug_dataset cannot be used with --dataset_class"),
+    ],
+)
+def test_what_needs_our_own_dataset_is_refused(more: str, words: str) -> None:
+    line = f"--pretrained_model_name_or_path a/b --output_dir o --network_module networks.lora --dataset_class {NAME} {more}"
+    with pytest.raises(UsageError) as told:
+        parse(SdxlTrainNetworkOptions, line.split())
+    assert words in " ".join(told.value.problems) and len(told.value.problems) == 1
+
+
+def test_the_caching_tools_refuse_a_class_and_its_path_needs_a_dot() -> None:
+    with pytest.raises(UsageError, match="nothing to cache"):
+        parse(CacheLatentsOptions, f"--pretrained_model_name_or_path a/b --dataset_class {NAME}".split())
+    line = "--pretrained_model_name_or_path a/b --output_dir o --network_module networks.lora --dataset_class Stripes"
+    with pytest.raises(UsageError, match="must be a dotted path"):
+        parse(SdxlTrainNetworkOptions, line.split())
