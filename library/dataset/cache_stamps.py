@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from library.dataset.file_notes import FileNotes
 from library.files.hashes import sha256_file
 from library.options.errors import UserError
 
@@ -79,14 +80,24 @@ def source_stamp(path: str) -> Stamp:
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256_file(path)}
 
 
-def is_same_source(stamp: Any, path: str) -> bool:
-    """Say whether a source file is the one in the stamp; its content is only hashed when its time differs."""
+def is_same_source(stamp: Any, path: str, notes: FileNotes) -> bool:
+    """Say whether a source file is the one in the stamp; its content is only hashed when its time differs, and that once.
+
+    Args:
+        stamp: what `source_stamp` gave.
+        path: of the file, the same from wherever it is seen.
+        notes: receives the hash.
+    """
     if not isinstance(stamp, dict):
         return False
     status = os.stat(path)
     if stamp.get("bytes") != status.st_size:
         return False
-    return stamp.get("mtime_ns") == status.st_mtime_ns or stamp.get("sha256") == sha256_file(path)
+    if stamp.get("mtime_ns") == status.st_mtime_ns or stamp.get("sha256") in notes.texts(path, status):
+        return True
+    found = sha256_file(path)
+    notes.add(path, status, found)
+    return bool(stamp.get("sha256") == found)
 
 
 Progress = Callable[[int, int], None]

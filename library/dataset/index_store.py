@@ -21,7 +21,7 @@ from library.dataset.columns import Ints
 logger = logging.getLogger(__name__)
 
 STORE_NAME = ".atelier_index.sqlite"
-_VERSION = 1
+_VERSION = 2
 """Of the tables and of what is in them: to be raised when files are read in another way than before."""
 _WAIT_SECONDS = 30
 
@@ -34,21 +34,27 @@ _TABLES = {
         traits INTEGER CHECK (typeof(traits) = 'integer' AND traits BETWEEN 0 AND 255)""",
     "captions": """
         name TEXT PRIMARY KEY, bytes INTEGER, mtime_ns INTEGER, text TEXT CHECK (typeof(text) = 'text')""",
+    "notes": """
+        name TEXT PRIMARY KEY, bytes INTEGER, mtime_ns INTEGER, text TEXT CHECK (typeof(text) = 'text')""",
 }
 
 ImageRow = tuple[str, int, int, int]
 """Name, size in bytes, time of the last change; and what the file's header says, in one number (see `packed_facts`)."""
 CaptionRow = tuple[str, int, int, str]
 """Name, size in bytes, time of the last change; text."""
+NoteRow = CaptionRow
+"""The same of any file; what checks of the cache noted of it (see `file_notes`)."""
 
 _SELECT = {
     "images": """
         SELECT name, bytes, mtime_ns, (width << 36) | (height << 12) | (orientation << 8) | traits FROM images ORDER BY name""",
     "captions": "SELECT name, bytes, mtime_ns, text FROM captions ORDER BY name",
+    "notes": "SELECT name, bytes, mtime_ns, text FROM notes ORDER BY name",
 }
 _INSERT = {
     "images": "INSERT OR REPLACE INTO images VALUES (?1, ?2, ?3, ?4 >> 36, ?4 >> 12 & 0xFFFFFF, ?4 >> 8 & 15, ?4 & 255)",
     "captions": "INSERT OR REPLACE INTO captions VALUES (?, ?, ?, ?)",
+    "notes": "INSERT OR REPLACE INTO notes VALUES (?, ?, ?, ?)",
 }
 
 
@@ -91,9 +97,19 @@ class IndexStore:
         """Return what is known of caption files, by name; of a name told twice, the later is newer."""
         return self._rows("captions")
 
-    def save(self, images: Iterable[ImageRow] = (), captions: Iterable[CaptionRow] = (), gone: Iterable[str] = ()) -> None:
+    def notes(self) -> list[NoteRow]:
+        """Return what was noted of files, by name; of a name told twice, the later is newer."""
+        return self._rows("notes")
+
+    def save(
+        self,
+        images: Iterable[ImageRow] = (),
+        captions: Iterable[CaptionRow] = (),
+        notes: Iterable[NoteRow] = (),
+        gone: Iterable[str] = (),
+    ) -> None:
         """Keep what was found out, and forget files that are gone; all of it or, if that fails, nothing."""
-        new = {"images": _storable(images), "captions": _storable(captions)}
+        new = {"images": _storable(images), "captions": _storable(captions), "notes": _storable(notes)}
         old = _storable((name,) for name in gone)
         failures = []
         for position, place in enumerate(self._places):

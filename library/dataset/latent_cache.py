@@ -185,6 +185,7 @@ def _stale(jobs: Sequence[_DiskJob], checker: LatentChecker, report: CacheReport
                 else:
                     report.made[verdict.reason] += 1
                     stale[job.job] = job
+            checker.notes.save()
     return stale
 
 

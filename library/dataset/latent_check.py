@@ -1,5 +1,6 @@
 """Which cached latents are still right."""
 
+import hashlib
 import os
 from collections.abc import Container
 from dataclasses import dataclass
@@ -8,7 +9,9 @@ import numpy as np
 
 from library.dataset.cache_stamps import STAMP_FORMAT, Stamp, is_same_source, read_stamps
 from library.dataset.cached import LatentFiles, size_suffix
+from library.dataset.file_notes import FileNotes
 from library.dataset.images import is_transparent
+from library.dataset.items import Item
 from library.dataset.latent_encoder import LatentEncoder, LatentJob
 from library.files.npz import Arrays, read_npz
 from library.models.family import Family
@@ -52,6 +55,8 @@ class LatentChecker:
 
     def __init__(self, files: LatentFiles, family: Family, encoder: LatentEncoder, *, trust_existing: bool) -> None:
         self.files = files
+        self.notes = FileNotes()
+        """What was found out and is to be saved for the next start."""
         self._trust_existing = trust_existing
         dtype = str(encoder.dtype).removeprefix("torch.")
         self._common: Stamp = {"format": STAMP_FORMAT, "vae": family.fingerprint("vae"), "dtype": dtype}
@@ -75,15 +80,19 @@ class LatentChecker:
             return LatentVerdict("new")
         if self._trust_existing:
             return LatentVerdict()
-        bucket = list(job.item.geometry.bucket)
+        bucket, status = list(job.item.geometry.bucket), os.stat(path)
+        noted = self.notes.texts(path, status)  # only of files of other programs
+        if noted and self._question(job) in noted:
+            return LatentVerdict(is_foreign=True)
         try:
             stamps = read_stamps(path, (size_suffix(self.files.shape(job.item)), ""))
             stamp = next((stamp for stamp in stamps if stamp and stamp.get("bucket") == bucket), None)
-            return (
-                LatentVerdict(self._difference(stamp, job))
-                if stamp
-                else self._foreign(read_npz(path, keys=self._compared(job)), job)
-            )
+            if stamp:
+                return LatentVerdict(self._difference(stamp, job))
+            verdict = self._foreign(read_npz(path, keys=self._compared(job)), job)
+            if verdict.is_foreign:
+                self.notes.add(path, status, self._question(job))
+            return verdict
         except (UserError, TypeError, ValueError):  # unreadable, or arrays of texts where numbers belong
             return LatentVerdict("damaged")
 
@@ -91,7 +100,9 @@ class LatentChecker:
         wanted = self.stamp(job)
         reason = next((_REASONS[part] for part in _REASONS if stamp.get(part) != wanted[part]), None)
         reason = reason or self._missing(stamp["checksums"], job)
-        return reason or (None if is_same_source(stamp.get("source"), job.item.path) else "of an image that changed")
+        return reason or (
+            None if is_same_source(stamp.get("source"), _real_path(job.item), self.notes) else "of an image that changed"
+        )
 
     def _missing(self, names: Container[str], job: LatentJob) -> str | None:
         """Say what an entry with arrays of these names lacks."""
@@ -110,6 +121,15 @@ class LatentChecker:
         names |= {"latents_flipped"} if job.mirrored else set()
         names |= {"alpha_mask"} if job.masked and job.item.has_alpha else set()
         return names | {name + size_suffix(self.files.shape(job.item)) for name in names}
+
+    def _question(self, job: LatentJob) -> str:
+        """Return all that the judgement on a file of another program depends on, but for the file."""
+        image = os.stat(job.item.path)
+        wanted = (
+            self.stamp(job), job.item.geometry, job.crop_ltrb, job.mirrored, self.files.posterior, job.item.size,
+            image.st_size, image.st_mtime_ns,
+        )  # fmt: skip
+        return hashlib.sha256(repr(wanted).encode()).hexdigest()
 
     def _foreign(self, arrays: Arrays, job: LatentJob) -> LatentVerdict:
         """Judge a file of another program, which says nothing of where its latents are from.
@@ -140,3 +160,8 @@ class LatentChecker:
         if not job.masked and item.has_alpha and is_transparent(item.path):  # last, since it decodes the image
             return LatentVerdict("transparent in another way")
         return LatentVerdict(is_foreign=True)
+
+
+def _real_path(item: Item) -> str:
+    """Return the file of an item, the same from wherever it is seen."""
+    return os.path.join(os.path.dirname(item.cache_stem), os.path.basename(item.path))

@@ -1,5 +1,6 @@
 """Encode every text that captions become once: find which outputs are cached and still right, and make the others."""
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from library.dataset.cache_stamps import STAMP_FORMAT, CacheReport, Progress, St
 from library.dataset.cached import TextFiles, TextsInMemory, stored_texts, variant_suffix
 from library.dataset.caption_files import find_caption_file
 from library.dataset.dataset import Dataset
+from library.dataset.file_notes import FileNotes
 from library.dataset.text_cost import TextCost
 from library.dataset.text_encoder import TextEncoder
 from library.files.npz import Arrays, read_npz, write_npz
@@ -169,6 +171,7 @@ def _unfinished(jobs: Sequence[_Job], checker: "_Checker", report: CacheReport) 
             if missing:
                 report.made[verdict.reason] += missing
                 unfinished.append(_Unfinished(job, verdict.texts, verdict.found))
+    checker.notes.save()
     return unfinished
 
 
@@ -207,6 +210,7 @@ class _Checker:
     def __init__(self, dataset: Dataset, files: TextFiles, encoder: TextEncoder, trust_existing: bool, trust_foreign: bool) -> None:
         self.encoder = encoder
         self.files = files
+        self.notes = FileNotes()
         self._dataset = dataset
         self._trust_existing = trust_existing
         self._trust_foreign = trust_foreign
@@ -232,10 +236,16 @@ class _Checker:
             return _Verdict(texts, frozenset(), "new")
         if self._trust_existing:
             return _Verdict(texts, frozenset(texts), "")
+        status = os.stat(job.path)
+        noted = self.notes.texts(job.path, status)  # only of files of other programs
+        if noted and self._question(job, texts) in noted:
+            return _Verdict(texts, frozenset(texts), "")
         try:
             stamp = read_stamp(job.path)
             if stamp is None:
                 reason = self._foreign(read_npz(job.path), job, texts)
+                if reason is None:
+                    self._accept(job, status, texts)
                 return _Verdict(texts, frozenset() if reason else frozenset(texts), reason or "")
             return self._compared(stamp, texts)
         except UserError:
@@ -251,6 +261,18 @@ class _Checker:
             return _Verdict(texts, found, _OTHER_WEIGHTS)
         return _Verdict(texts, found, "of further variants" if found else "of a caption that changed")
 
+    def _question(self, job: _Job, texts: tuple[str, ...]) -> str:
+        """Return all that the judgement on a file of another program depends on, but for the file."""
+        changed = None if (caption := self._caption_file(job)) is None else os.stat(caption).st_mtime_ns
+        return hashlib.sha256(repr((self._common, self._trust_foreign, self._weighs, texts, changed)).encode()).hexdigest()
+
+    def _accept(self, job: _Job, status: os.stat_result, texts: tuple[str, ...]) -> None:
+        self.notes.add(job.path, status, self._question(job, texts))
+
+    def _caption_file(self, job: _Job) -> str | None:
+        item = self._dataset.encoded_items[job.items[0]]
+        return find_caption_file(item.path, self._dataset.sections[item.section].subset(item).caption_extension)
+
     def _foreign(self, arrays: Arrays, job: _Job, texts: tuple[str, ...]) -> str | None:
         """Judge a file of another program: it holds the caption as the file beside the image had it then."""
         required = self.files.spec.required_keys
@@ -264,11 +286,10 @@ class _Checker:
             return "of a caption that is not known"
         if self._weighs and any(map(has_weights, texts)):
             return _OTHER_WEIGHTS
-        item = self._dataset.encoded_items[job.items[0]]
-        subset = self._dataset.sections[item.section].subset(item)
-        caption_file = find_caption_file(item.path, subset.caption_extension)
+        caption_file = self._caption_file(job)
         is_older = caption_file is not None and os.path.getmtime(job.path) < os.path.getmtime(caption_file)
-        return "of a caption that changed" if is_older or texts != (item.caption,) else None
+        own = self._dataset.encoded_items[job.items[0]].caption
+        return "of a caption that changed" if is_older or texts != (own,) else None
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of outputs, found by encoding an empty caption the first time they are asked for."""
@@ -281,7 +302,10 @@ class _Checker:
 
 
 class _CheckerOfStamps(_Checker):
-    """Decides without the text encoders."""
+    """Decides without the text encoders; what it accepts unseen is not remembered."""
+
+    def _accept(self, job: _Job, status: os.stat_result, texts: tuple[str, ...]) -> None:
+        pass
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {}

@@ -24,9 +24,12 @@ def test_copies_are_told_from_files_that_differ_in_one_byte_wherever_it_is(tmp_p
 
 
 def test_the_collector_works_again_as_it_did_before() -> None:
-    with pytest.raises(KeyError), without_collector():
-        assert not gc.isenabled()
-        raise KeyError
+    @without_collector()
+    def fail() -> None:
+        raise KeyError(gc.isenabled())
+
+    with pytest.raises(KeyError, match="False"):
+        fail()
     assert gc.isenabled()
     gc.disable()
     try:

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import pkgutil
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -264,6 +265,53 @@ def test_of_a_file_of_another_program_only_what_is_used_is_read(run: Run, monkey
     assert (report.foreign, report.made, decoded) == (1, {}, [])  # what is not read hinders nobody
     run.settings["flip_aug"] = True
     assert run.encode_images(run.dataset()).made == {"not mirrored yet": 4, "not finite": 1}
+
+
+def hashed_and_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
+    """Start again; return the images that are hashed and the caches that are read."""
+    hashed: list[str] = []
+    read: list[str] = []
+    with monkeypatch.context() as patch:
+        for module, name, noted in (
+            ("cache_stamps", "sha256_file", hashed), ("latent_check", "read_npz", read), ("latent_check", "read_stamps", read),
+            ("text_cache", "read_npz", read), ("text_cache", "read_stamp", read),
+        ):  # fmt: skip
+            place = f"library.dataset.{module}.{name}"
+            real = pkgutil.resolve_name(place)
+            patch.setattr(
+                place,
+                lambda path, *args, real=real, noted=noted, **more: noted.append(Path(path).name) or real(path, *args, **more),
+            )
+        images, captions = run.start()
+    assert (images.made, captions.made) == ({}, {})
+    return hashed, read
+
+
+def test_images_whose_time_alone_differs_are_hashed_once_for_each_time(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = run.folder / "im0.png"
+    for seconds in (1, 2):
+        os.utime(image, (seconds, seconds))
+        assert hashed_and_read(run, monkeypatch)[0] == ["im0.png"]
+        assert hashed_and_read(run, monkeypatch)[0] == []
+    make_image(image, seed=9)
+    os.utime(image, (2, 2))  # of the time that was seen, but of another length
+    assert run.start()[0].made == {"of an image that changed": 1}
+
+
+def test_accepted_files_of_other_programs_are_opened_again_only_when_they_or_what_is_wanted_changes(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(run.folder / LATENTS)
+    save(run.folder / TEXTS)
+    assert set(hashed_and_read(run, monkeypatch)[1]) >= {LATENTS, TEXTS}
+    assert {LATENTS, TEXTS}.isdisjoint(hashed_and_read(run, monkeypatch)[1])
+    save(run.folder / LATENTS)
+    assert LATENTS in hashed_and_read(run, monkeypatch)[1]
+    run.settings["caption_prefix"] = "P"
+    images, captions = run.start()
+    assert (images.made, images.foreign, captions.made) == ({}, 1, {"of a caption that changed": 5})
+    make_image(run.folder / "im0.png", seed=9)
+    assert run.start()[0].made == {"of an image that changed": 1}
 
 
 def test_a_transparent_image_is_only_decoded_for_a_file_that_fits_otherwise(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
