@@ -31,16 +31,21 @@ _WRITE_REFUSALS = {
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, *, keeps_ending: bool = False) -> Iterator[Path]:
     """Yield a temporary path to write to; when the block ends without an error, it becomes `path`.
 
     Missing folders are made. A symbolic link stays a link: the file it points to is replaced.
+
+    Args:
+        path: of the file.
+        keeps_ending: whether the temporary path ends as `path` does, for writers that choose the format by it.
 
     Raises:
         UserError: the disk is full, the folder is not writable or the like; whatever stood at `path` before is untouched.
     """
     target = Path(path).resolve()
-    temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    ending = target.suffix if keeps_ending else ""
+    temporary = target.with_name(f".{target.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp{ending}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

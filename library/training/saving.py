@@ -1,9 +1,12 @@
 """Writes models and states when their time comes, and lets old ones go."""
 
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +47,7 @@ class Saver:
         writes: whether this is the process that writes.
         seed, batches_per_epoch, identity: recorded in states.
         losses: the loss recorder's own state, recorded in states.
+        fallbacks: folders that take the last files where the run's own does not.
         after_save: called, in the process that writes, with everything that is complete on disk.
     """
 
@@ -59,6 +63,7 @@ class Saver:
     identity: Mapping[str, Any] | None = None
     losses: Callable[[], dict[str, Any]] = dict
     after_save: list[Callable[[Saved], None]] = field(default_factory=list)
+    fallbacks: list[Path] = field(default_factory=lambda: fallback_folders())
 
     def before_training(self, position: Position) -> None:
         """Nothing is saved before training."""
@@ -74,20 +79,42 @@ class Saver:
             self._save_or_go_on("epoch", position.epoch, position)
 
     def after_training(self, position: Position) -> None:
-        """Save the final model."""
-        self._save("final", 0, position)
+        """Save the final model, in another folder where the run's own takes no files.
+
+        Raises:
+            UserError: it is in another folder, or could be saved nowhere.
+        """
+        if not self.writes:
+            return
+        displaced = self._write_anywhere(
+            self.plan.model_path("final"), lambda path: self._write_model(path, "final", position), "The trained model"
+        )
+        if self.plan.should_save_state("final"):
+            displaced += self._write_anywhere(
+                self.plan.state_path("final"), lambda folder: self._write_state(folder, "final", position), "The state"
+            )
+        if displaced:
+            raise UserError("\n".join(displaced))
 
     def save_interrupted(self, position: Position) -> Path:
-        """Save model and state where a run was stopped, and return the state's folder.
+        """Save model and state where a run was stopped, and return the state's folder; see `after_training`.
 
         The state goes first: switching an optimizer to its averaged weights and back rounds them, and the state must continue
         from weights that were not rounded.
         """
-        state = self.plan.state_path("step", position.update)
+        written = [self.plan.state_path("step", position.update)]
+
+        def write_state(folder: Path) -> None:
+            self._write_state(folder, "step", position)
+            written.append(folder)
+
         if self.writes:
-            self._write_state(state, "step", position)
-            self._write_model(self.plan.model_path("step", position.update), "step", position)
-        return state
+            displaced = self._write_anywhere(written[0], write_state, "The state")
+            model = self.plan.model_path("step", position.update)
+            displaced += self._write_anywhere(model, lambda path: self._write_model(path, "step", position), "The trained model")
+            for told in displaced:
+                log.error("%s", told)
+        return written[-1]
 
     def _save_or_go_on(self, kind: SaveKind, number: int, position: Position) -> None:
         """Save in mid-run; a disk that is full now may have room at the next save, and nothing that was learned is lost."""
@@ -95,6 +122,36 @@ class Saver:
             self._save(kind, number, position)
         except UserError as error:
             log.error("%s Training goes on; nothing was removed, and the next save is tried as planned.", error)
+        except Exception:  # a network of another package, or a defect: no reason to lose what was learned either
+            log.exception("Saving failed. Training goes on; nothing was removed, and the next save is tried as planned.")
+
+    def _write_anywhere(self, path: Path, write: Callable[[Path], None], what: str) -> list[str]:
+        """Write what will not be in memory any longer: under its name, or else into a folder that takes it.
+
+        Args:
+            path: where it belongs.
+            write: writes to a path.
+            what: it is, as a sentence begins with it.
+
+        Returns:
+            A sentence where it lies elsewhere, or nothing.
+
+        Raises:
+            UserError: no folder takes it.
+            Exception: as `write` raises it, where that is none of a full disk.
+        """
+        try:
+            write(path)
+            return []
+        except Exception as error:
+            log.error("%s could not be saved: %s", what, error)
+            for folder in self.fallbacks:
+                with suppress(Exception):
+                    write(folder / path.name)
+                    return [
+                        f"{error} {what} is in {folder / path.name}: move it to a disk with space before that folder is emptied."
+                    ]
+            raise
 
     def _save(self, kind: SaveKind, number: int, position: Position) -> None:
         if not self.writes:
@@ -120,3 +177,9 @@ class Saver:
     def _tell(self, saved: Saved) -> None:
         for told in self.after_save:
             told(saved)
+
+
+def fallback_folders() -> list[Path]:
+    """Return where a run's last files go when its own folder takes none; new folders, so that nothing is replaced there."""
+    name = f"atelier-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+    return [Path.cwd() / name, Path(tempfile.gettempdir()) / name]

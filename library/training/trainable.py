@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from library.files.atomic import atomic_write
 from library.models.family import Family
 from library.training.full_tensors import full_tensors
 from library.training.position import Position
@@ -108,7 +109,11 @@ class NetworkTrainable:
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position) -> None:
         """Write the network's weights; see `Trainable.save`."""
-        self.network.save_weights(str(path), dtype, dict(metadata))
+        if type(self.network).__module__.partition(".")[0] == "networks":
+            self.network.save_weights(str(path), dtype, dict(metadata))
+            return
+        with atomic_write(path, keeps_ending=True) as temporary:  # networks of other packages write in place
+            self.network.save_weights(str(temporary), dtype, dict(metadata))
 
 
 class ModelTrainable:

@@ -2,6 +2,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from library.options.errors import UserError
 from library.options.groups.output import OutputOptions
@@ -83,13 +84,77 @@ def test_a_save_that_fails_in_mid_run_is_told_and_training_goes_on(tmp_path: Pat
     assert (tmp_path / "net.pt").exists()
 
 
-def test_a_final_save_that_fails_ends_the_run_with_its_sentence(tmp_path: Path) -> None:
+def full_disk(saver: Saver, full: Path) -> None:
+    """Let a saver fail to write models below a folder, and below all others once they are named too."""
+    good = saver.trainable.save
+
+    def save(path: Path, *more: object) -> None:
+        if full in path.parents:
+            raise UserError(f"{path} could not be written: the disk is full.")
+        good(path, *more)  # type: ignore[arg-type]
+
+    saver.trainable.save = save  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("current_is_full", [False, True])
+def test_what_a_full_disk_does_not_take_at_the_end_lies_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, current_is_full: bool
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "out" / "here").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "out" / "here" if current_is_full else tmp_path / "here")
     run = FakeRun(dataset(5), updates=1)
-    saver = make_saver(run, tmp_path)
-    saver.trainable.save = fail  # type: ignore[method-assign]
+    saver = make_saver(run, tmp_path / "out")
+    full_disk(saver, tmp_path / "out")
     run.run.observers = [saver]
-    with pytest.raises(UserError, match="the disk is full"):
+    with pytest.raises(UserError, match="the disk is full") as told:
         run.train()
+    (elsewhere,) = (tmp_path / ("temporary" if current_is_full else "here")).glob("atelier-*/net.pt")
+    assert f"The trained model is in {elsewhere}: move it" in str(told.value)
+    weights, _ = torch.load(elsewhere, weights_only=True)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in run.weights().items())
+    assert (tmp_path / "out" / "net-state").is_dir()  # what can be written where it belongs is written there
+
+
+def test_a_model_that_no_folder_takes_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    run = FakeRun(dataset(5), updates=1)
+    saver = make_saver(run, tmp_path / "out")
+    full_disk(saver, tmp_path)
+    with pytest.raises(UserError, match=r"out/net\.pt could not be written: the disk is full"):
+        saver.after_training(Position(update=1))
+
+
+def test_a_stopped_run_saves_elsewhere_too_and_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = FakeRun(dataset(5), updates=1)
+    run.train()
+    saver = make_saver(run, tmp_path / "out")
+    (tmp_path / "out").touch()
+    state = saver.save_interrupted(Position(batch=1, update=1))
+    assert state.parent.parent == tmp_path and state.parent.name.startswith("atelier-")
+    assert read_place(state).position == Position(batch=1, update=1)
+    assert (state.parent / "net-step00000001.pt").is_file()
+
+
+def test_a_network_of_another_package_is_written_whole_or_not_at_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = FakeRun(dataset(5), updates=2)
+    saver = make_saver(run, tmp_path, save_every_n_steps=1)
+    saver.after_update(Position(update=1))
+    whole = (tmp_path / "net-step00000001.pt").read_bytes()
+
+    def tear(path: str, *_: object) -> None:
+        assert path.endswith(".pt")
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("No space left on device")
+
+    run.network.save_weights = tear  # type: ignore[method-assign]
+    saver.after_update(Position(update=1))
+    assert "Saving failed. Training goes on" in caplog.text and "No space left on device" in caplog.text
+    assert (tmp_path / "net-step00000001.pt").read_bytes() == whole
+    assert {path.name for path in tmp_path.iterdir()} == {"net-step00000001.pt", "net-step00000001-state"}
 
 
 def test_a_state_that_cannot_be_written_leaves_no_part_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,5 +175,3 @@ def test_an_output_folder_that_became_a_file_is_told_and_training_goes_on(tmp_pa
     (tmp_path / "out").touch()
     saver.after_update(Position(update=1))
     assert f"{tmp_path / 'out'} could not be written: a file of that name is in the way." in caplog.text
-    with pytest.raises(UserError, match="a file of that name is in the way"):
-        saver.after_training(Position(update=3))
