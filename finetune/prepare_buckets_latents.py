@@ -111,7 +111,7 @@ def image_definition(arguments: argparse.Namespace) -> "DatasetConfig":
         UsageError: the sizes cannot be trained.
     """
     from library.options.dataset_config import load_dataset_config
-    from library.options.groups.cache import CacheFileOptions
+    from library.options.groups.cache import CacheOptions
     from library.options.groups.caption import CaptionTextOptions
     from library.options.groups.dataset import DatasetOptions, parse_size
     from library.options.groups.image import ImageOptions
@@ -132,7 +132,7 @@ def image_definition(arguments: argparse.Namespace) -> "DatasetConfig":
             flip_aug=arguments.flip_aug,
             alpha_mask=bool(arguments.alpha_mask),
         ),
-        CacheFileOptions(),
+        CacheOptions(),
     )
 
 

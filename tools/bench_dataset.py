@@ -179,7 +179,7 @@ def measured_checks(config: "DatasetConfig", sections: "tuple[Section, ...]") ->
 def configured(folder: str) -> "DatasetConfig":
     """Return one dataset of one folder, with buckets."""
     from library.options.dataset_config import load_dataset_config
-    from library.options.groups.cache import CacheFileOptions
+    from library.options.groups.cache import CacheOptions
     from library.options.groups.caption import CaptionTextOptions
     from library.options.groups.dataset import DatasetOptions
     from library.options.groups.image import ImageOptions
@@ -189,7 +189,7 @@ def configured(folder: str) -> "DatasetConfig":
         subset = {"image_dir": folder, "caption_extension": ".txt"}
         dataset = {"resolution": 1024, "enable_bucket": True, "max_bucket_reso": 2048, "subsets": [subset]}
         file.write_text(json.dumps({"datasets": [dataset]}), encoding="utf-8")
-        return load_dataset_config(DatasetOptions(dataset_config=file), CaptionTextOptions(), ImageOptions(), CacheFileOptions())
+        return load_dataset_config(DatasetOptions(dataset_config=file), CaptionTextOptions(), ImageOptions(), CacheOptions())
 
 
 def make_files(folder: str, count: int) -> None:

@@ -59,7 +59,7 @@ def cache(options: CacheLatentsOptions, definition: DatasetConfig) -> None:
     family = SdxlFamily.open(model_source(options.model, options.precision))
     accelerator = make_accelerator(options.precision, options.distributed)
     dataset = Dataset(definition, options.length.seed or 0)  # not a random one: two runs make the same latents
-    dtype = DTypes.of(options.precision, options.cache.no_half_vae, None).vae
+    dtype = DTypes.of(options.precision, options.precision.no_half_vae, None).vae
     load = functools.cache(lambda: family.load_vae(dtype, accelerator.device))
     fill_latents(dataset, family, load, dtype, cache_options(options), accelerator)
 

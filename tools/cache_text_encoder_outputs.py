@@ -18,7 +18,7 @@ from library.options.console import set_up_logging
 from library.options.dataset_config import DatasetConfig, load_dataset_config
 from library.options.entry import run_script
 from library.options.errors import problems_of
-from library.options.groups.cache import CacheFileOptions
+from library.options.groups.cache import CacheOptions
 from library.options.parse import parse
 from library.options.scripts import CacheTextEncoderOutputsOptions
 
@@ -42,7 +42,7 @@ def dataset_definition(options: CacheTextEncoderOutputsOptions) -> DatasetConfig
     )
 
 
-def cache_options(options: CacheTextEncoderOutputsOptions) -> CacheFileOptions:
+def cache_options(options: CacheTextEncoderOutputsOptions) -> CacheOptions:
     """Return the caching options with what this tool is for switched on."""
     return options.cache.model_copy(update={"cache_text_encoder_outputs": True, "cache_text_encoder_outputs_to_disk": True})
 

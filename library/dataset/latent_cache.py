@@ -23,7 +23,7 @@ from library.files.locks import folder_lock
 from library.files.npz import Arrays, read_npz, write_npz
 from library.models.family import Family
 from library.options.errors import UserError
-from library.options.groups.cache import CacheFileOptions
+from library.options.groups.cache import LatentCacheOptions
 
 _CHECKING_THREADS = 8
 _CHECKED_AT_ONCE = 1024
@@ -36,7 +36,7 @@ def cache_latents(
     dataset: Dataset,
     family: Family,
     encoder: LatentEncoder,
-    options: CacheFileOptions,
+    options: LatentCacheOptions,
     *,
     process_index: int = 0,
     num_processes: int = 1,
@@ -74,7 +74,7 @@ def cache_latents(
     return report
 
 
-def survey_latents(dataset: Dataset, family: Family, encoder: LatentEncoder, options: CacheFileOptions) -> CacheReport:
+def survey_latents(dataset: Dataset, family: Family, encoder: LatentEncoder, options: LatentCacheOptions) -> CacheReport:
     """Say what `cache_latents` would find on the disk and make, without making it; no model is loaded.
 
     Raises:

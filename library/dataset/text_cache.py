@@ -21,7 +21,7 @@ from library.dataset.text_encoder import TextEncoder
 from library.files.npz import Arrays, read_npz, write_npz
 from library.models.prompt_weights import has_weights
 from library.options.errors import UserError
-from library.options.groups.cache import CacheFileOptions
+from library.options.groups.cache import CacheOptions
 
 _CHECKING_THREADS = 8
 
@@ -29,7 +29,7 @@ _CHECKING_THREADS = 8
 def cache_text_outputs(
     dataset: Dataset,
     encoder: TextEncoder,
-    options: CacheFileOptions,
+    options: CacheOptions,
     *,
     trust_foreign: bool,
     process_index: int = 0,
@@ -71,7 +71,7 @@ def cache_text_outputs(
     return report
 
 
-def survey_text_outputs(dataset: Dataset, encoder: TextEncoder, options: CacheFileOptions, *, trust_foreign: bool) -> CacheReport:
+def survey_text_outputs(dataset: Dataset, encoder: TextEncoder, options: CacheOptions, *, trust_foreign: bool) -> CacheReport:
     """Say what `cache_text_outputs` would find on the disk and make, without making it; no model is loaded.
 
     The dataset's captions are the texts of the cache from then on. Whether files of other programs are of the same

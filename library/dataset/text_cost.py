@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from library.dataset.dataset import Dataset
 from library.models.family import TextCond
-from library.options.groups.cache import CacheFileOptions
+from library.options.groups.cache import CacheOptions
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class TextCost:
         num_processes: that share the texts; 1 where each encodes all.
     """
 
-    def __init__(self, dataset: Dataset, options: CacheFileOptions, batch_size: int, num_processes: int) -> None:
+    def __init__(self, dataset: Dataset, options: CacheOptions, batch_size: int, num_processes: int) -> None:
         rules = [subset.captions for section in dataset.config.sections for subset in section.subsets]
         self._varying = list(dict.fromkeys(name for each in rules for name in each.varying()))
         self._num_images = dataset.num_images

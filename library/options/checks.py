@@ -8,7 +8,7 @@ from pathlib import Path
 from library.options.checks_hub import hub_notes, hub_problems
 from library.options.checks_optimizer import fused_problems, negative_rate_problems
 from library.options.dataset_class import class_notes, class_problems
-from library.options.groups.cache import CacheFileOptions
+from library.options.groups.cache import CacheOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.generation import GenModelOptions, GenNetworkOptions, PictureOptions, PromptOptions
 from library.options.groups.logging import LoggingOptions
@@ -113,7 +113,7 @@ def _tool_problems(dataset: DatasetOptions) -> Iterator[str]:
         yield "--dataset_class makes its batches itself, so there is nothing to cache beside images. Leave it out."
 
 
-def _network_problems(network: NetworkOptions, cache: CacheFileOptions) -> Iterator[str]:
+def _network_problems(network: NetworkOptions, cache: CacheOptions) -> Iterator[str]:
     if network.network_module is None:
         yield "--network_module is missing. For a LoRA give --network_module networks.lora."
     if network.dim_from_weights and network.network_weights is None:

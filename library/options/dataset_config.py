@@ -14,7 +14,7 @@ from library.options.dataset_keys import KEYS, DatasetKind, Key, subset_kind
 from library.options.dataset_records import CaptionRules, DatasetConfig, SectionConfig, SubsetConfig
 from library.options.dataset_values import NotThatType
 from library.options.errors import UsageError
-from library.options.groups.cache import CacheFileOptions
+from library.options.groups.cache import LatentCacheOptions
 from library.options.groups.caption import CaptionTextOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.image import ImageOptions
@@ -29,7 +29,7 @@ def load_dataset_config(
     dataset: DatasetOptions,
     caption: CaptionTextOptions,
     image: ImageOptions,
-    cache: CacheFileOptions,
+    cache: LatentCacheOptions,
     *,
     validation: ValidationOptions | None = None,
     masked_loss: bool = False,

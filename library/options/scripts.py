@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar, get_type_hints
 
 from library.options.declare import OptionGroup
-from library.options.groups.cache import CacheFileOptions, CacheOptions
+from library.options.groups.cache import CacheOptions, LatentCacheOptions
 from library.options.groups.cache_tool import CacheTextToolOptions, CacheToolOptions
 from library.options.groups.caption import CaptionOptions, CaptionTextOptions
 from library.options.groups.compile import CompileOptions
@@ -33,7 +33,12 @@ from library.options.groups.network import NetworkOptions
 from library.options.groups.noise import NoiseOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.output import ModelOutputOptions, OutputOptions, SavingOptions
-from library.options.groups.precision import FinetunePrecisionOptions, PrecisionOptions, WorkingPrecisionOptions
+from library.options.groups.precision import (
+    FinetunePrecisionOptions,
+    PrecisionOptions,
+    VaePrecisionOptions,
+    WorkingPrecisionOptions,
+)
 from library.options.groups.preflight import PreflightOptions
 from library.options.groups.sample import SampleOptions
 from library.options.groups.scheduler import SchedulerOptions
@@ -68,11 +73,11 @@ class TrainingOptions(ScriptOptions):
     preflight: PreflightOptions = field(default_factory=PreflightOptions)
     caption: CaptionOptions = field(default_factory=CaptionOptions)
     image: ImageOptions = field(default_factory=ImageOptions)
-    cache: CacheOptions = field(default_factory=CacheOptions)
+    cache: LatentCacheOptions = field(default_factory=LatentCacheOptions)
     length: LengthOptions = field(default_factory=LengthOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
-    precision: WorkingPrecisionOptions = field(default_factory=WorkingPrecisionOptions)
+    precision: VaePrecisionOptions = field(default_factory=VaePrecisionOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     output: SavingOptions = field(default_factory=SavingOptions)
@@ -114,6 +119,7 @@ class SdxlTrainOptions(TrainingOptions):
         | ValidationOptions.model_fields.keys()
     )
 
+    cache: CacheOptions = field(default_factory=CacheOptions)
     precision: FinetunePrecisionOptions = field(default_factory=FinetunePrecisionOptions)
     output: ModelOutputOptions = field(default_factory=ModelOutputOptions)
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
@@ -127,6 +133,7 @@ class SdxlTrainNetworkOptions(TrainingOptions):
     purpose: ClassVar[str] = "Train a LoRA or another network on an SDXL model."
     additions: ClassVar[frozenset[str]] = _TRAINING_ADDITIONS | {"fused_optimizer_groups", "text_encoder_lr1", "text_encoder_lr2"}
 
+    cache: CacheOptions = field(default_factory=CacheOptions)
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
     network: NetworkOptions = field(default_factory=NetworkOptions)
@@ -169,6 +176,7 @@ class CacheLatentsOptions(_CachingOptions):
 
     caption: CaptionTextOptions = field(default_factory=CaptionTextOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
+    precision: VaePrecisionOptions = field(default_factory=VaePrecisionOptions)
     tool: CacheToolOptions = field(default_factory=CacheToolOptions)
 
 
@@ -180,7 +188,7 @@ class CacheTextEncoderOutputsOptions(_CachingOptions):
     purpose: ClassVar[str] = "Encode the captions of a dataset and keep the results on disk beside the images."
 
     caption: CaptionOptions = field(default_factory=CaptionOptions)
-    cache: CacheFileOptions = field(default_factory=CacheFileOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
     tool: CacheTextToolOptions = field(default_factory=CacheTextToolOptions)
 
 

@@ -30,7 +30,7 @@ def survey_caches(options: TrainingOptions, checked: Checked, family: Family) ->
         For latents and captions, where they are cached on the disk: what is there and what is to be made, and why.
     """
     cache, dataset = options.cache, checked.dataset
-    dtypes = DTypes.of(options.precision, cache.no_half_vae, None)
+    dtypes = DTypes.of(options.precision, options.precision.no_half_vae, None)
     reports: list[CacheReport] = []
     if cache.cache_latents_to_disk:
         posterior = cache.cache_latents_posterior
@@ -39,9 +39,9 @@ def survey_caches(options: TrainingOptions, checked: Checked, family: Family) ->
             reports.append(survey_latents(dataset, family, encoder, cache))
         except UserError as error:
             checked.findings.error(Kind.CACHE, "latents", str(error))
-    if cache.cache_text_encoder_outputs_to_disk:
+    if cache.text is not None and cache.text.cache_text_encoder_outputs_to_disk:
         texts = TextEncoder(family, _not_loaded, torch.device("cpu"), dtypes.compute, options.model.max_token_length or 75)
-        reports.append(survey_text_outputs(dataset, texts, cache, trust_foreign=family.trusts_foreign_text_caches()))
+        reports.append(survey_text_outputs(dataset, texts, cache.text, trust_foreign=family.trusts_foreign_text_caches()))
     return _facts(reports)
 
 

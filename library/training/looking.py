@@ -59,8 +59,8 @@ def look(
 def show_batches(options: TrainingOptions, dataset: Dataset, lengths: Mapping[str, int]) -> None:
     """Write the first batches into `debug_dataset` in the output folder, with captions as they are while training."""
     folder = Path(options.output.output_dir or ".") / "debug_dataset"
-    if options.cache.cache_text_encoder_outputs:
-        dataset.text_variants = options.cache.text_cache_variants
+    if options.cache.text is not None:
+        dataset.text_variants = options.cache.text.text_cache_variants
     written = write_batches(
         folder,
         dataset,

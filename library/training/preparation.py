@@ -26,7 +26,7 @@ from library.generation.pipeline import EncodedPrompt, Pipeline
 from library.generation.request import ImageRequest
 from library.models.family import Components, Family, ModelSource
 from library.models.prompt_weights import PromptStyle
-from library.options.groups.cache import CacheFileOptions
+from library.options.groups.cache import CacheOptions, LatentCacheOptions
 from library.options.groups.model import ModelOptions
 from library.options.groups.precision import WorkingPrecisionOptions
 from library.training.progress import bar_interval, messages_above_bars
@@ -67,11 +67,11 @@ def prepare_text(setting: Setting, requests: Sequence[ImageRequest], dtype: torc
     """
     options, accelerator, family = setting.options, setting.accelerator, setting.family
     load = cache(lambda: list[nn.Module | None](family.load_text_encoders(dtype, accelerator.device)))
-    if not (options.cache.cache_text_encoder_outputs or options.cache.cache_text_encoder_outputs_to_disk):
+    if options.cache.text is None:
         return TextSide(load(), None)
     batch_size = options.dataset.train_batch_size
     style = setting.caption_style
-    fill_texts(setting.dataset, family, load, dtype, options.model, options.cache, accelerator, batch_size, style)
+    fill_texts(setting.dataset, family, load, dtype, options.model, options.cache.text, accelerator, batch_size, style)
     prompts: list[EncodedPrompt] = []
     if requests:
         prompts = Pipeline(
@@ -116,7 +116,7 @@ def fill_texts(
     load: Callable[[], Sequence[nn.Module | None]],
     dtype: torch.dtype,
     model: ModelOptions,
-    options: CacheFileOptions,
+    options: CacheOptions,
     accelerator: Accelerator,
     batch_size: int,
     style: PromptStyle | None,
@@ -154,7 +154,7 @@ def fill_latents(
     family: Family,
     load: Callable[[], nn.Module],
     dtype: torch.dtype,
-    options: CacheFileOptions,
+    options: LatentCacheOptions,
     accelerator: Accelerator,
 ) -> None:
     """Give the dataset its cached latents; returns when all processes are done.

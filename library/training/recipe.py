@@ -161,7 +161,7 @@ def make_setting(
     if accelerator.is_main_process and options.output.output_dir:
         make_folder(options.output.output_dir)
     seed = shared_seed(accelerator, options.length.seed, saved_seed)
-    dtypes = DTypes.of(options.precision, options.cache.no_half_vae, options.output.save_precision)
+    dtypes = DTypes.of(options.precision, options.precision.no_half_vae, options.output.save_precision)
     family = open_family(model_source(options.model, options.precision))
     objective = family.make_objective(options.model, options.noise, options.loss, accelerator.device)
     dataset = open_dataset(options, data, seed, family, accelerator.num_processes)

@@ -15,7 +15,7 @@ from library.dataset.index import Section, build_index
 from library.dataset.index_store import STORE_NAME
 from library.dataset.info_file import INFO_NAME
 from library.options.dataset_config import load_dataset_config
-from library.options.groups.cache import CacheFileOptions
+from library.options.groups.cache import CacheOptions
 from library.options.groups.caption import CaptionTextOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.image import ImageOptions
@@ -151,5 +151,5 @@ def test_a_file_that_cannot_be_used_is_made_again(folder: Path, content: str, ca
 def test_the_switch_on_the_command_line_writes_it_in_every_folder(folder: Path, tmp_path: Path) -> None:
     folder.rename(tmp_path / "2_dog")
     options = DatasetOptions(train_data_dir=str(tmp_path), resolution="64", cache_info=True)
-    build_index(load_dataset_config(options, CaptionTextOptions(), ImageOptions(), CacheFileOptions()))
+    build_index(load_dataset_config(options, CaptionTextOptions(), ImageOptions(), CacheOptions()))
     assert len(written(tmp_path / "2_dog")) == 5

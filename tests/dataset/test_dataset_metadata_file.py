@@ -17,7 +17,7 @@ from library.dataset.listing import positions_by_folder
 from library.dataset.metadata_file import caption_of, read_metadata
 from library.options.dataset_config import DatasetConfig, load_dataset_config
 from library.options.errors import UsageError, UserError
-from library.options.groups.cache import CacheFileOptions
+from library.options.groups.cache import CacheOptions
 from library.options.groups.caption import CaptionTextOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.image import ImageOptions
@@ -46,7 +46,7 @@ def items_of(file: str, image_dir: Path | str = "", **changes: object):
 
 def load(**dataset: object) -> DatasetConfig:
     options = DatasetOptions(**{"resolution": "64"} | dataset)
-    return load_dataset_config(options, CaptionTextOptions(), ImageOptions(), CacheFileOptions())
+    return load_dataset_config(options, CaptionTextOptions(), ImageOptions(), CacheOptions())
 
 
 @pytest.mark.parametrize("form", ["absolute", "relative", "without_ending"])

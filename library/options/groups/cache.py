@@ -7,8 +7,8 @@ from pydantic import model_validator
 from library.options.declare import OptionGroup, flag, option
 
 
-class CacheFileOptions(OptionGroup):
-    """What is encoded once before training, and where it is kept."""
+class LatentCacheOptions(OptionGroup):
+    """Images that are encoded once before training, and where the latents are kept."""
 
     topic: ClassVar[str] = "Caching"
 
@@ -19,14 +19,12 @@ class CacheFileOptions(OptionGroup):
     )
     vae_batch_size: int = option(1, "Images per call of the VAE.", ge=1)
     skip_cache_check: bool = flag("Trust cache files that exist without opening them.")
-    cache_text_encoder_outputs: bool = flag("Encode every caption once before training and keep the results in memory.")
-    cache_text_encoder_outputs_to_disk: bool = flag(
-        "Keep the encoded captions on disk beside the images; implies --cache_text_encoder_outputs."
-    )
-    text_cache_variants: int = option(
-        10, "Most texts each caption is encoded as where settings vary it, such as --shuffle_caption, and text is cached.", ge=1
-    )
     highvram: bool = flag("Do not empty the device's memory cache between batches while caching latents.")
+
+    @property
+    def text(self) -> "CacheOptions | None":
+        """The options of cached text where text is cached, else None."""
+        return None
 
     @model_validator(mode="before")
     @classmethod
@@ -35,7 +33,18 @@ class CacheFileOptions(OptionGroup):
         return given | dict.fromkeys(implied, True)
 
 
-class CacheOptions(CacheFileOptions):
-    """Caching where there is a VAE."""
+class CacheOptions(LatentCacheOptions):
+    """Images and captions that are encoded once before training."""
 
-    no_half_vae: bool = flag("Keep the VAE in float32 whatever the mixed precision.")
+    cache_text_encoder_outputs: bool = flag("Encode every caption once before training and keep the results in memory.")
+    cache_text_encoder_outputs_to_disk: bool = flag(
+        "Keep the encoded captions on disk beside the images; implies --cache_text_encoder_outputs."
+    )
+    text_cache_variants: int = option(
+        10, "Most texts each caption is encoded as where settings vary it, such as --shuffle_caption, and text is cached.", ge=1
+    )
+
+    @property
+    def text(self) -> "CacheOptions | None":
+        """The options of cached text where text is cached, else None."""
+        return self if self.cache_text_encoder_outputs else None

@@ -30,14 +30,20 @@ class WorkingPrecisionOptions(OptionGroup):
         return "mem_eff_attn" if self.mem_eff_attn else "xformers" if self.wants_xformers else "sdpa"
 
 
-class PrecisionOptions(WorkingPrecisionOptions):
+class VaePrecisionOptions(WorkingPrecisionOptions):
+    """Number types, memory and attention where there is a VAE."""
+
+    no_half_vae: bool = flag("Keep the VAE in float32 whatever the mixed precision.")
+
+
+class PrecisionOptions(VaePrecisionOptions):
     """Number types, memory and attention of network training."""
 
     fp8_base_unet: bool = flag("Hold the frozen weights of the U-Net in 8 bits.")
     cpu_offload_checkpointing: bool = flag("Keep checkpointed activations in main memory.")
 
 
-class FinetunePrecisionOptions(WorkingPrecisionOptions):
+class FinetunePrecisionOptions(VaePrecisionOptions):
     """Number types, memory and attention of fine-tuning."""
 
     diffusers_xformers: bool = flag("The same as --xformers.")
