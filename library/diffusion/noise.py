@@ -7,7 +7,7 @@ Shape legend: B images, C latent channels, h and w latent height and width.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,11 +87,33 @@ def timestep_range(options: NoiseOptions) -> tuple[int, int]:
     return low, high
 
 
-def draw_timesteps(stream: RandomStream, count: int, low: int, high: int) -> Tensor:
-    """Draw `count` timesteps uniform in [low, high), int64; with an empty range every one is `high`."""
+def uniform_timesteps(stream: RandomStream, count: int, low: int, high: int, options: NoiseOptions) -> Tensor:
+    """Draw `count` timesteps, int64, each of [low, high) as often as any other; `options` are not used."""
+    return torch.randint(low, high, (count,), generator=stream.tensors)
+
+
+def logit_normal_timesteps(stream: RandomStream, count: int, low: int, high: int, options: NoiseOptions) -> Tensor:
+    """Draw `count` timesteps, int64: ⌊low + (high − low)·sigmoid(m + s·z)⌋, z standard normal, m and s mean and deviation.
+
+    Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", section 3.1. The timestep t or one
+    below it is drawn with probability Φ((logit((t + 1 − low)/(high − low)) − m)/s).
+    """
+    shares = torch.sigmoid(options.logit_mean + options.logit_std * stream.normal(count).double())
+    return (low + (high - low) * shares).long().clamp(max=high - 1)
+
+
+TIMESTEP_DISTRIBUTIONS: Mapping[str, Callable[[RandomStream, int, int, int, NoiseOptions], Tensor]] = {
+    "uniform": uniform_timesteps,
+    "logit_normal": logit_normal_timesteps,
+}
+
+
+def draw_timesteps(stream: RandomStream, count: int, options: NoiseOptions) -> Tensor:
+    """Draw `count` timesteps from the range that is trained, int64; with an empty range every one is its end."""
+    low, high = timestep_range(options)
     if low >= high:
         return torch.full((count,), high, dtype=torch.int64)
-    return torch.randint(low, high, (count,), generator=stream.tensors)
+    return TIMESTEP_DISTRIBUTIONS[options.timestep_distribution](stream, count, low, high, options)
 
 
 def draw_pyramid(stream: RandomStream, shape: tuple[int, int, int, int], iterations: int, discount: float) -> Tensor:
@@ -134,7 +156,7 @@ def draw_from(stream: RandomStream, shape: tuple[int, int, int, int], options: N
         offset = stream.normal(*shape[:2], 1, 1)
     if options.multires_noise_iterations:
         gaussian = gaussian + draw_pyramid(stream, shape, options.multires_noise_iterations, options.multires_noise_discount)
-    timesteps = draw_timesteps(stream, shape[0], *timestep_range(options))
+    timesteps = draw_timesteps(stream, shape[0], options)
     if options.ip_noise_gamma:
         gamma = strength(stream, options.ip_noise_gamma, options.ip_noise_gamma_random_strength)
         perturbation = gamma * stream.normal(*shape)
@@ -199,7 +221,9 @@ def shape_noise(draws: NoiseDraws, latents: Tensor, options: NoiseOptions) -> Te
 def describe_noise(options: NoiseOptions) -> list[str]:
     """Name each kind of noise that is on, one line each, for the head of a run."""
     low, high = timestep_range(options)
-    lines = [f"timesteps: {low} to {high - 1}, uniform" if low < high else f"timesteps: always {high}"]
+    normal = f"logit-normal, mean {options.logit_mean:g}, deviation {options.logit_std:g}"
+    drawn = normal if options.timestep_distribution == "logit_normal" else "uniform"
+    lines = [f"timesteps: {low} to {high - 1}, {drawn}" if low < high else f"timesteps: always {high}"]
     up_to = {False: "", True: "up to "}
     if options.noise_offset:
         adaptive = f", plus {options.adaptive_noise_scale} × |channel mean|" if options.adaptive_noise_scale is not None else ""

@@ -6,16 +6,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from library.options.checks_hub import hub_notes, hub_problems
+from library.options.checks_objective import objective_notes, objective_problems
 from library.options.checks_optimizer import fused_problems, negative_rate_problems
 from library.options.dataset_class import class_notes, class_problems
 from library.options.groups.cache import CacheOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.generation import GenModelOptions, GenNetworkOptions, PictureOptions, PromptOptions
 from library.options.groups.logging import LoggingOptions
-from library.options.groups.loss import LossOptions
 from library.options.groups.model import ModelOptions
 from library.options.groups.network import NetworkOptions
-from library.options.groups.noise import NoiseOptions
 from library.options.groups.precision import WorkingPrecisionOptions
 from library.options.groups.sample import SampleOptions
 from library.options.scripts import (
@@ -66,8 +65,7 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
         yield "--output_dir is missing. Name the folder for what is trained."
     yield from precision_problems(options.precision)
     yield from fused_problems(options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision)
-    yield from _noise_problems(options.noise)
-    yield from _loss_problems(options.loss, options.model.v_parameterization)
+    yield from objective_problems(options.noise, options.loss, options.model.v_parameterization)
     yield from _sample_problems(options.sample)
     yield from _logging_problems(options.logging)
     yield from _start_problems(options)
@@ -156,21 +154,6 @@ def _finetune_notes(options: SdxlTrainOptions) -> Iterator[str]:
         yield "--use_safetensors has no effect with --save_model_as ckpt."
 
 
-def _noise_problems(noise: NoiseOptions) -> Iterator[str]:
-    if noise.adaptive_noise_scale is not None and noise.noise_offset is None:
-        yield "--adaptive_noise_scale changes the noise offset, so it needs --noise_offset above 0."
-    lowest, end = noise.min_timestep or 0, 1000 if noise.max_timestep is None else noise.max_timestep
-    if lowest >= end:
-        yield f"--min_timestep ({lowest}) must be below --max_timestep ({end}), or no timestep is left to train."
-
-
-def _loss_problems(loss: LossOptions, v_parameterization: bool) -> Iterator[str]:
-    if loss.scale_v_pred_loss_like_noise_pred and not v_parameterization:
-        yield "--scale_v_pred_loss_like_noise_pred is for v-prediction and needs --v_parameterization."
-    if loss.v_pred_like_loss is not None and v_parameterization:
-        yield "--v_pred_like_loss is for noise prediction and excludes --v_parameterization."
-
-
 def _sample_problems(sample: SampleOptions) -> Iterator[str]:
     wanted = sample.sample_at_first or sample.sample_every_n_steps or sample.sample_every_n_epochs
     if wanted and sample.sample_prompts is None:
@@ -198,10 +181,7 @@ def _training_notes(options: TrainingOptions) -> Iterator[str]:
     yield from class_notes(options)
     if options.model.clip_skip is not None:
         yield "--clip_skip has no influence on SDXL, which always uses the second to last layer; it is only noted in the metadata."
-    if options.noise.zero_terminal_snr and not options.model.v_parameterization:
-        yield "--zero_terminal_snr is meant for v-prediction; without --v_parameterization the last timestep teaches nothing."
-    if options.loss.huber_schedule == "snr" and options.loss.huber_scale != 1:
-        yield "--huber_scale has no effect with --huber_schedule snr."
+    yield from objective_notes(options.noise, options.loss, options.model.v_parameterization)
     if options.state.skip_until_initial_step and not (
         options.state.initial_step or options.state.initial_epoch or options.state.resume
     ):

@@ -30,7 +30,7 @@ from library.options.groups.loss import ElementLossOptions, LossOptions
 from library.options.groups.model import ModelOptions
 from library.options.groups.modelspec import ModelSpecOptions
 from library.options.groups.network import NetworkOptions
-from library.options.groups.noise import NoiseOptions
+from library.options.groups.noise import DdpmNoiseOptions, NoiseOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.output import ModelOutputOptions, OutputOptions, SavingOptions
 from library.options.groups.precision import (
@@ -97,11 +97,14 @@ _TRAINING_ADDITIONS = frozenset(
     {
         "dataset_report",
         "log_events",
+        "logit_mean",
+        "logit_std",
         "masked_loss_normalize",
         "resume_changed",
         "strict_config",
         "cache_latents_posterior",
         "text_cache_variants",
+        "timestep_distribution",
         "true_crop_conditioning",
     }
 )
@@ -152,7 +155,7 @@ class _CachingOptions(ScriptOptions):
     image: ImageOptions = field(default_factory=ImageOptions)
     length: LengthOptions = field(default_factory=LengthOptions)
     precision: WorkingPrecisionOptions = field(default_factory=WorkingPrecisionOptions)
-    noise: NoiseOptions = field(default_factory=NoiseOptions)
+    noise: DdpmNoiseOptions = field(default_factory=DdpmNoiseOptions)
     loss: ElementLossOptions = field(default_factory=ElementLossOptions)
     output: SavingOptions = field(default_factory=SavingOptions)
     state: StateFileOptions = field(default_factory=StateFileOptions)

@@ -29,6 +29,14 @@ RECORDED_OPTIONS: tuple[str, ...] = (
 )  # fmt: skip
 """Options written as they were given, as `ss_<option>`."""
 
+RECORDED_WHEN_SET: Mapping[str, Any] = {
+    "timestep_distribution": "uniform",
+    "logit_mean": 0.0,
+    "logit_std": 1.0,
+    "masked_loss_normalize": False,
+}
+"""Options that sd-scripts does not have, written where their value is another than this default."""
+
 MINIMAL_KEYS = frozenset(
     {"ss_v2", "ss_base_model_version", "ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"}
 )
@@ -90,6 +98,7 @@ def network_metadata(
         KeyError: `values` lacks an option of `RECORDED_OPTIONS`.
     """
     metadata = {f"ss_{name}": str(values[name]) for name in RECORDED_OPTIONS}
+    metadata |= {f"ss_{name}": str(values[name]) for name, default in RECORDED_WHEN_SET.items() if values[name] != default}
     metadata |= _run_keys(run)
     metadata |= {
         "ss_output_name": str(values["output_name"]),

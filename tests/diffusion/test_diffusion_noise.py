@@ -86,7 +86,34 @@ def test_adaptive_offset_equals_the_reference(reference, key, scale, adaptive):
     ],
 )
 def test_timesteps_equal_the_reference(reference, key, seed, count, low, high):
-    assert draw_timesteps(RandomStream(seed), count, low, high).tolist() == reference["timesteps"][key]
+    options = NoiseOptions(min_timestep=low, max_timestep=high)
+    assert draw_timesteps(RandomStream(seed), count, options).tolist() == reference["timesteps"][key]
+
+
+@pytest.mark.parametrize("shape", [(0.0, 1.0, None, None), (0.8, 0.5, None, None), (-1.5, 2.0, 200, 700), (40.0, 1.0, 100, 900)])
+def test_logit_normal_timesteps_have_the_closed_distribution_within_the_range(shape):
+    mean, std, low, high = shape
+    options = NoiseOptions(
+        timestep_distribution="logit_normal", logit_mean=mean, logit_std=std, min_timestep=low, max_timestep=high
+    )
+    low, high = timestep_range(options)
+    count = 100_000
+    drawn = draw_timesteps(RandomStream(1), count, options)
+    assert low <= drawn.min() and drawn.max() < high
+    found = torch.bincount(drawn, minlength=1000)[low:high].cumsum(0) / count
+    ends = (torch.arange(low, high, dtype=torch.float64) + 1 - low) / (high - low)
+    expected = torch.special.ndtr((torch.logit(ends) - mean) / std)
+    expected[-1] = 1  # the last timestep takes what would be rounded up to the end
+    assert (found - expected).abs().max() < 1.63 / count**0.5  # Kolmogorov and Smirnov's bound: one sample in a hundred exceeds it
+
+
+def test_the_distribution_of_timesteps_leaves_the_noise_of_an_image_as_it_is():
+    uniform, normal = (
+        draw([3, 4], (4, 8, 8), EVERYTHING.model_copy(update={"timestep_distribution": kind, "ip_noise_gamma": None}))
+        for kind in ("uniform", "logit_normal")
+    )
+    assert torch.equal(uniform.gaussian, normal.gaussian) and torch.equal(uniform.offset, normal.offset)
+    assert not torch.equal(uniform.timesteps, normal.timesteps)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +176,8 @@ def test_zero_turns_every_kind_of_noise_off():
 
 def test_the_run_header_names_each_kind_of_noise_that_is_on():
     assert describe_noise(NoiseOptions()) == ["timesteps: 0 to 999, uniform"]
+    bell = NoiseOptions(timestep_distribution="logit_normal", logit_std=0.5, min_timestep=10)
+    assert describe_noise(bell) == ["timesteps: 10 to 999, logit-normal, mean 0, deviation 0.5"]
     text = "\n".join(describe_noise(EVERYTHING.model_copy(update={"zero_terminal_snr": True})))
     for word in (
         "noise offset: up to 0.1",

@@ -84,6 +84,54 @@ def test_the_last_timestep_of_zero_terminal_snr_is_pure_noise_and_gives_a_finite
     assert torch.isfinite(goal.loss(torch.zeros_like(latents), sample, latents, torch.ones(2))).all()
 
 
+HUBER = {"loss_type": "huber"}
+EFFECTS = {
+    "noise_offset": (0.1, {}),
+    "noise_offset_random_strength": (True, {"noise_offset": 0.1}),
+    "adaptive_noise_scale": (0.3, {"noise_offset": 0.1}),
+    "multires_noise_iterations": (4, {}),
+    "multires_noise_discount": (0.9, {"multires_noise_iterations": 4}),
+    "ip_noise_gamma": (0.2, {}),
+    "ip_noise_gamma_random_strength": (True, {"ip_noise_gamma": 0.2}),
+    "zero_terminal_snr": (True, {}),
+    "min_timestep": (900, {}),
+    "max_timestep": (100, {}),
+    "timestep_distribution": ("logit_normal", {}),
+    "logit_mean": (2.0, {"timestep_distribution": "logit_normal"}),
+    "logit_std": (0.1, {"timestep_distribution": "logit_normal"}),
+    "loss_type": ("l1", {}),
+    "huber_schedule": ("exponential", HUBER),
+    "huber_c": (0.5, HUBER),
+    "huber_scale": (2.0, HUBER | {"huber_schedule": "constant"}),
+    "masked_loss_normalize": (True, {}),
+    "min_snr_gamma": (5.0, {"max_timestep": 100}),
+    "debiased_estimation_loss": (True, {}),
+    "scale_v_pred_loss_like_noise_pred": (True, {}),
+    "v_pred_like_loss": (0.5, {}),
+}
+"""Of every option of noise and loss a value, and what else has to be on for it to have an effect."""
+
+
+@pytest.mark.parametrize("v", [False, True], ids=["epsilon", "v"])
+@pytest.mark.parametrize("name", EFFECTS)
+def test_every_option_of_noise_and_loss_changes_the_loss(name, v):
+    value, others = EFFECTS[name]
+    draw = torch.Generator().manual_seed(0)
+    latents, prediction = 1 + torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 4, 8, 8, generator=draw)
+    masks = torch.rand(2, 1, 64, 64, generator=draw)
+    losses = []
+    for given in (others, others | {name: value}):
+        of_noise = {key: each for key, each in given.items() if key in NoiseOptions.model_fields}
+        goal = objective(v, NoiseOptions(**of_noise), **{key: each for key, each in given.items() if key not in of_noise})
+        sample = goal.sample(latents, [5, 6])
+        losses.append(goal.loss(prediction + sample.noisy, sample, latents, torch.ones(2), masks))
+    assert not torch.isclose(*losses).any()
+
+
+def test_no_option_of_noise_and_loss_is_left_out():
+    assert {*NoiseOptions.model_fields, *LossOptions.model_fields} - {"masked_loss"} == set(EFFECTS)
+
+
 def test_noise_and_loss_are_float32_whatever_the_dtype_of_latents_and_prediction():
     goal, latents = objective(), torch.randn(1, 4, 8, 8, dtype=torch.bfloat16)
     sample = goal.sample(latents, [1])

@@ -25,6 +25,7 @@ REFUSED = [
     ("--adaptive_noise_scale 0.1", "needs --noise_offset above 0"),
     ("--adaptive_noise_scale 0.1 --noise_offset 0", "needs --noise_offset above 0"),
     ("--min_timestep 500 --max_timestep 500", "--min_timestep (500) must be below --max_timestep (500)"),
+    ("--logit_mean 0.5", "but they are drawn uniformly"),
     ("--scale_v_pred_loss_like_noise_pred", "needs --v_parameterization"),
     ("--v_pred_like_loss 0.1 --v_parameterization", "excludes --v_parameterization"),
     ("--vae missing.safetensors", "there is no file or folder missing.safetensors"),
@@ -66,6 +67,11 @@ ODD = [
     ("--clip_skip 2", "--clip_skip has no influence on SDXL"),
     ("--zero_terminal_snr", "--zero_terminal_snr is meant for v-prediction"),
     ("--huber_scale 2 --loss_type huber", "--huber_scale has no effect"),
+    ("--huber_c 0.2", "--huber_c has no effect with --loss_type l2"),
+    ("--huber_schedule constant", "--huber_schedule has no effect with --loss_type l2"),
+    ("--noise_offset_random_strength", "--noise_offset_random_strength has no effect without --noise_offset"),
+    ("--ip_noise_gamma_random_strength", "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma"),
+    ("--multires_noise_discount 0.5", "--multires_noise_discount has no effect without"),
     ("--skip_until_initial_step", "--skip_until_initial_step has no effect"),
 ]
 

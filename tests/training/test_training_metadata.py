@@ -10,12 +10,14 @@ import torch
 from library.options.errors import UserError
 from library.options.groups.modelspec import ModelSpecOptions
 from library.options.groups.network import NetworkOptions
+from library.options.groups.noise import NoiseOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.record import option_values
 from library.options.scripts import SdxlTrainNetworkOptions
 from library.training.environment import source_revision
 from library.training.metadata import (
     MINIMAL_KEYS,
+    RECORDED_WHEN_SET,
     NetworkRecord,
     RunRecord,
     at_save,
@@ -69,6 +71,13 @@ def test_options_are_written_as_given_and_unset_ones_as_none() -> None:
     assert written["ss_full_fp16"] == "False"
     assert written["ss_lr_scheduler"] == "constant"
     assert written["ss_seed"] == "42"
+
+
+def test_our_own_options_are_written_where_they_are_used() -> None:
+    assert RECORDED_WHEN_SET.items() <= values().items()
+    written = metadata(noise=NoiseOptions(timestep_distribution="logit_normal", logit_std=0.5))
+    ours = {key: value for key, value in written.items() if key.removeprefix("ss_") in RECORDED_WHEN_SET}
+    assert ours == {"ss_timestep_distribution": "logit_normal", "ss_logit_std": "0.5"}
 
 
 def test_dataset_facts_are_json() -> None:

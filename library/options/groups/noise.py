@@ -1,12 +1,12 @@
 """Options about the noise and the timesteps that are trained."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from library.options.declare import OptionGroup, SameAsUnset, flag, option
 
 
-class NoiseOptions(OptionGroup):
-    """Noise and timesteps."""
+class DdpmNoiseOptions(OptionGroup):
+    """Noise and the range of timesteps, as sd-scripts has them."""
 
     topic: ClassVar[str] = "Noise and timesteps"
 
@@ -26,3 +26,15 @@ class NoiseOptions(OptionGroup):
     zero_terminal_snr: bool = flag("Make the last timestep pure noise; for models that predict v.")
     min_timestep: int | None = option(None, "Lowest timestep that is trained; 0 when left out.", ge=0, le=999)
     max_timestep: int | None = option(None, "Timesteps below this one are trained; 1000 when left out.", ge=1, le=1000)
+
+
+class NoiseOptions(DdpmNoiseOptions):
+    """Noise and timesteps."""
+
+    timestep_distribution: Literal["uniform", "logit_normal"] = option(
+        "uniform", "How timesteps are drawn between --min_timestep and --max_timestep: all alike, or most of them in the middle."
+    )
+    logit_mean: float = option(
+        0.0, "Mean of the logit-normal distribution: above 0 more noise is trained, below 0 less; 0 is symmetric."
+    )
+    logit_std: float = option(1.0, "Deviation of the logit-normal distribution: the smaller, the narrower.", gt=0)
