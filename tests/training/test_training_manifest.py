@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from library.dataset.dataset import Dataset
+from library.diffusion.objective import DdpmObjective
+from library.diffusion.schedule import NoiseSchedule
 from library.options.groups.length import LengthOptions
 from library.options.groups.logging import LoggingOptions
 from library.options.groups.output import OutputOptions
@@ -36,7 +38,8 @@ def setting(folder: Path, output_name: str | None = "net") -> Setting:
     dtypes = DTypes(torch.float32, torch.float32, torch.float32, None)
     dataset = Dataset(config(section(subset(folder, num_repeats=3))), 7)
     length = RunLength.of(2, 1, 6, None)
-    return Setting(options, Accelerator(cpu=True), dtypes, 7, FakeFamily(), dataset, 2, length, 1.7e9, EventLog())
+    objective = DdpmObjective(NoiseSchedule.make(), False, options.noise, options.loss)
+    return Setting(options, Accelerator(cpu=True), dtypes, 7, FakeFamily(), objective, dataset, 2, length, 1.7e9, EventLog())
 
 
 def trained() -> Trained:
