@@ -99,6 +99,7 @@ _TRAINING_ADDITIONS = frozenset(
         "log_events",
         "logit_mean",
         "logit_std",
+        "loss_ledger",
         "masked_loss_normalize",
         "resume_changed",
         "strict_config",
@@ -147,7 +148,7 @@ class _CachingOptions(ScriptOptions):
     """What both caching tools take: the options of training, most of them without effect there."""
 
     additions: ClassVar[frozenset[str]] = frozenset(
-        {"strict_config", "cache_latents_posterior", "log_events", "text_cache_variants", "true_crop_conditioning"}
+        {"strict_config", "cache_latents_posterior", "log_events", "loss_ledger", "text_cache_variants", "true_crop_conditioning"}
     ) | frozenset(ValidationOptions.model_fields)
 
     model: ModelOptions = field(default_factory=ModelOptions)

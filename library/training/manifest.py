@@ -4,6 +4,7 @@
 wrote, as `earlier_runs`.
 """
 
+import hashlib
 import json
 import logging
 import sys
@@ -11,13 +12,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from library.dataset.digest import dataset_digests, digest_of
 from library.files.atomic import atomic_write_text
 from library.options.disclosure import command_without_secrets, options_without_secrets
 from library.options.errors import UserError
 from library.training.environment import hardware, installed_versions, source_is_changed, source_revision
 from library.training.events import RunEnd, plain
-from library.training.outputs import save_stem
+from library.training.identity import Identity
 from library.training.position import Position
 from library.training.saving import Saved
 from library.training.setting import Setting, Trained
@@ -85,22 +85,16 @@ class Manifest:
             log.warning("%s could not be written (%s); the run goes on without it.", self._path, error)
 
 
-def manifest_path(setting: Setting) -> Path:
-    """Return where the manifest of a run goes; runs of different `--output_name` share a folder."""
-    output = setting.options.output
-    return Path(output.output_dir or ".") / f"{save_stem('final', 0, output.output_name or None)}-run.json"
-
-
-def run_facts(setting: Setting, trained: Trained, start: Position) -> dict[str, Any]:
+def run_facts(setting: Setting, trained: Trained, start: Position, identity: Identity) -> dict[str, Any]:
     """Collect what describes a run.
 
     Args:
         setting: of the run.
         trained: what is trained.
         start: where it starts.
+        identity: what states say of the run.
     """
     options, length = setting.options, setting.length
-    digests = dataset_digests(setting.dataset)
     described = zip(trained.descriptions, trained.groups, strict=False)
     return {
         "script": options.script,
@@ -117,12 +111,13 @@ def run_facts(setting: Setting, trained: Trained, start: Position) -> dict[str, 
         },
         "seeds": {"seed": setting.seed, "validation_seed": options.validation.validation_seed},
         "dataset": {
-            "digest": digest_of(digests),
-            "digests": digests,
+            "digest": hashlib.blake2b(json.dumps(identity["data"], sort_keys=True).encode(), digest_size=16).hexdigest(),
+            "parts": identity["data"],
             "images": setting.dataset.num_images,
             "uses_per_epoch": setting.dataset.num_uses,
             "held_out": len(setting.dataset.held_out),
         },
+        "models": identity["models"],
         "trained": [
             {"part": part, "parameters": sum(each.numel() for each in group["params"]), "learning_rate": group.get("lr")}
             for part, group in described

@@ -6,22 +6,26 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from library.generation.pipeline import Pipeline
 from library.generation.request import ImageRequest
 from library.models.family import Components
 from library.options.disclosure import loggable_config
 from library.training.events import SCHEMA_VERSION
+from library.training.identity import identity_of
 from library.training.loader import make_loader
 from library.training.logs import TrainingLog
 from library.training.loop import TrainingRun
-from library.training.manifest import Manifest, manifest_path, run_facts
+from library.training.loss_ledger import LossLedger
+from library.training.manifest import Manifest, run_facts
 from library.training.position import Position
 from library.training.preparation import TextSide
 from library.training.preview_plan import PreviewPlan
 from library.training.previews import Previews
 from library.training.progress import Progress
 from library.training.saving import Saved, Saver
-from library.training.setting import Setting, Trained
+from library.training.setting import Setting, Trained, beside_output
 from library.training.step import ModelParts
 from library.training.step_meter import StepMeter
 from library.training.trackers import RunLog
@@ -80,6 +84,7 @@ def add_observers(
         *previews(setting, trained, saver.averaged, parts, text, requests, trackers),
         saver,
         *manifests,
+        *loss_ledger(setting, run),
         meter,
     ]
     return training_log
@@ -89,8 +94,8 @@ def write_manifest(setting: Setting, trained: Trained, saver: Saver, start: Posi
     """Return the observer that writes the run's manifest, in the main process."""
     if not setting.accelerator.is_main_process:
         return []
-    facts = run_facts(setting, trained, start)
-    manifest = Manifest(manifest_path(setting), facts, continues=setting.options.state.resume is not None)
+    facts = run_facts(setting, trained, start, dict(saver.identity or identity_of(setting)))
+    manifest = Manifest(beside_output(setting, "run.json"), facts, continues=setting.options.state.resume is not None)
     saver.after_save.append(manifest.saved)
     setting.events.at_end.append(manifest.ended)
     return [manifest]
@@ -115,7 +120,7 @@ def tell_start(setting: Setting, start: Position) -> None:
         output_dir=options.output.output_dir,
         output_name=options.output.output_name,
         resumed_from=options.state.resume,
-        manifest=manifest_path(setting),
+        manifest=beside_output(setting, "run.json"),
     )
 
 
@@ -131,6 +136,22 @@ def open_trackers(tracker_name: str, setting: Setting) -> RunLog:
     options = setting.options
     config = loggable_config(options) if options.logging.log_config else None
     return RunLog.open(options.logging, tracker_name, config, datetime.fromtimestamp(setting.started_at))
+
+
+def loss_ledger(setting: Setting, run: TrainingRun) -> list[LossLedger]:
+    """Return the observer that keeps the loss of every image, or nothing where that was not asked for."""
+    options, accelerator = setting.options, setting.accelerator
+    if not options.logging.loss_ledger:
+        return []
+    ledger = LossLedger(
+        beside_output(setting, "losses.csv"),
+        gather_object,
+        writes=accelerator.is_main_process,
+        continues=options.state.resume is not None,
+    )
+    accelerator.unwrap_model(run.step).observe = ledger.observe
+    setting.events.at_end.append(lambda end: ledger.stopped() if end.outcome == "stopped" else None)
+    return [ledger]
 
 
 def validation(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from library.models.prompt_weights import PromptStyle
 from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes
 from library.training.events import EventLog
-from library.training.outputs import RunLength
+from library.training.outputs import RunLength, save_stem
 from library.training.position import Position
 from library.training.trainable import Trainable
 
@@ -79,3 +80,14 @@ class Trained:
     """Of the files that `trainable` saves, with its dot; "" for folders."""
     may_skip: bool = False
     """Whether a batch may leave trained parameters without a gradient, which several processes then have to look for."""
+
+
+def beside_output(setting: Setting, ending: str) -> Path:
+    """Return where something goes that a run writes about itself; runs of different `--output_name` share a folder.
+
+    Args:
+        setting: of the run.
+        ending: what follows the name and a hyphen.
+    """
+    output = setting.options.output
+    return Path(output.output_dir or ".") / f"{save_stem('final', 0, output.output_name or None)}-{ending}"

@@ -69,13 +69,18 @@ class TrainStep(nn.Module):
         self.masks_from_control = masks_from_control
         self.num_nan_images: Tensor | None = None
         """Images so far whose latents had a NaN, as a scalar on the device; None before the first encoded batch."""
+        self.observe: Callable[[Batch, Tensor, Tensor], None] | None = None
+        """Receives each batch with its timesteps (B,) and losses (B,), still on the device."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the weighted loss of each image, float32 (B,), for a batch on the denoiser's device."""
         self._act_as(batch)
         latents = self.parts.family.to_model_units(self.cached_or_encoded_latents(batch))
         sample = self.objective.sample(latents, batch.draw_seeds)
-        return self._losses(batch, latents, self.conditioning(batch), sample)
+        losses = self._losses(batch, latents, self.conditioning(batch), sample)
+        if self.observe is not None:
+            self.observe(batch, sample.timesteps, losses)
+        return losses
 
     def losses_at(
         self, batch: Batch, timesteps: Sequence[int], seeds: Sequence[Sequence[int]], posterior_seeds: Sequence[int]

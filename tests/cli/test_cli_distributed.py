@@ -1,5 +1,6 @@
 """Both training scripts in several processes, which train what one process trains."""
 
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from library.training.loss_ledger import read_ledger
 from tests.cli.training_commands import (
     FINETUNE,
     SCRIPT,
@@ -72,8 +74,13 @@ def test_a_network_trained_in_two_processes_is_that_of_one(tiny_checkpoint: Path
         "1",
     ]
     more += ["--save_state", "--sample_prompts", str(prompts), "--sample_every_n_epochs", "2", "--ddp_gradient_as_bucket_view"]
+    more += ["--loss_ledger"]
     said = run_both(tmp_path, arguments, tiny_checkpoint, photos, SCRIPT, *more)
     assert_same_run(tmp_path, "net.safetensors")
+    one, two = (sorted(map(astuple, read_ledger(tmp_path / count / "net-losses.csv"))) for count in ("1", "2"))
+    assert len(one) == 5 and {image[1] for image in one} == {2}
+    for first, second in zip(one, two, strict=True):
+        assert second[:2] == first[:2] and second[2:] == pytest.approx(first[2:], rel=1e-3)
     assert said[2].count("Validation loss") == 2 and "processes: 2" in said[2]
     assert len(list((tmp_path / "2" / "sample").glob("net_e000002_0[012]_*.png"))) == 3
     with safe_open(tmp_path / "2" / "net.safetensors", "pt") as file:

@@ -18,11 +18,12 @@ from library.options.groups.state import StateOptions
 from library.options.scripts import SdxlTrainNetworkOptions
 from library.training.accelerator import DTypes
 from library.training.events import EventLog, RunEnd
-from library.training.manifest import Manifest, manifest_path, run_facts
+from library.training.identity import identity_of
+from library.training.manifest import Manifest, run_facts
 from library.training.outputs import RunLength
 from library.training.position import Position
 from library.training.saving import Saved
-from library.training.setting import Setting, Trained
+from library.training.setting import Setting, Trained, beside_output
 from tests.dataset.dataset_samples import FakeFamily, config, make_image, section, subset
 
 
@@ -63,18 +64,21 @@ def run(path: Path, facts: dict[str, Any], *, continues: bool, steps: int) -> No
 def test_it_says_what_was_run_on_what_and_keeps_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["sdxl_train_network.py", "--seed", "7", "--wandb_api_key", "kkk"])
     own = setting(tmp_path)
-    path = manifest_path(own)
+    path = beside_output(own, "run.json")
     assert path == tmp_path / "out" / "net-run.json"
-    Manifest(path, run_facts(own, trained(), Position(2, 1, 3)), continues=False).before_training(Position(2, 1, 3))
+    Manifest(path, run_facts(own, trained(), Position(2, 1, 3), identity_of(own)), continues=False).before_training(
+        Position(2, 1, 3)
+    )
     written = read(path)
     assert written["arguments"] == ["--seed", "7", "--wandb_api_key", "***"]
     assert written["options"]["output_name"] == "net"
     assert written["options"]["unet_lr"] is None
     assert written["options"]["wandb_api_key"] == "***"
     assert written["seeds"] == {"seed": 7, "validation_seed": None}
-    assert written["dataset"] | {"digest": "", "digests": ""} == {
-        "digest": "", "digests": "", "images": 1, "uses_per_epoch": 3, "held_out": 0,
+    assert written["dataset"] | {"digest": "", "parts": ""} == {
+        "digest": "", "parts": "", "images": 1, "uses_per_epoch": 3, "held_out": 0,
     }  # fmt: skip
+    assert written["models"] == {"--pretrained_model_name_or_path": None, "--vae": None}
     assert len(bytes.fromhex(written["dataset"]["digest"])) == 16
     assert written["trained"] == [{"part": "unet", "parameters": 10, "learning_rate": 1e-4}]
     assert (written["start"], written["length"]["steps"]) == ({"step": 3, "epoch": 2, "batch": 1}, 6)
@@ -85,7 +89,7 @@ def test_it_says_what_was_run_on_what_and_keeps_secrets(tmp_path: Path, monkeypa
 
 
 def test_runs_without_a_name_have_one_too(tmp_path: Path) -> None:
-    assert manifest_path(setting(tmp_path, output_name=None)).name == "last-run.json"
+    assert beside_output(setting(tmp_path, output_name=None), "run.json").name == "last-run.json"
 
 
 def test_the_end_is_added_and_a_resumed_run_keeps_those_before_it(tmp_path: Path) -> None:

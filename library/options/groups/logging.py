@@ -21,4 +21,5 @@ class LoggingOptions(OptionGroup):
     wandb_run_name: str | None = option(None, "Name of the run on wandb.")
     wandb_api_key: SecretText = option(None, "Key to log in to wandb with.")
     log_events: Path | None = option(None, "Append what happens to this file, one JSON object per line, for programs that watch.")
+    loss_ledger: bool = flag("Keep the loss of every image, compared with others at the same timesteps, in NAME-losses.csv.")
     log_config: bool = flag("Store the options of the run with the tracker, without keys, tokens and paths.")
