@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.low_rank import adapted_conv2d, adapted_linear, compute_dtype
+from library.models.number_types import product_dtype
+from networks.low_rank import adapted_conv2d, adapted_linear
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -132,7 +133,7 @@ class LoRAModule(nn.Module):
 
     def _low_rank_output(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return U(mask ∘ Dx) on its own, for layers whose output is not just their weight's product."""
-        dtype = compute_dtype(x)
+        dtype = product_dtype(x)
         x, down, up = x.to(dtype), self.lora_down.weight.to(dtype), self.lora_up.weight.to(dtype)
         if isinstance(self.lora_down, nn.Linear):
             low = F.linear(x, down)
@@ -147,7 +148,7 @@ class LoRAModule(nn.Module):
         """Draw the factors for the down-projection's output, in a shape that broadcasts against it; None without dropout."""
         if not self.training or not (self.dropouts.neuron or self.dropouts.rank):
             return None
-        shape, dtype = _low_shape(self.layer, x, self.rank), compute_dtype(x)
+        shape, dtype = _low_shape(self.layer, x, self.rank), product_dtype(x)
         mask = None
         if self.dropouts.neuron:
             keep = 1 - self.dropouts.neuron

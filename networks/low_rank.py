@@ -14,13 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from library.models.number_types import product_dtype
+
 Pair = tuple[int, int]
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that matrix products have for this input: autocast's where it is on, else the input's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def adapted_linear(x: Tensor, base: nn.Linear, down: Tensor, up: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -35,9 +31,9 @@ def adapted_linear(x: Tensor, base: nn.Linear, down: Tensor, up: Tensor, scale: 
         mask: dropout factors, broadcast against (…, r); None for no dropout.
 
     Returns:
-        (…, O) in `compute_dtype(x)`.
+        (…, O) in `product_dtype(x)`.
     """
-    out: Tensor = _AdaptedLinear.apply(x, base.weight, base.bias, down, up, scale, mask, compute_dtype(x))
+    out: Tensor = _AdaptedLinear.apply(x, base.weight, base.bias, down, up, scale, mask, product_dtype(x))
     return out
 
 
@@ -53,10 +49,10 @@ def adapted_conv2d(x: Tensor, base: nn.Conv2d, down: Tensor, up: Tensor, scale: 
         mask: dropout factors, broadcast against (B, r, H, W); None for no dropout.
 
     Returns:
-        (B, O, H, W) in `compute_dtype(x)` and the memory format of the base's output.
+        (B, O, H, W) in `product_dtype(x)` and the memory format of the base's output.
     """
     geometry = (base.stride, base.padding, base.dilation)
-    out: Tensor = _AdaptedConv2d.apply(x, base.weight, base.bias, down, up, scale, mask, compute_dtype(x), geometry)
+    out: Tensor = _AdaptedConv2d.apply(x, base.weight, base.bias, down, up, scale, mask, product_dtype(x), geometry)
     return out
 
 

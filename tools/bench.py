@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from library.files.atomic import atomic_write_text
 from library.memory.traceable import untraceable
-from library.options.checks import precision_problems
+from library.options.checks import packed_problems, precision_problems
 from library.options.checks_optimizer import fused_problems, optimizer_name, optimizer_problems
 from library.options.entry import run_script
 from library.options.errors import UsageError
@@ -73,6 +73,7 @@ def check(options: BenchScriptOptions) -> None:
         raise UsageError([f"--resolution {resolution}: must be a multiple of {SIZE_STEP}; {near}."])
     problems = optimizer_problems(options.optimizer)
     problems += precision_problems(options.precision)
+    problems += packed_problems(options.precision) if options.bench.mode == "finetune" else []
     problems += fused_problems(options.optimizer, 1, options.precision.mixed_precision)
     if options.bench.trace and not problems and (problem := untraceable(options.optimizer)):
         problems.append(problem)
@@ -106,7 +107,12 @@ def what_is_run(options: BenchScriptOptions, hardware: dict[str, Any]) -> dict[s
     """Say what step this is, for people."""
     bench, precision = options.bench, options.precision
     what = f"LoRA of rank {bench.network_dim}" if bench.mode == "lora" else "full fine-tune"
-    kinds = {"full_bf16": "bf16 weights", "full_fp16": "fp16 weights", "gradient_checkpointing": "gradient checkpointing"}
+    kinds = {
+        "full_bf16": "bf16 weights",
+        "full_fp16": "fp16 weights",
+        "fp8_base": "frozen weights in 8 bits",
+        "gradient_checkpointing": "gradient checkpointing",
+    }
     flags = [text for name, text in kinds.items() if getattr(precision, name)]
     flags += ["fused backward pass"] if options.optimizer.fused_backward_pass else []
     groups = options.optimizer.fused_optimizer_groups

@@ -19,6 +19,8 @@ import networks.lora
 from library.dataset.batch import Batch
 from library.diffusion.objective import DdpmObjective
 from library.diffusion.schedule import NoiseSchedule
+from library.memory.fp8 import SCALED_FLOAT8
+from library.memory.packed import pack_layers
 from library.models.family import ModelSource, SizeConditioning
 from library.models.sdxl.checkpoint import Checkpoint
 from library.models.sdxl.family import SdxlFamily
@@ -153,6 +155,8 @@ def make_unet(sizes: SdxlSizes, device: torch.device, dtype: torch.dtype, precis
     with default_dtype(dtype), device:
         unet = UNet(sizes.unet)
     unet.requires_grad_(False)
+    if precision.packs_denoiser:
+        pack_layers(unet, SCALED_FLOAT8)
     unet.set_attention(precision.attention)
     unet.enable_gradient_checkpointing(precision.gradient_checkpointing)
     if device.type == "cuda" and not isinstance(next(unet.parameters()), FakeTensor):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS = "weights", "gradients", "optimizer", "activations"
@@ -64,6 +64,10 @@ class StorageCounter(TorchDispatchMode):
 
     def _count(self, tensor: Tensor, category: str | None) -> None:
         if tensor.device.type != self._device_type:
+            return
+        if is_traceable_wrapper_subclass(tensor):  # has no storage of its own
+            for name in tensor.__tensor_flatten__()[0]:
+                self._count(getattr(tensor, name), category)
             return
         storage = tensor.untyped_storage()
         number = storage._cdata

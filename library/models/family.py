@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from library.diffusion.objective import Objective
 from library.models.new_words import NewWord
 from library.models.prompt_weights import PromptStyle
+from library.models.weights import Hold
 from library.options.groups.loss import LossOptions
 from library.options.groups.model import ModelOptions
 from library.options.groups.noise import NoiseOptions
@@ -121,14 +122,20 @@ class Family(Protocol):
     def text_cache(self) -> TextCacheSpec:
         """How text caches are named and laid out."""
 
-    def load_text_encoders(self, dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
-        """Load all text encoders, frozen and in evaluation mode."""
+    def load_text_encoders(self, dtype: torch.dtype, device: torch.device, hold: Hold | None = None) -> list[nn.Module]:
+        """Load all text encoders, frozen and in evaluation mode; see `load_denoiser`."""
 
     def load_vae(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Load the VAE (the replacement one where the source names it), frozen and in evaluation mode."""
 
-    def load_denoiser(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """Load the U-Net or transformer, frozen and in evaluation mode."""
+    def load_denoiser(self, dtype: torch.dtype, device: torch.device, hold: Hold | None = None) -> nn.Module:
+        """Load the U-Net or transformer tensor by tensor, frozen and in evaluation mode.
+
+        Args:
+            dtype: of the weights.
+            device: where they go.
+            hold: what layers keep instead of some tensors, such as the same in fewer bits.
+        """
 
     def trusts_foreign_text_caches(self) -> bool:
         """Whether text outputs that sd-scripts cached of this model are those of this model."""

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from library.files.safetensors_io import TensorFile
 
+Hold = Callable[[nn.Module, Tensor, torch.dtype], Tensor | None]
+"""(layer, tensor read for it, wanted type) to what the layer holds instead, such as the tensor in fewer bits; None: the tensor."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -62,7 +65,12 @@ def disagreements(part: Mapping[str, Entry], wanted: Mapping[str, Tensor]) -> li
 
 
 def fill(
-    module: nn.Module, part: Mapping[str, Entry], names: Mapping[str, str], dtype: torch.dtype, device: torch.device
+    module: nn.Module,
+    part: Mapping[str, Entry],
+    names: Mapping[str, str],
+    dtype: torch.dtype,
+    device: torch.device,
+    hold: Hold | None = None,
 ) -> nn.Module:
     """Read a part into a module that was built on the meta device, tensor by tensor, and return it frozen and in evaluation mode.
 
@@ -72,8 +80,15 @@ def fill(
         names: each of the module's tensor names, and what the part calls it.
         dtype: of the floating-point tensors.
         device: where they go.
+        hold: what layers keep instead of some tensors.
     """
-    module.load_state_dict({name: _own(part[stored].read(), dtype, device) for name, stored in names.items()}, assign=True)
+
+    def kept(name: str, tensor: Tensor) -> Tensor:
+        owner = module.get_submodule(name.rpartition(".")[0])
+        held = hold(owner, tensor.to(device), dtype) if hold is not None and tensor.is_floating_point() else None
+        return _own(tensor, dtype, device) if held is None else held
+
+    module.load_state_dict({name: kept(name, part[stored].read()) for name, stored in names.items()}, assign=True)
     return module.to(device).eval().requires_grad_(False)
 
 

@@ -91,6 +91,15 @@ def precision_problems(precision: WorkingPrecisionOptions) -> Iterator[str]:
         yield "--xformers needs the package xformers: pip install xformers, or leave it out, since PyTorch's attention is as fast."
 
 
+def packed_problems(precision: WorkingPrecisionOptions) -> Iterator[str]:
+    """Yield why a model that is trained itself cannot be held in few bits."""
+    if precision.fp8_base:
+        yield (
+            "--fp8_base holds frozen weights in 8 bits, but here the model's own weights are trained, and most steps are smaller "
+            "than the last of 8 bits. Leave it out; --full_bf16 with --fused_backward_pass saves more."
+        )
+
+
 def _model_problems(model: ModelOptions) -> Iterator[str]:
     if model.pretrained_model_name_or_path is None:
         yield "--pretrained_model_name_or_path is missing. Name an SDXL checkpoint file or a diffusers folder."
@@ -134,6 +143,7 @@ def _network_problems(network: NetworkOptions, cache: CacheOptions) -> Iterator[
 
 def _finetune_problems(options: SdxlTrainOptions) -> Iterator[str]:
     finetune, rate = options.finetune, options.optimizer.learning_rate
+    yield from packed_problems(options.precision)
     if finetune.train_text_encoder and options.cache.cache_text_encoder_outputs:
         yield "--train_text_encoder excludes --cache_text_encoder_outputs, which freezes their outputs. Choose one."
     of_blocks = finetune.block_rates if rate else None

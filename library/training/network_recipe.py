@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from library.dataset.facts import metadata_facts
+from library.memory.fp8 import SCALED_FLOAT8
+from library.memory.packed import hold_packed
 from library.models.family import Family
 from library.optim.optimizers import describe_optimizer
 from library.options.errors import UserError
@@ -47,8 +49,10 @@ class NetworkRecipe:
     tracker_name = "network_train"
 
     def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
-        """Load everything in the type of the computation, as nothing of the model itself is trained."""
-        return PartDTypes(setting.dtypes.compute, setting.dtypes.compute)
+        """Load everything in the type of the computation or in fewer bits, as nothing of the model itself is trained."""
+        precision, compute = self.options.precision, setting.dtypes.compute
+        hold = hold_packed(SCALED_FLOAT8)
+        return PartDTypes(compute, compute, hold if precision.packs_denoiser else None, hold if precision.fp8_base else None)
 
     def make_trainable(self, setting: Setting, denoiser: nn.Module, text: TextSide, vae: nn.Module | None) -> Trained:
         """Make the network, attach it to the denoiser and to the text encoders that are trained, and load its weights."""

@@ -30,7 +30,7 @@ from library.options.groups.cache import CacheOptions, LatentCacheOptions
 from library.options.groups.model import ModelOptions
 from library.options.groups.precision import WorkingPrecisionOptions
 from library.training.progress import bar_interval, messages_above_bars
-from library.training.setting import Setting
+from library.training.setting import PartDTypes, Setting
 
 log = logging.getLogger(__name__)
 
@@ -57,18 +57,19 @@ def model_source(model: ModelOptions, precision: WorkingPrecisionOptions) -> Mod
     )
 
 
-def prepare_text(setting: Setting, requests: Sequence[ImageRequest], dtype: torch.dtype) -> TextSide:
+def prepare_text(setting: Setting, requests: Sequence[ImageRequest], dtypes: PartDTypes) -> TextSide:
     """Load the text encoders, or cache what captions and sample prompts need of them and free them.
 
     Args:
         setting: of the run; its dataset gets the cached text.
         requests: the sample prompts.
-        dtype: of the text encoders.
+        dtypes: of the text encoders, and what they hold.
     """
     options, accelerator, family = setting.options, setting.accelerator, setting.family
-    load = cache(lambda: list[nn.Module | None](family.load_text_encoders(dtype, accelerator.device)))
+    dtype = dtypes.text_encoders
     if options.cache.text is None:
-        return TextSide(load(), None)
+        return TextSide([*family.load_text_encoders(dtype, accelerator.device, dtypes.hold_text_encoders)], None)
+    load = cache(lambda: list[nn.Module | None](family.load_text_encoders(dtype, accelerator.device)))
     batch_size = options.dataset.train_batch_size
     style = setting.caption_style
     fill_texts(setting.dataset, family, load, dtype, options.model, options.cache.text, accelerator, batch_size, style)

@@ -109,9 +109,9 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
     start = start_position(options.state, saved, length, setting.batches_per_epoch, options.length.gradient_accumulation_steps)
 
     part_dtypes = recipe.dtypes_of_parts(setting)
-    text = prepare_text(setting, requests, part_dtypes.text_encoders)
+    text = prepare_text(setting, requests, part_dtypes)
     vae = prepare_latents(setting, keep=bool(requests))
-    denoiser = load_denoiser(setting, part_dtypes.denoiser)
+    denoiser = load_denoiser(setting, part_dtypes)
     torch.manual_seed(setting.seed)  # decides the initial weights of what is trained
     trained = recipe.make_trainable(setting, denoiser, text, vae)
 
@@ -171,9 +171,9 @@ def make_setting(
     return Setting(options, accelerator, dtypes, seed, family, objective, dataset, batches_per_epoch, length, started_at, events)
 
 
-def load_denoiser(setting: Setting, dtype: torch.dtype) -> nn.Module:
+def load_denoiser(setting: Setting, dtypes: PartDTypes) -> nn.Module:
     """Load the denoiser, frozen, with the attention that was asked for."""
-    denoiser = setting.family.load_denoiser(dtype, setting.accelerator.device)
+    denoiser = setting.family.load_denoiser(dtypes.denoiser, setting.accelerator.device, dtypes.hold_denoiser)
     setting.family.set_attention(denoiser, setting.options.precision.attention)
     if setting.accelerator.device.type == "cuda":
         denoiser.to(memory_format=torch.channels_last)

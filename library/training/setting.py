@@ -12,6 +12,7 @@ from library.dataset.dataset import Dataset
 from library.diffusion.objective import Objective
 from library.models.family import Family
 from library.models.prompt_weights import PromptStyle
+from library.models.weights import Hold
 from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes
 from library.training.events import EventLog
@@ -63,6 +64,10 @@ class PartDTypes:
 
     denoiser: torch.dtype
     text_encoders: torch.dtype
+    hold_denoiser: Hold | None = None
+    """What the denoiser's layers keep instead of some weights; None: the weights themselves."""
+    hold_text_encoders: Hold | None = None
+    """The same for text encoders that stay loaded; those that only fill caches are loaded as they are."""
 
 
 @dataclass(frozen=True)

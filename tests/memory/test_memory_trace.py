@@ -44,6 +44,9 @@ CASES = {
         SMALL, WorkingPrecisionOptions(gradient_checkpointing=True), OptimizerOptions(**ADAFACTOR, fused_backward_pass=True)
     ),
     "LoRA": Case(SMALL.model_copy(update={"mode": "lora"}), WorkingPrecisionOptions(), OptimizerOptions()),
+    "LoRA beside 8 bits": Case(
+        SMALL.model_copy(update={"mode": "lora"}), WorkingPrecisionOptions(fp8_base=True), OptimizerOptions()
+    ),
     "AdamW": Case(SMALLER, WorkingPrecisionOptions(), OptimizerOptions(), "cuda"),
     "RMSprop, foreach": Case(SMALLER, WorkingPrecisionOptions(), OptimizerOptions(optimizer_type="RMSprop"), "cuda"),
     "bf16 weights, AdamW": Case(SMALLER, BF16, OptimizerOptions(), "cuda"),

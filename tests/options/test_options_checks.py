@@ -78,6 +78,7 @@ ODD = [
 FUSED = "--fused_backward_pass --optimizer_type Adafactor --optimizer_args relative_step=False"
 FINETUNE = "--pretrained_model_name_or_path owner/model --train_data_dir d --output_dir o"
 FINETUNE_REFUSED = [
+    ("--fp8_base", "here the model's own weights are trained"),
     ("--train_text_encoder --cache_text_encoder_outputs", "--train_text_encoder excludes --cache_text_encoder_outputs"),
     ("--learning_rate 0", "All learning rates are 0"),
     ("--learning_rate 0 --train_text_encoder --learning_rate_te1 0", "All learning rates are 0"),

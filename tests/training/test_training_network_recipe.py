@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +7,10 @@ import torch
 from library.models.family import ModelSource
 from library.models.sdxl.family import SdxlFamily
 from library.options.groups.network import NetworkOptions
-from library.training.network_recipe import make_network, text_encoder_rates
+from library.options.groups.precision import PrecisionOptions
+from library.options.scripts import SdxlTrainNetworkOptions
+from library.training.accelerator import DTypes
+from library.training.network_recipe import NetworkRecipe, make_network, text_encoder_rates
 
 
 @pytest.mark.parametrize("dim_from_weights", [False, True])
@@ -35,3 +39,14 @@ def test_each_encoder_has_its_rate_or_the_common_one() -> None:
     assert text_encoder_rates(NetworkOptions(text_encoder_lr2=2e-5), 1e-4, encoders) == [1e-4, 2e-5]
     assert text_encoder_rates(NetworkOptions(text_encoder_lr=(1e-5,)), 1e-4, encoders) == [1e-5, 1e-5]
     assert text_encoder_rates(NetworkOptions(network_train_unet_only=True), 1e-4, encoders) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "denoiser", "encoders"),
+    [({}, False, False), ({"fp8_base_unet": True}, True, False), ({"fp8_base": True}, True, True)],
+)
+def test_which_parts_are_held_in_8_bits(given: dict[str, bool], denoiser: bool, encoders: bool) -> None:
+    recipe = NetworkRecipe(SdxlTrainNetworkOptions(precision=PrecisionOptions(**given)))
+    parts = recipe.dtypes_of_parts(SimpleNamespace(dtypes=DTypes(torch.bfloat16, torch.float32, torch.bfloat16, None)))
+    assert (parts.hold_denoiser is not None, parts.hold_text_encoders is not None) == (denoiser, encoders)
+    assert parts.denoiser == parts.text_encoders == torch.bfloat16

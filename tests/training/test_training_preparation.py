@@ -13,6 +13,7 @@ from torch import nn
 from library.dataset.dataset import Dataset
 from library.diffusion.objective import DdpmObjective
 from library.diffusion.schedule import NoiseSchedule
+from library.models.weights import Hold
 from library.options.groups.cache import CacheOptions
 from library.options.groups.model import ModelOptions
 from library.options.scripts import TrainingOptions
@@ -21,9 +22,10 @@ from library.training.accelerator import DTypes
 from library.training.events import EventLog
 from library.training.outputs import RunLength
 from library.training.preparation import prepare_latents, prepare_text
-from library.training.setting import Setting
+from library.training.setting import PartDTypes, Setting
 from tests.dataset.dataset_samples import FakeFamily, FakeVae, config, make_image, section, subset
 
+FLOAT = PartDTypes(torch.float32, torch.float32)
 DISK = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
 MEMORY = {"cache_latents": True, "cache_text_encoder_outputs": True}
 
@@ -39,8 +41,8 @@ class LoadingFamily(FakeFamily):
         self.loaded.append("vae")
         return FakeVae()
 
-    def load_text_encoders(self, dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
-        self.loaded.append("text encoders")
+    def load_text_encoders(self, dtype: torch.dtype, device: torch.device, hold: Hold | None = None) -> list[nn.Module]:
+        self.loaded.append("text encoders" if hold is None else "packed text encoders")
         return [nn.Identity(), nn.Identity()]
 
 
@@ -63,9 +65,17 @@ def setting(folder: Path, family: LoadingFamily, **caching: Any) -> Setting:
 def test_without_caches_everything_is_loaded(folder: Path) -> None:
     family = LoadingFamily()
     plain = setting(folder, family)
-    assert len(prepare_text(plain, [], torch.float32).encoders) == 2
+    assert len(prepare_text(plain, [], FLOAT).encoders) == 2
     assert prepare_latents(plain, keep=False) is not None
     assert family.loaded == ["text encoders", "vae"]
+
+
+def test_only_text_encoders_that_stay_are_held_in_fewer_bits(folder: Path) -> None:
+    dtypes = PartDTypes(torch.float32, torch.float32, hold_text_encoders=lambda owner, tensor, dtype: None)
+    for caching, expected in (({}, "packed text encoders"), (MEMORY, "text encoders")):
+        family = LoadingFamily()
+        prepare_text(setting(folder, family, **caching), [], dtypes)
+        assert family.loaded == [expected]
 
 
 @pytest.mark.parametrize(("caching", "second"), [(DISK, []), (MEMORY, ["text encoders", "vae"])])
@@ -73,7 +83,7 @@ def test_nothing_is_loaded_where_every_entry_is_on_the_disk(folder: Path, cachin
     for expected in (["text encoders", "vae"], second):
         family = LoadingFamily()
         cached = setting(folder, family, **caching)
-        text = prepare_text(cached, [], torch.float32)
+        text = prepare_text(cached, [], FLOAT)
         assert text.encoders == [None, None]
         assert text.prompts == []
         assert prepare_latents(cached, keep=False) is None
@@ -92,7 +102,7 @@ def test_sample_images_get_their_models_all_the_same(folder: Path, monkeypatch: 
     for _ in range(2):
         family = LoadingFamily()
         cached = setting(folder, family, **DISK)
-        text = prepare_text(cached, ["a prompt"], torch.float32)  # type: ignore[list-item]
+        text = prepare_text(cached, ["a prompt"], FLOAT)  # type: ignore[list-item]
         assert text.prompts == [("a prompt", 2)]
         assert isinstance(prepare_latents(cached, keep=True), FakeVae)
         assert family.loaded == ["text encoders", "vae"]
@@ -113,7 +123,7 @@ def test_one_line_tells_what_was_done(folder: Path, caplog: pytest.LogCaptureFix
     caplog.set_level(logging.INFO)
     for _ in range(2):
         cached = setting(folder, LoadingFamily(), **DISK)
-        prepare_text(cached, [], torch.float32)
+        prepare_text(cached, [], FLOAT)
         prepare_latents(cached, keep=False)
     assert [record.getMessage() for record in caplog.records if record.name.startswith("library")] == [
         "Captions: none in the cache, 1 encoded (1 new).",

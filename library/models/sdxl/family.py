@@ -27,7 +27,7 @@ from library.models.sdxl.text_encoders import OpenClipTextEncoder, merge_rows, t
 from library.models.sdxl.tokenizer import ClipBpe, load_bpe, tokenize
 from library.models.sdxl.unet import UNet
 from library.models.sdxl.weighted_text import encode_prompts
-from library.models.weights import content_hash, fill
+from library.models.weights import Hold, content_hash, fill
 from library.models.word_files import read_word, save_word
 from library.options.errors import UserError
 from library.options.groups.loss import LossOptions
@@ -121,17 +121,17 @@ class SdxlFamily:
                 embeddings.token_embedding, new.to(embeddings.token_embedding.weight.device)
             )
 
-    def load_text_encoders(self, dtype: torch.dtype, device: torch.device) -> list[nn.Module]:
-        """Load TE1 and TE2, frozen and in evaluation mode."""
-        return [self._load("te1", dtype, device), self._load("te2", dtype, device)]
+    def load_text_encoders(self, dtype: torch.dtype, device: torch.device, hold: Hold | None = None) -> list[nn.Module]:
+        """Load TE1 and TE2, frozen and in evaluation mode; see `Family.load_denoiser`."""
+        return [self._load("te1", dtype, device, hold), self._load("te2", dtype, device, hold)]
 
     def load_vae(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Load the VAE, frozen and in evaluation mode. In float16 SDXL's own overflows: load it in float32 then."""
         return self._load("vae", dtype, device)
 
-    def load_denoiser(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """Load the U-Net, frozen and in evaluation mode."""
-        return self._load("unet", dtype, device)
+    def load_denoiser(self, dtype: torch.dtype, device: torch.device, hold: Hold | None = None) -> nn.Module:
+        """Load the U-Net, frozen and in evaluation mode; see `Family.load_denoiser`."""
+        return self._load("unet", dtype, device, hold)
 
     def trusts_foreign_text_caches(self) -> bool:
         """Trust them for diffusers folders: of single files, sd-scripts reads OpenCLIP's projection the wrong way round."""
@@ -304,9 +304,9 @@ class SdxlFamily:
             "implementation": "https://github.com/Stability-AI/generative-models",
         }
 
-    def _load(self, part: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    def _load(self, part: str, dtype: torch.dtype, device: torch.device, hold: Hold | None = None) -> nn.Module:
         module = build_part(part, self.sizes)
-        return fill(module, self.checkpoint.parts[part], file_names(module), dtype, device)
+        return fill(module, self.checkpoint.parts[part], file_names(module), dtype, device, hold)
 
 
 def _posterior(vae: nn.Module, images: Tensor) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from library.models.number_types import product_dtype
 from library.models.sdxl.attention import load_attention
 from library.models.sdxl.embeddings import sinusoid
 from library.models.sdxl.layers import (
@@ -70,7 +71,7 @@ class UNet(nn.Module):
         Returns:
             (B, 4, h, w) in the dtype the convolutions run in.
         """
-        dtype = _compute_dtype(self.dtype, x.device.type)
+        dtype = product_dtype(x, self.dtype)  # inputs that many layers share are cast once
         x, context, y = x.to(dtype), context.to(dtype), y.to(dtype)
         time = sinusoid(timesteps.expand(x.shape[0]), self.sizes.model_channels).to(dtype)
         emb = self.time_embed(time) + self.label_emb(y)
@@ -121,11 +122,6 @@ class UNet(nn.Module):
 
 def _two_linears(in_dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, out_dim), nn.SiLU(), nn.Linear(out_dim, out_dim))
-
-
-def _compute_dtype(weights: torch.dtype, device_type: str) -> torch.dtype:
-    """The dtype linear layers and convolutions run in; inputs shared by many layers are cast to it once."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weights
 
 
 def _make_block(block: BlockSizes, sizes: UNetSizes) -> nn.Sequential:

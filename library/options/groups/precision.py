@@ -13,7 +13,9 @@ class WorkingPrecisionOptions(OptionGroup):
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Number type of the computation and of frozen weights.")
     full_fp16: bool = flag("Keep trained weights and gradients in float16 too; needs --mixed_precision fp16.")
     full_bf16: bool = flag("Keep trained weights and gradients in bfloat16 too; needs --mixed_precision bf16.")
-    fp8_base: bool = flag("Hold the frozen weights in 8 bits.")
+    fp8_base: bool = flag(
+        "Hold the frozen weights of linear layers and convolutions in 8 bits, U-Net and text encoders, each tensor with a scale."
+    )
     gradient_checkpointing: bool = flag("Compute activations again in the backward pass: less memory, slower steps.")
     xformers: bool = flag("Use the attention of xformers.")
     sdpa: bool = flag("Use the attention of PyTorch, which is the default.")
@@ -23,6 +25,11 @@ class WorkingPrecisionOptions(OptionGroup):
     def wants_xformers(self) -> bool:
         """Whether the attention of xformers was asked for, by whatever name."""
         return self.xformers
+
+    @property
+    def packs_denoiser(self) -> bool:
+        """Whether the frozen weights of the denoiser are held in 8 bits."""
+        return self.fp8_base
 
     @property
     def attention(self) -> str:
@@ -39,8 +46,13 @@ class VaePrecisionOptions(WorkingPrecisionOptions):
 class PrecisionOptions(VaePrecisionOptions):
     """Number types, memory and attention of network training."""
 
-    fp8_base_unet: bool = flag("Hold the frozen weights of the U-Net in 8 bits.")
+    fp8_base_unet: bool = flag("The same as --fp8_base for the U-Net alone.")
     cpu_offload_checkpointing: bool = flag("Keep checkpointed activations in main memory.")
+
+    @property
+    def packs_denoiser(self) -> bool:
+        """Whether the frozen weights of the denoiser are held in 8 bits."""
+        return self.fp8_base or self.fp8_base_unet
 
 
 class FinetunePrecisionOptions(VaePrecisionOptions):

@@ -1,0 +1,156 @@
+"""Weights in 8 bits: what they lose, what a network learns beside them, and what autograd and loading hold."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import networks.lora
+from library.memory.fp8 import SCALED_FLOAT8
+from library.memory.packed import PackedTensor, hold_packed, pack_layers
+from library.memory.trace import StorageCounter
+from library.models.family import ModelSource
+from library.models.sdxl.build import build_unet
+from library.models.sdxl.family import SdxlFamily
+from library.models.sdxl.sizes import plan_unet
+
+CPU = torch.device("cpu")
+GENERATOR = torch.Generator().manual_seed(4)
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=GENERATOR)
+
+
+def packed(tensor: torch.Tensor) -> PackedTensor:
+    return PackedTensor.pack(tensor, SCALED_FLOAT8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1e-3, 0.02, 1.0, 300.0])
+def test_no_element_is_further_off_than_half_a_unit_of_its_last_place(size: float, dtype: torch.dtype) -> None:
+    weight = (draw(64, 48) * size).to(dtype)
+    weight[0] *= 2.0**-14  # below the smallest normal number of the format
+    held = packed(weight)
+    scale = held.parts[1].item()
+    assert torch.frexp(held.parts[1])[0] == 0.5  # a power of two
+    assert 112 < weight.abs().max().item() / scale <= 448
+    error = (held.unpack(torch.float64) - weight.double()).abs()
+    assert (error <= torch.maximum(weight.double().abs() / 16, torch.tensor(scale / 1024))).all()
+    assert error.max() > 0
+    assert torch.equal(held.unpack(torch.bfloat16), held.unpack(torch.float32).to(torch.bfloat16))
+
+
+def test_zeros_stay_zeros() -> None:
+    assert torch.equal(packed(torch.zeros(3, 3)).unpack(), torch.zeros(3, 3))
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(12, 6), (2, 5, 12)),
+    "linear without bias": (lambda: nn.Linear(12, 6, bias=False), (5, 12)),
+    "convolution": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (2, 4, 9, 9)),
+    "in groups": (lambda: nn.Conv2d(4, 6, 3, padding=(1, 0), dilation=2, groups=2, bias=False), (2, 4, 9, 9)),
+    "same size": (lambda: nn.Conv2d(4, 6, 3, padding="same"), (2, 4, 9, 9)),
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_packed_layer_is_the_plain_layer_with_its_unpacked_weight(name: str, autocast: bool) -> None:
+    make, shape = LAYERS[name]
+    layer = make()
+    inputs = [draw(*shape).requires_grad_() for _ in range(2)]
+    inputs[1].data = inputs[0].data
+    grads = []
+    pack_layers(layer, SCALED_FLOAT8)
+    for x in inputs:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+            y = layer(x)
+        assert y.dtype == (torch.bfloat16 if autocast else torch.float32)
+        y.square().sum().backward()
+        grads.append((y, x.grad, layer.bias.grad if layer.bias is not None else torch.zeros(1)))
+        layer.weight = nn.Parameter(layer.weight.to(torch.float32), requires_grad=False)
+        layer.zero_grad()
+    for ours, plain in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4 if ours is grads[0][2] else 0, atol=0)
+
+
+def unet_and_lora(is_packed: bool, autocast: bool) -> tuple[nn.Module, networks.lora.LoRANetwork]:
+    """A tiny U-Net held in 8 bits, or the same with the values those 8 bits stand for; and a LoRA that does something."""
+    torch.manual_seed(0)
+    unet = build_unet(plan_unet(64, (1, 1, 2), (0, 1, 1), context_dim=96, vector_dim=112)).to_empty(device="cpu")
+    for parameter in unet.parameters():
+        parameter.data = torch.randn(parameter.shape) * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1)
+    pack_layers(unet.requires_grad_(False), SCALED_FLOAT8)
+    if not is_packed:
+        for layer in unet.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.weight = nn.Parameter(layer.weight.unpack(), requires_grad=False)
+    # Convolutions inside residual blocks stay without adapters: both kinds of layers are there.
+    network = networks.lora.create_network(1.0, 4, 1.0, None, [], unet)
+    network.apply_to([], unet, apply_text_encoder=False)
+    for adapter in network.adapters.values():
+        nn.init.normal_(adapter.lora_up.weight, std=0.1)
+    return unet, network.requires_grad_(True)
+
+
+@pytest.mark.parametrize(("checkpointing", "autocast"), [(False, False), (True, True)])
+def test_a_lora_learns_beside_packed_weights_what_it_learns_beside_their_values(checkpointing: bool, autocast: bool) -> None:
+    inputs = (draw(2, 4, 8, 8), torch.tensor([10, 700]), draw(2, 7, 96), draw(2, 112))
+    found = []
+    for is_packed in (True, False):
+        unet, network = unet_and_lora(is_packed, autocast)
+        unet.enable_gradient_checkpointing(checkpointing)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+            loss = unet(*inputs).float().square().mean()
+        loss.backward()
+        found.append({"loss": loss.detach()} | {name: weight.grad for name, weight in network.named_parameters()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+    assert all(gradient.any() for gradient in found[0].values())
+
+
+def test_autograd_keeps_packed_weights_and_no_plain_copies() -> None:
+    def kept_plain(is_packed: bool) -> set[tuple[int, ...]]:
+        unet, _ = unet_and_lora(is_packed, autocast=False)
+        shapes = {tuple(p.shape) for name, p in unet.named_parameters() if p.ndim > 1 and p.numel() > 10_000}
+        shapes |= {shape[::-1] for shape in shapes if len(shape) == 2}
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor), lambda nothing: nothing):
+            unet(draw(3, 4, 8, 8), torch.tensor([10, 700, 5]), draw(3, 7, 96), draw(3, 112))
+        return {tuple(tensor.shape) for tensor in kept if not isinstance(tensor, PackedTensor)} & shapes
+
+    assert kept_plain(False) and not kept_plain(True)
+
+
+def test_a_packed_weight_moves_with_its_layer_and_can_be_read_but_not_written() -> None:
+    layer = nn.Conv2d(4, 6, 3)
+    pack_layers(layer, SCALED_FLOAT8)
+    values = layer.weight.unpack()
+    layer.to(memory_format=torch.channels_last)
+    layer.to(torch.float64)
+    assert isinstance(layer.weight, PackedTensor) and layer.weight.dtype == torch.float64
+    assert layer.weight.parts[0].dtype == torch.float8_e4m3fn
+    assert layer.weight.unpack().is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(layer.weight + 0, values.double())
+    assert type(layer.weight.to(torch.float32)) is torch.Tensor and torch.equal(layer.weight.to(torch.float32), values)
+    assert torch.equal(layer.state_dict()["weight"].unpack(), values.double())
+    with pytest.raises(TypeError, match="packed as float8"):
+        layer.weight.data.mul_(2)
+    with pytest.raises(TypeError, match="packed as float8"):
+        layer.weight.data = values
+    assert layer.to("meta").weight.device.type == layer.weight.parts[0].device.type == "meta"
+
+
+def test_loading_holds_one_plain_weight_at_a_time(tiny_checkpoint: Path) -> None:
+    family = SdxlFamily.open(ModelSource(str(tiny_checkpoint)))
+    plain = dict(family.load_denoiser(torch.float32, CPU).named_parameters())
+    with StorageCounter(CPU) as counter:
+        unet = family.load_denoiser(torch.float32, CPU, hold_packed(SCALED_FLOAT8))
+    held = {name: weight for name, weight in unet.named_parameters() if isinstance(weight, PackedTensor)}
+    assert {name for name, weight in plain.items() if weight.ndim > 1} == held.keys()
+    assert all(torch.equal(weight.unpack(), packed(plain[name]).unpack()) for name, weight in held.items())
+    small = sum(weight.numel() for name, weight in plain.items() if name not in held)
+    largest = max(weight.numel() for weight in plain.values())
+    assert counter.peak.total < sum(weight.numel() for weight in held.values()) + 4 * small + 3 * 4 * largest + 1024 * len(plain)
+    assert counter.peak.total < 0.5 * 4 * sum(weight.numel() for weight in plain.values())
