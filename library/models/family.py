@@ -115,6 +115,10 @@ class Family(Protocol):
         """Text encoders in their fixed order, as they are named in network files (SDXL: `te1`, `te2`)."""
 
     @property
+    def large_modules(self) -> tuple[str, ...]:
+        """The classes of modules that hold nearly all of the model and run one after the other: they can be gathered one by one."""
+
+    @property
     def latent_cache(self) -> LatentCacheSpec:
         """How latent caches are named."""
 

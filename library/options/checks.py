@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from library.options.checks_distributed import distributed_problems
 from library.options.checks_hub import hub_notes, hub_problems
 from library.options.checks_objective import objective_notes, objective_problems
 from library.options.checks_optimizer import fused_problems, negative_rate_problems
@@ -70,11 +71,7 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
     yield from _logging_problems(options.logging)
     yield from _start_problems(options)
     yield from hub_problems(options.state, options.hub)
-    if options.distributed.ddp_static_graph and options.length.gradient_accumulation_steps > 1:
-        yield (
-            "--ddp_static_graph excludes --gradient_accumulation_steps above 1: PyTorch's static graph wants gradients exchanged "
-            "after every batch. Leave one of them out."
-        )
+    yield from distributed_problems(options)
     cache = options.cache
     if cache.cache_latents_posterior and not cache.cache_latents:
         yield "--cache_latents_posterior needs --cache_latents or --cache_latents_to_disk."

@@ -1,7 +1,10 @@
 """The engine under the loop: one process or many, number types, the seed all processes share."""
 
 import logging
+import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
 from library.options.errors import UserError
 from library.options.groups.distributed import ProcessGroupOptions
@@ -67,7 +71,41 @@ def make_accelerator(precision: WorkingPrecisionOptions, distributed: ProcessGro
         raise UserError("--mixed_precision fp16 needs a GPU, and none is visible to PyTorch; use bf16 or no.")
     # Told so, accelerate joins several processes on CPUs too; left to itself it takes each for the only one.
     has_no_device = not torch.accelerator.is_available()
-    return Accelerator(mixed_precision=precision.mixed_precision, cpu=has_no_device, kwargs_handlers=handlers)
+    with _dividing_is_ours():
+        return Accelerator(mixed_precision=precision.mixed_precision, cpu=has_no_device, kwargs_handlers=handlers)
+
+
+@contextmanager
+def _dividing_is_ours() -> Iterator[None]:
+    """Keep accelerate from dividing parameters itself: `library.training.sharding` does, where the step hides the model from it."""
+    kept = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = kept
+
+
+def prepare(
+    accelerator: Accelerator, step: nn.Module, optimizer: torch.optim.Optimizer, *, may_skip: bool, is_divided: bool
+) -> tuple[nn.Module, Any]:
+    """Wrap the step and the optimizer for mixed precision and several processes.
+
+    Args:
+        accelerator: of the run.
+        step: its forward is what is wrapped.
+        optimizer: over the step's parameters.
+        may_skip: whether a batch may leave parameters without a gradient.
+        is_divided: whether the parameters are shares, whose gradients are exchanged by the modules themselves.
+    """
+    if is_divided:
+        return accelerator.prepare_model(step, device_placement=False, evaluation_mode=True), accelerator.prepare_optimizer(
+            optimizer
+        )
+    if accelerator.ddp_handler is not None:
+        accelerator.ddp_handler.find_unused_parameters = may_skip
+    prepared_step, prepared = accelerator.prepare(step, optimizer)
+    return prepared_step, prepared
 
 
 def shared_seed(accelerator: Accelerator, *wanted: int | None) -> int:

@@ -22,7 +22,7 @@ from library.optim.schedules import make_schedule
 from library.optim.updates import make_updater
 from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
-from library.training.accelerator import DTypes, make_accelerator, shared_seed
+from library.training.accelerator import DTypes, make_accelerator, prepare, shared_seed
 from library.training.data_terms import describe_data_terms, unread_attributes
 from library.training.events import EventLog, events_of_run
 from library.training.hub import open_uploads
@@ -41,6 +41,7 @@ from library.training.resume import saved_place, start_position
 from library.training.resume_command import resume_command, secrets_given
 from library.training.saving import Saver
 from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
+from library.training.sharding import divided
 from library.training.state import Resumable, SavedPlace, load_state
 from library.training.step import ModelParts, NanWatch, TrainStep
 
@@ -113,7 +114,7 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
     vae = prepare_latents(setting, keep=bool(requests))
     denoiser = load_denoiser(setting, part_dtypes)
     torch.manual_seed(setting.seed)  # decides the initial weights of what is trained
-    trained = recipe.make_trainable(setting, denoiser, text, vae)
+    trained = divided(setting, recipe.make_trainable(setting, denoiser, text, vae))
 
     parts = ModelParts(setting.family, denoiser, text.encoders, vae, options.cache.vae_batch_size, setting.caption_style)
     run, saver = build_run(recipe, setting, trained, parts)
@@ -194,9 +195,7 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
         set_strength=trained.trainable.set_strength,
         masks_from_control=options.loss.masked_loss,
     )
-    if accelerator.ddp_handler is not None:
-        accelerator.ddp_handler.find_unused_parameters = trained.may_skip
-    prepared_step, prepared = accelerator.prepare(step, optimizer)
+    prepared_step, prepared = prepare(accelerator, step, optimizer, may_skip=trained.may_skip, is_divided=trained.is_divided)
     parameters = [parameter for group in trained.groups for parameter in group["params"]]
     run = TrainingRun(
         accelerator=accelerator,

@@ -14,6 +14,7 @@ import torch
 
 from library.files.atomic import make_folder
 from library.options.errors import UserError
+from library.training.full_tensors import gathered
 from library.training.outputs import SaveKind, SavePlan, remove_outputs
 from library.training.position import Position
 from library.training.state import Resumable, save_state
@@ -84,17 +85,25 @@ class Saver:
         Raises:
             UserError: it is in another folder, or could be saved nowhere.
         """
-        if not self.writes:
-            return
+        with_state = self.plan.should_save_state("final")
+        with self._gathered(with_state):
+            displaced = self._write_final(position, with_state) if self.writes else []
+        if displaced:
+            raise UserError("\n".join(displaced))
+
+    def _write_final(self, position: Position, with_state: bool) -> list[str]:
         displaced = self._write_anywhere(
             self.plan.model_path("final"), lambda path: self._write_model(path, "final", position), "The trained model"
         )
-        if self.plan.should_save_state("final"):
+        if with_state:
             displaced += self._write_anywhere(
                 self.plan.state_path("final"), lambda folder: self._write_state(folder, "final", position), "The state"
             )
-        if displaced:
-            raise UserError("\n".join(displaced))
+        return displaced
+
+    def _gathered(self, with_state: bool) -> AbstractContextManager[None]:
+        """Have what is saved whole in the process that writes; every process enters, whatever befalls the writing then."""
+        return gathered(self.live.module, self.live.optimizer if with_state else None, keep=self.writes)
 
     def save_interrupted(self, position: Position) -> Path:
         """Save model and state where a run was stopped, and return the state's folder; see `after_training`.
@@ -108,16 +117,24 @@ class Saver:
             self._write_state(folder, "step", position)
             written.append(folder)
 
-        if self.writes:
-            displaced = self._write_anywhere(written[0], write_state, "The state")
-            model = self.plan.model_path("step", position.update)
-            displaced += self._write_anywhere(model, lambda path: self._write_model(path, "step", position), "The trained model")
-            for told in displaced:
-                log.error("%s", told)
+        with self._gathered(True):
+            if self.writes:
+                displaced = self._write_anywhere(written[0], write_state, "The state")
+                model = self.plan.model_path("step", position.update)
+                displaced += self._write_anywhere(
+                    model, lambda path: self._write_model(path, "step", position), "The trained model"
+                )
+                for told in displaced:
+                    log.error("%s", told)
         return written[-1]
 
     def _save_or_go_on(self, kind: SaveKind, number: int, position: Position) -> None:
         """Save in mid-run; a disk that is full now may have room at the next save, and nothing that was learned is lost."""
+        with self._gathered(self.plan.should_save_state(kind)):
+            if self.writes:
+                self._try_to_save(kind, number, position)
+
+    def _try_to_save(self, kind: SaveKind, number: int, position: Position) -> None:
         try:
             self._save(kind, number, position)
         except UserError as error:
@@ -154,8 +171,6 @@ class Saver:
             raise
 
     def _save(self, kind: SaveKind, number: int, position: Position) -> None:
-        if not self.writes:
-            return
         self._write_model(self.plan.model_path(kind, number), kind, position)
         if self.plan.should_save_state(kind):
             self._write_state(self.plan.state_path(kind, number), kind, position.next_epoch() if kind == "epoch" else position)
@@ -164,7 +179,7 @@ class Saver:
 
     def _write_model(self, path: Path, kind: SaveKind, position: Position) -> None:
         make_folder(path.parent)
-        with self.averaged(), self.trainable.evaluation():
+        with self.averaged():
             self.trainable.save(path, self.dtype, self.metadata(path.stem, position), position)
         log.info("Saved %s", path)
         self._tell(Saved(path, "model", kind, position))

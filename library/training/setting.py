@@ -85,6 +85,8 @@ class Trained:
     """Of the files that `trainable` saves, with its dot; "" for folders."""
     may_skip: bool = False
     """Whether a batch may leave trained parameters without a gradient, which several processes then have to look for."""
+    is_divided: bool = False
+    """Whether each process has a share of every parameter; see `library.training.sharding`."""
 
 
 def beside_output(setting: Setting, ending: str) -> Path:

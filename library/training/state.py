@@ -25,7 +25,12 @@ from library.files.safetensors_io import open_safetensors, save_safetensors
 from library.optim.own_settings import OwnSettings
 from library.optim.parameter_steps import load_optimizer_state
 from library.options.errors import UserError
-from library.training.full_tensors import full_tensors
+from library.training.full_tensors import (
+    full_optimizer_state,
+    full_tensors,
+    shares_of_module,
+    shares_of_optimizer_state,
+)
 from library.training.position import Position
 
 TRAIN_STATE = "train_state.json"
@@ -100,13 +105,14 @@ def save_state(
         "optimizer": class_path(live.optimizer),
     } | ({} if identity is None else {"identity": dict(identity)})
     tensors = {name: tensor.contiguous() for name, tensor in full_tensors(live.module)}
+    optimizer_state = full_optimizer_state(live.optimizer)
     try:
         with atomic_folder(folder) as unfinished:
             save_safetensors(unfinished / "model.safetensors", tensors, {"format": "pt"})
             for name, extra in live.extras.items():
                 contiguous = {key: tensor.contiguous() for key, tensor in extra.state_dict().items()}
                 save_safetensors(unfinished / _extra_file(name), contiguous, {"format": "pt"})
-            torch.save(live.optimizer.state_dict(), unfinished / "optimizer.bin")
+            torch.save(optimizer_state, unfinished / "optimizer.bin")
             torch.save(live.schedule.state_dict(), unfinished / "scheduler.bin")
             if live.scaler is not None:
                 torch.save(live.scaler.state_dict(), unfinished / "scaler.pt")
@@ -164,7 +170,7 @@ def load_state(folder: Path, live: Resumable) -> None:
     weights = _fitting(folder, "model.safetensors", dict(live.module.state_dict()))
     extras = {name: _fitting(folder, _extra_file(name), extra.state_dict()) for name, extra in live.extras.items()}
     _check_optimizer(folder, live.optimizer)
-    live.module.load_state_dict(weights)
+    live.module.load_state_dict(shares_of_module(weights, live.module))
     for name, extra in live.extras.items():
         extra.load_state_dict(extras[name])
     settings = OwnSettings.of(live.optimizer, live.schedule)
@@ -176,7 +182,7 @@ def load_state(folder: Path, live: Resumable) -> None:
             saved = torch.load(folder / name, map_location="cpu", weights_only=True)
             if part is live.optimizer:
                 _check_settings(part, saved)
-                load_optimizer_state(part, saved)
+                load_optimizer_state(part, shares_of_optimizer_state(saved, part))
             else:
                 part.load_state_dict(saved)
         except (ValueError, KeyError, RuntimeError, AttributeError, EOFError, UnpicklingError) as error:

@@ -37,7 +37,7 @@ class Trainable(Protocol):
         """Called after each optimizer update, before the observers."""
 
     def evaluation(self) -> AbstractContextManager[None]:
-        """Switch off, for previews and saving, what only training has, and back on."""
+        """Switch off, for previews, what only training has, and back on; every process of a run enters it at the same place."""
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position) -> None:
         """Write the trained model, atomically.
@@ -108,7 +108,11 @@ class NetworkTrainable:
             self.set_strength(strength)
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position) -> None:
-        """Write the network's weights; see `Trainable.save`."""
+        """Write the network's weights, at full strength; see `Trainable.save`."""
+        with self.evaluation():
+            self._write(path, dtype, metadata)
+
+    def _write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
         if type(self.network).__module__.partition(".")[0] == "networks":
             self.network.save_weights(str(path), dtype, dict(metadata))
             return
@@ -125,6 +129,9 @@ class ModelTrainable:
         layout: of saved models, see `Family.save_model`.
         v_prediction: whether the denoiser predicts v.
         zero_terminal_snr: whether it is trained down to pure noise.
+
+    Attributes:
+        whole: entered to have whole parameters in every process, where they are divided.
     """
 
     norms: Sequence[Tensor | float] | None = None
@@ -139,6 +146,7 @@ class ModelTrainable:
         self.layout = layout
         self.v_prediction = v_prediction
         self.zero_terminal_snr = zero_terminal_snr
+        self.whole: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 
     def on_epoch_start(self) -> None:
         """Put the parts in training mode, without which transformers does not checkpoint; none of them has dropout."""
@@ -150,9 +158,11 @@ class ModelTrainable:
     def after_update(self) -> None:
         """Nothing is limited after an update."""
 
-    def evaluation(self) -> AbstractContextManager[None]:
-        """Put the parts in evaluation mode for previews and saving, and back."""
-        return evaluation_mode(self.module)
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Put the whole parts in evaluation mode for previews, and back."""
+        with self.whole(), evaluation_mode(self.module):
+            yield
 
     def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position) -> None:
         """Write the whole model; see `Trainable.save`."""

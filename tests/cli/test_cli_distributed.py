@@ -1,24 +1,30 @@
 """Both training scripts in several processes, which train what one process trains."""
 
+from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from library.training.loss_ledger import read_ledger
 from tests.cli.training_commands import (
     FINETUNE,
+    ROOT,
     SCRIPT,
     arguments,
+    assert_same_bits,
     finetune_arguments,
     run_processes,
     weights,
     write_dataset,
 )
 
+EXAMPLES = ROOT / "examples" / "accelerate"
 PLAIN = ["--optimizer_type", "SGD", "--max_grad_norm", "0"]
 """Steps as large as the gradients are, of which every share counts."""
 
@@ -29,7 +35,15 @@ def scalars(logs: Path) -> dict[str, list[float]]:
     return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-def run_both(folder: Path, make: object, checkpoint: Path, photos: Path, script: str, *more: str) -> dict[int, str]:
+def run_both(
+    folder: Path,
+    make: object,
+    checkpoint: Path,
+    photos: Path,
+    script: str,
+    *more: str,
+    environment: Mapping[str, str] | None = None,
+) -> dict[int, str]:
     """Run a script in two processes of two images and in one of four; returns what each first process said."""
     said = {}
     for count in (1, 2):
@@ -38,7 +52,7 @@ def run_both(folder: Path, make: object, checkpoint: Path, photos: Path, script:
         dataset.write_text(text.replace("[general]", "[general]\nvalidation_split = 0.3\nvalidation_seed = 1"))
         paths = ["--logging_dir", str(folder / f"logs{count}")]
         args = make(checkpoint, dataset, folder / str(count), *PLAIN, *more, *paths)  # type: ignore[operator]
-        done = run_processes(args, script, count=count)
+        done = run_processes(args, script, count=count, more=environment)
         assert done.returncode == 0, done.stderr
         said[count] = done.stderr
     return said
@@ -96,3 +110,32 @@ def test_a_model_trained_in_two_processes_is_that_of_one(tiny_checkpoint: Path, 
     before, after = weights(tiny_checkpoint), weights(tmp_path / "2" / "model.safetensors")
     changed = [name for name in after if not torch.equal(before[name].float(), after[name].float())]
     assert {name.partition(".layers")[0] for name in changed if "layers.0.mlp" in name or "input_blocks.0.0.weight" in name}
+
+
+@pytest.fixture(scope="module")
+def divided() -> dict[str, str]:
+    """The environment in which `accelerate launch` starts a script with the example's configuration."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(EXAMPLES / "fsdp2.yaml"), "sdxl_train.py"])
+    launched = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
+    return {name: value for name, value in launched.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
+
+
+def test_a_model_divided_over_two_processes_is_that_of_one(
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path, divided: dict[str, str]
+) -> None:
+    """Clipped and accumulated gradients, whole files, sample images, held-out images, and a state that is gone on from."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a house --s 1\na tree --s 1\na road --s 1\n", encoding="utf-8")
+    more = ["--learning_rate", "0.05", "--train_text_encoder", "--optimizer_args", "momentum=0.9", "--max_grad_norm", "0.5"]
+    more += ["--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--max_train_epochs", "2", "--save_state"]
+    more += ["--save_every_n_epochs", "1", "--sample_prompts", str(prompts), "--sample_every_n_epochs", "2"]
+    said = run_both(tmp_path, finetune_arguments, tiny_checkpoint, photos, FINETUNE, *more, environment=divided)
+    assert "Divided over 2 processes (FSDP2)" in said[2]
+    assert_same_run(tmp_path, "model.safetensors")
+    assert_same_run(tmp_path, "model-state/model.safetensors")
+
+    state = ["--resume", str(tmp_path / "2" / "model-000001-state"), "--validation_split", "0.3", "--validation_seed", "1"]
+    args = finetune_arguments(tiny_checkpoint, tmp_path / "data2" / "dataset.toml", tmp_path / "resumed")
+    done = run_processes([*args, *PLAIN, *more[:-4], *state], FINETUNE, more=divided)
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(tmp_path / "resumed" / "model.safetensors", tmp_path / "2" / "model.safetensors")

@@ -75,6 +75,7 @@ class SdxlFamily:
     size_multiple = 32
     denoiser_name = "unet"
     encoder_names = ("te1", "te2")
+    large_modules = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer")
     latent_cache = LatentCacheSpec("_sdxl.npz")
     text_cache = TextCacheSpec("_te_outputs.npz", frozenset(_NPZ_NAMES.values()), _pack, _unpack)
 
