@@ -8,7 +8,7 @@ from pathlib import Path
 from library.options.checks_distributed import distributed_problems
 from library.options.checks_hub import hub_notes, hub_problems
 from library.options.checks_objective import objective_notes, objective_problems
-from library.options.checks_optimizer import fused_problems, negative_rate_problems
+from library.options.checks_optimizer import fused_problems, is_schedule_free, negative_rate_problems
 from library.options.dataset_class import class_notes, class_problems
 from library.options.groups.cache import CacheOptions
 from library.options.groups.dataset import DatasetOptions
@@ -66,6 +66,7 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
         yield "--output_dir is missing. Name the folder for what is trained."
     yield from precision_problems(options.precision)
     yield from fused_problems(options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision)
+    yield from _ema_problems(options)
     yield from objective_problems(options.noise, options.loss, options.model.v_parameterization)
     yield from _sample_problems(options.sample)
     yield from _logging_problems(options.logging)
@@ -159,6 +160,16 @@ def _finetune_notes(options: SdxlTrainOptions) -> Iterator[str]:
         yield "--learning_rate 0 freezes the whole U-Net, so --block_lr has no effect."
     if options.output.use_safetensors and options.output.save_model_as == "ckpt":
         yield "--use_safetensors has no effect with --save_model_as ckpt."
+
+
+def _ema_problems(options: TrainingOptions) -> Iterator[str]:
+    if options.ema.ema_decay is None:
+        if options.ema.ema_device != "cpu":
+            yield "--ema_device is for the average of the weights, so it needs --ema_decay, for example 0.999."
+    elif is_schedule_free(options.optimizer):
+        yield "--ema_decay averages the weights, as schedule-free optimizers do themselves. Leave one of them out."
+    elif options.distributed.deepspeed:
+        yield "--ema_decay averages whole weights, but --deepspeed may divide them over the processes. Leave one of them out."
 
 
 def _sample_problems(sample: SampleOptions) -> Iterator[str]:

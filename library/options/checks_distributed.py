@@ -44,6 +44,8 @@ def _sharding_problems(options: TrainingOptions) -> Iterator[str]:
             f"{where}, and --optimizer_type {optimizer_name(options.optimizer)} is not known to take right steps on shares of "
             f"parameters. Use one of {names}."
         )
+    if options.ema.ema_decay is not None:
+        yield f"{where}, and --ema_decay averages whole weights. Leave it out."
     for variable, instead in _SETTINGS.items():
         if os.environ.get(variable, "").lower() in ("true", "1"):
             yield f"{where} with {variable.lower()}: true. {instead}"

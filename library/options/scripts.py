@@ -12,6 +12,7 @@ from library.options.groups.config import ConfigOptions
 from library.options.groups.console import ConsoleOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.distributed import DistributedOptions, ProcessGroupOptions
+from library.options.groups.ema import EmaOptions
 from library.options.groups.finetune import FinetuneOptions
 from library.options.groups.generation import (
     GenModelOptions,
@@ -80,6 +81,7 @@ class TrainingOptions(ScriptOptions):
     precision: VaePrecisionOptions = field(default_factory=VaePrecisionOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     loss: LossOptions = field(default_factory=LossOptions)
+    ema: EmaOptions = field(default_factory=EmaOptions)
     output: SavingOptions = field(default_factory=SavingOptions)
     state: StateOptions = field(default_factory=StateOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
@@ -96,6 +98,8 @@ class TrainingOptions(ScriptOptions):
 _TRAINING_ADDITIONS = frozenset(
     {
         "dataset_report",
+        "ema_decay",
+        "ema_device",
         "log_events",
         "logit_mean",
         "logit_std",

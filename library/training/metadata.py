@@ -34,6 +34,7 @@ RECORDED_WHEN_SET: Mapping[str, Any] = {
     "logit_mean": 0.0,
     "logit_std": 1.0,
     "masked_loss_normalize": False,
+    "ema_decay": None,
 }
 """Options that sd-scripts does not have, written where their value is another than this default."""
 

@@ -12,6 +12,7 @@ from library.generation.pipeline import Pipeline
 from library.generation.request import ImageRequest
 from library.models.family import Components
 from library.options.disclosure import loggable_config
+from library.training.ema import moving_average
 from library.training.events import SCHEMA_VERSION
 from library.training.identity import identity_of
 from library.training.loader import make_loader
@@ -79,6 +80,7 @@ def add_observers(
     manifests = write_manifest(setting, trained, saver, start)
     run.observers = [
         *run.observers,
+        *moving_average(setting, trained, saver),
         training_log,
         *validation(setting, trained, saver.averaged, run, training_log, trackers),
         *previews(setting, trained, saver.averaged, parts, text, requests, trackers),

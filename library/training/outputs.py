@@ -181,6 +181,10 @@ class SavePlan:
         """Return where the model of an epoch (1-based), a step or the end is written."""
         return self.folder / checkpoint_name(kind, number, self.output_name, self.extension)
 
+    def variant_path(self, model: Path, suffix: str) -> Path:
+        """Return where another version of a model goes: beside it, the suffix at the end of its name."""
+        return model.with_name(model.name.removesuffix(self.extension) + suffix + self.extension)
+
     def state_path(self, kind: SaveKind, number: int = 0) -> Path:
         """Return the folder that the state of an epoch (1-based), a step or the end is written to."""
         return self.folder / state_name(kind, number, self.output_name)
@@ -284,7 +288,7 @@ def _blocked_names(folder: Path, output_name: str | None, extension: str) -> Ite
     for path in sorted(folder.iterdir()) if os.path.isdir(folder) and os.access(folder, os.R_OK) else ():
         if re.fullmatch(f"(?:{stems})-state", path.name):
             what = _in_the_way(path, "", _OF_STATE_FOLDERS)
-        elif re.fullmatch(f"(?:{stems}){re.escape(extension)}", path.name):
+        elif re.fullmatch(f"(?:{stems})(?:-ema)?{re.escape(extension)}", path.name):
             what = _in_the_way(path, extension, _OF_MODEL_FOLDERS)
         else:
             continue

@@ -49,6 +49,7 @@ class Saver:
         seed, batches_per_epoch, identity: recorded in states.
         losses: the loss recorder's own state, recorded in states.
         fallbacks: folders that take the last files where the run's own does not.
+        variants: by suffix of the name, what enters other weights, given the saved type, that are saved beside each model.
         after_save: called, in the process that writes, with everything that is complete on disk.
     """
 
@@ -64,6 +65,7 @@ class Saver:
     identity: Mapping[str, Any] | None = None
     losses: Callable[[], dict[str, Any]] = dict
     after_save: list[Callable[[Saved], None]] = field(default_factory=list)
+    variants: dict[str, Callable[[torch.dtype | None], AbstractContextManager[None]]] = field(default_factory=dict)
     fallbacks: list[Path] = field(default_factory=lambda: fallback_folders())
 
     def before_training(self, position: Position) -> None:
@@ -175,11 +177,18 @@ class Saver:
         if self.plan.should_save_state(kind):
             self._write_state(self.plan.state_path(kind, number), kind, position.next_epoch() if kind == "epoch" else position)
             remove_outputs([self.plan.outdated_state(kind, number)], self.plan.folder)
-        remove_outputs([self.plan.outdated_model(kind, number)], self.plan.folder)
+        if outdated := self.plan.outdated_model(kind, number):
+            others = [self.plan.variant_path(outdated, suffix) for suffix in self.variants]
+            remove_outputs([outdated, *others], self.plan.folder)
 
     def _write_model(self, path: Path, kind: SaveKind, position: Position) -> None:
         make_folder(path.parent)
-        with self.averaged():
+        self._write_weights(path, kind, position, self.averaged())
+        for suffix, weights in self.variants.items():
+            self._write_weights(self.plan.variant_path(path, suffix), kind, position, weights(self.dtype))
+
+    def _write_weights(self, path: Path, kind: SaveKind, position: Position, weights: AbstractContextManager[None]) -> None:
+        with weights:
             self.trainable.save(path, self.dtype, self.metadata(path.stem, position), position)
         log.info("Saved %s", path)
         self._tell(Saved(path, "model", kind, position))

@@ -25,6 +25,8 @@ REFUSED = [
     ("--adaptive_noise_scale 0.1", "needs --noise_offset above 0"),
     ("--adaptive_noise_scale 0.1 --noise_offset 0", "needs --noise_offset above 0"),
     ("--min_timestep 500 --max_timestep 500", "--min_timestep (500) must be below --max_timestep (500)"),
+    ("--ema_decay 0.9 --optimizer_type AdamWScheduleFree", "as schedule-free optimizers do themselves"),
+    ("--ema_device device", "it needs --ema_decay"),
     ("--logit_mean 0.5", "but they are drawn uniformly"),
     ("--scale_v_pred_loss_like_noise_pred", "needs --v_parameterization"),
     ("--v_pred_like_loss 0.1 --v_parameterization", "excludes --v_parameterization"),

@@ -30,6 +30,7 @@ def divided(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ("--optimizer_type AdamW8bit", "--optimizer_type AdamW8bit is not known to take right steps on shares"),
         ("--optimizer_type Prodigy", "Use one of AdamW, Adam, SGD"),
         ("--optimizer_type AdamWScheduleFree", "is not known to take right steps"),
+        ("--ema_decay 0.999", "--ema_decay averages whole weights"),
         ("--fused_optimizer_groups 2", "before the 2 processes have exchanged its gradient"),
     ],
 )
