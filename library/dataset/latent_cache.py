@@ -2,23 +2,21 @@
 
 import os
 import re
-from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from library.dataset.buckets import Geometry, true_crop_ltrb
 from library.dataset.cache_stamps import CacheReport, Progress, Stamp, add_stamp, counted, source_stamp
 from library.dataset.cached import LATENT_NAMES, LatentFiles, LatentsInMemory, size_suffix
 from library.dataset.dataset import Dataset
 from library.dataset.images import to_mask
-from library.dataset.items import Item
 from library.dataset.latent_check import LatentChecker
 from library.dataset.latent_encoder import EncodedImage, LatentEncoder, LatentJob, Latents
+from library.dataset.latent_jobs import LatentJobs
 from library.files.locks import folder_lock
 from library.files.npz import Arrays, read_npz, write_npz
 from library.models.family import Family
@@ -59,11 +57,11 @@ def cache_latents(
     Raises:
         UserError: an image cannot be read, its latents are not finite, or the disk is full.
     """
-    jobs = _jobs(dataset)
+    jobs = LatentJobs.of_dataset(dataset)
     report = CacheReport("Latents")
     if options.cache_latents_to_disk:
         files = LatentFiles(family.latent_cache, family.latent_channels, family.latent_stride, posterior=encoder.posterior)
-        own = _share(_disk_jobs(jobs, files), process_index, num_processes)
+        own = jobs.in_files(files).share(process_index, num_processes)
         if own:
             checker = LatentChecker(files, family, encoder, trust_existing=options.skip_cache_check)
             _fill_files(own, checker, encoder, report, progress)
@@ -82,75 +80,13 @@ def survey_latents(dataset: Dataset, family: Family, encoder: LatentEncoder, opt
     """
     report = CacheReport("Latents")
     files = LatentFiles(family.latent_cache, family.latent_channels, family.latent_stride, posterior=encoder.posterior)
-    jobs = _disk_jobs(_jobs(dataset), files)
+    jobs = LatentJobs.of_dataset(dataset).in_files(files)
     if jobs:
         _stale(jobs, LatentChecker(files, family, encoder, trust_existing=options.skip_cache_check), report)
     return report
 
 
-@dataclass(frozen=True)
-class _DiskJob:
-    job: LatentJob
-    path: str
-    suffix: str
-    """What follows the array names in the file: nothing for the first size of an image, so that sd-scripts reads it."""
-
-
-def _jobs(dataset: Dataset) -> list[LatentJob]:
-    """Gather what has to be encoded; items that are the same image at the same geometry share it."""
-    by_recipe: dict[tuple[str, str, Geometry, str | None, bool], list[Item]] = defaultdict(list)
-    for item in dataset.encoded_items:
-        has_mask = item.has_alpha and dataset.is_masked(item)
-        name = os.path.basename(item.path)  # not the path: two datasets may write one folder in two ways
-        by_recipe[item.cache_stem, name, item.geometry, dataset.interpolation(item), has_mask].append(item)
-    return [
-        LatentJob(
-            tuple(items),
-            interpolation,
-            mirrored=any(dataset.is_mirrored(item) for item in items),
-            crop_ltrb=true_crop_ltrb(geometry) if dataset.config.true_crop_conditioning else geometry.crop_ltrb,
-            masked=any(dataset.is_masked(item) for item in items),
-        )
-        for (_, _, geometry, interpolation, _), items in by_recipe.items()
-    ]
-
-
-def _disk_jobs(jobs: Sequence[LatentJob], files: LatentFiles) -> list[_DiskJob]:
-    shapes: dict[str, dict[tuple[int, int], LatentJob]] = defaultdict(dict)
-    for job in jobs:
-        path, shape = files.path(job.item), files.shape(job.item)
-        if shape in shapes[path]:
-            raise UserError(_clash(shapes[path][shape], job, path))
-        shapes[path][shape] = job
-    return [
-        _DiskJob(job, path, "" if position == 0 else size_suffix(shape))
-        for path, by_shape in shapes.items()
-        for position, (shape, job) in enumerate(by_shape.items())
-    ]
-
-
-def _clash(one: LatentJob, other: LatentJob, path: str) -> str:
-    """Say why two jobs cannot share an entry."""
-    item = other.item
-    if os.path.basename(one.item.path) != os.path.basename(item.path):
-        return f"{one.item.path} and {item.path} would both be cached in {path}. Give one of them another name."
-    size = "{}x{}".format(*item.geometry.bucket)
-    if (one.item.geometry, one.interpolation) != (item.geometry, other.interpolation):
-        what = f"is resized in two ways to {size}"
-    else:
-        what = f"is wanted at {size} with its transparency as a mask and with white in its place (alpha_mask)"
-    advice = "Give both datasets the same settings, or use --cache_latents without _to_disk."
-    return f"{item.path} {what}, but {path} holds one. {advice}"
-
-
-def _share(jobs: Sequence[_DiskJob], process_index: int, num_processes: int) -> list[_DiskJob]:
-    """Deal files, not entries, to the processes: no two of them write the same file."""
-    paths = list(dict.fromkeys(job.path for job in jobs))
-    own = set(paths[process_index::num_processes])
-    return [job for job in jobs if job.path in own]
-
-
-def _in_memory(jobs: Sequence[LatentJob], encoder: LatentEncoder, progress: Progress | None) -> LatentsInMemory:
+def _in_memory(jobs: LatentJobs, encoder: LatentEncoder, progress: Progress | None) -> LatentsInMemory:
     held, masks = {}, {}
     for encoded in counted(encoder.encode(jobs), len(jobs), progress):
         pair = (_held(encoded.upright), None if encoded.mirrored is None else _held(encoded.mirrored))
@@ -165,36 +101,38 @@ def _held(latents: Latents) -> Tensor:
 
 
 def _fill_files(
-    jobs: Sequence[_DiskJob], checker: LatentChecker, encoder: LatentEncoder, report: CacheReport, progress: Progress | None
+    jobs: LatentJobs, checker: LatentChecker, encoder: LatentEncoder, report: CacheReport, progress: Progress | None
 ) -> None:
     stale = _stale(jobs, checker, report)
-    for _ in counted(_written(encoder.encode(list(stale)), stale, checker), len(stale), progress):
+    for _ in counted(_written(encoder.encode(stale), stale, checker), len(stale), progress):
         pass
 
 
-def _stale(jobs: Sequence[_DiskJob], checker: LatentChecker, report: CacheReport) -> dict[LatentJob, _DiskJob]:
+def _stale(jobs: LatentJobs, checker: LatentChecker, report: CacheReport) -> LatentJobs:
     """Look into all files, note what is there, and return the jobs whose entries have to be made."""
-    stale: dict[LatentJob, _DiskJob] = {}
+    stale: list[int] = []
     with ThreadPoolExecutor(_CHECKING_THREADS) as pool:
         for start in range(0, len(jobs), _CHECKED_AT_ONCE):
-            chunk = jobs[start : start + _CHECKED_AT_ONCE]
-            for job, verdict in zip(chunk, pool.map(lambda each: checker.verdict(each.job), chunk), strict=True):
+            chunk = range(start, min(start + _CHECKED_AT_ONCE, len(jobs)))
+            for position, verdict in zip(chunk, pool.map(lambda each: checker.verdict(jobs[each]), chunk), strict=True):
                 report.foreign += verdict.is_foreign
                 if verdict.reason is None:
                     report.kept += 1
                 else:
                     report.made[verdict.reason] += 1
-                    stale[job.job] = job
+                    stale.append(position)
             checker.notes.save()
-    return stale
+    return jobs.only(stale)
 
 
-def _written(encoded: Iterator[EncodedImage], jobs: Mapping[LatentJob, _DiskJob], checker: LatentChecker) -> Iterator[LatentJob]:
+def _written(encoded: Iterator[EncodedImage], jobs: LatentJobs, checker: LatentChecker) -> Iterator[LatentJob]:
     """Write entries while the next ones are encoded; yield each job when it is on the disk, in their order."""
     with ThreadPoolExecutor(1) as writer:
         waiting: deque[tuple[LatentJob, Future[None]]] = deque()
         for image in encoded:
-            waiting.append((image.job, writer.submit(_write, jobs[image.job], image, checker.stamp(image.job), checker.files)))
+            waiting.append(
+                (image.job, writer.submit(_write, jobs.suffix(image.job), image, checker.stamp(image.job), checker.files))
+            )
             while waiting and (waiting[0][1].done() or len(waiting) > _WAITING_WRITES):
                 job, write = waiting.popleft()
                 write.result()
@@ -204,12 +142,20 @@ def _written(encoded: Iterator[EncodedImage], jobs: Mapping[LatentJob, _DiskJob]
             yield job
 
 
-def _write(job: _DiskJob, encoded: EncodedImage, stamp: Stamp, files: LatentFiles) -> None:
-    """Write one entry; entries of other sizes in the file stay."""
-    item = job.job.item
+def _write(suffix: str, encoded: EncodedImage, stamp: Stamp, files: LatentFiles) -> None:
+    """Write one entry; entries of other sizes in the file stay.
+
+    Args:
+        suffix: what follows its array names.
+        encoded: the latents.
+        stamp: what they are made from, but for the source.
+        files: where they belong.
+    """
+    item = encoded.job.item
+    path = files.path(item)
     entry: dict[str, np.ndarray[Any, Any]] = {
         "original_size": np.array(item.size, dtype=np.int64),
-        "crop_ltrb": np.array(job.job.crop_ltrb, dtype=np.float64),
+        "crop_ltrb": np.array(encoded.job.crop_ltrb, dtype=np.float64),
     }
     for name, latents in (("latents", encoded.upright), ("latents_flipped", encoded.mirrored)):
         if latents is not None:
@@ -219,10 +165,10 @@ def _write(job: _DiskJob, encoded: EncodedImage, stamp: Stamp, files: LatentFile
     if encoded.mask is not None:
         entry["alpha_mask"] = to_mask(encoded.mask.numpy())
     stamped = add_stamp(entry, stamp | {"source": source_stamp(item.path)})
-    with folder_lock(os.path.dirname(job.path)):
-        kept = _other_sizes(job.path, job.suffix, size_suffix(files.shape(item)))
-        arrays = kept | {name + job.suffix: array for name, array in stamped.items()}
-        write_npz(job.path, arrays, compressed={name for name in arrays if name.startswith("alpha_mask")})
+    with folder_lock(os.path.dirname(path)):
+        kept = _other_sizes(path, suffix, size_suffix(files.shape(item)))
+        arrays = kept | {name + suffix: array for name, array in stamped.items()}
+        write_npz(path, arrays, compressed={name for name in arrays if name.startswith("alpha_mask")})
 
 
 def _other_sizes(path: str, suffix: str, own_size: str) -> Arrays:

@@ -1,8 +1,9 @@
 """Turn images into latents: decode ahead on other threads while the VAE works."""
 
 import os
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -97,7 +98,8 @@ class LatentEncoder:
         Raises:
             UserError: an image cannot be read, or its latents are not finite; it is named.
         """
-        ordered = sorted(jobs, key=lambda job: (job.item.geometry.bucket, job.item.path))
+        keys = ((job.item.geometry.bucket, job.item.path, position) for position, job in enumerate(jobs))
+        ordered = map(jobs.__getitem__, array("q", (position for _, _, position in sorted(keys))))
         last_bucket = None
         with ThreadPoolExecutor(_DECODING_THREADS) as pool:
             for group, images in _decoded_ahead(pool, _in_groups(ordered, self.batch_size)):
@@ -147,7 +149,7 @@ class LatentEncoder:
         return torch.randn(self.family.latent_channels, height // stride, width // stride, generator=generator)
 
 
-def _in_groups(jobs: Sequence[LatentJob], batch_size: int) -> Iterator[list[LatentJob]]:
+def _in_groups(jobs: Iterable[LatentJob], batch_size: int) -> Iterator[list[LatentJob]]:
     """Cut jobs, sorted by bucket, into groups of one bucket."""
     group: list[LatentJob] = []
     for job in jobs:
