@@ -41,7 +41,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "exam
 """Pages whose commands and links are tested."""
 ESSENTIALS = ["--pretrained_model_name_or_path", __file__, "--output_dir", "out", "--network_module", "networks.lora"]
 """What every training command names; any file stands in for a checkpoint, which is not opened here."""
-LAUNCHERS = (["accelerate", "launch"], ["python3"], ["python"])
+LAUNCHERS = (["accelerate", "launch"], ["torchrun"], ["python3"], ["python"])
 
 
 def fenced(path: Path, language: str) -> list[str]:

@@ -3,6 +3,9 @@
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
 
 SECRETS = ("--huggingface_token", "--wandb_api_key")
 """Options whose values are never shown."""
@@ -27,10 +30,47 @@ def secrets_given() -> list[str]:
 
 
 def launcher(num_processes: int) -> list[str]:
-    """Return the words that start a script the way this process was started."""
-    if "ACCELERATE_DYNAMO_BACKEND" in os.environ:  # accelerate launch sets it, nothing else does
-        return ["accelerate", "launch", *(["--num_processes", str(num_processes)] if num_processes > 1 else [])]
-    return ["python"] if num_processes == 1 else ["torchrun", "--nproc_per_node", str(num_processes)]
+    """Return the words that start a script the way this process was started.
+
+    They are read off the launcher, which is still running; where they cannot be, they are made up from what launchers tell.
+    """
+    if "LOCAL_RANK" not in os.environ and "ACCELERATE_DYNAMO_BACKEND" not in os.environ:  # which launchers set
+        return ["python"]
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        words = []
+    return words_before_script(words, sys.argv[0]) or _likely_launcher(num_processes)
+
+
+def words_before_script(words: Sequence[str], script: str) -> list[str]:
+    """Return the words with which a launcher was started, up to the script; nothing where it started another one.
+
+    Args:
+        words: of its command line, the interpreter first.
+        script: as it was typed.
+    """
+    if script not in words:
+        return []
+    head = list(words[: words.index(script)])
+    program = next((place for place, word in enumerate(head) if Path(word).stem in ("accelerate", "torchrun")), None)
+    if program is not None:
+        return [Path(head[program]).stem, *head[program + 1 :]]
+    return ["python", *head[1:]] if "-m" in head else []
+
+
+def _likely_launcher(num_processes: int) -> list[str]:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    machines = num_processes // here
+    rank, address, port = (os.environ.get(name, "0") for name in ("GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"))
+    if "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+        nodes = ["--num_machines", str(machines), "--machine_rank", rank, "--main_process_ip", address, "--main_process_port", port]
+        count = ["--num_processes", str(num_processes)] if num_processes > 1 else []
+        return ["accelerate", "launch", *(nodes if machines > 1 else []), *count]
+    if num_processes == 1:
+        return ["python"]
+    nodes = ["--nnodes", str(machines), "--node_rank", rank, "--master_addr", address, "--master_port", port]
+    return ["torchrun", *(nodes if machines > 1 else []), "--nproc_per_node", str(here)]
 
 
 def without_options(words: Sequence[str], *, values: Sequence[str] = (), flags: Sequence[str] = ()) -> list[str]:

@@ -10,7 +10,7 @@ from library.options.errors import UserError
 from library.training.interrupt import StopRequest
 from library.training.loop import batch_seed
 from library.training.position import Position, window_size
-from library.training.resume_command import launcher, resume_command, secrets_given
+from library.training.resume_command import launcher, resume_command, secrets_given, words_before_script
 from library.training.state import load_state, read_place, save_state
 from tests.training.fake_run import SEED, FakeRun, Recorder, dataset, state_folder
 
@@ -194,11 +194,40 @@ def test_a_state_without_the_optimizers_name_still_goes_on(tmp_path: Path) -> No
     assert all(torch.equal(whole.weights()[name], tensor) for name, tensor in other.weights().items())
 
 
+@pytest.mark.parametrize(
+    ("launched", "head"),
+    [
+        (
+            "/v/python /v/bin/accelerate launch --config_file fsdp2.yaml train.py --seed 1",
+            "accelerate launch --config_file fsdp2.yaml",
+        ),
+        ("/v/python /v/bin/torchrun --nnodes 2 --node_rank 0 train.py --x train.py", "torchrun --nnodes 2 --node_rank 0"),
+        ("/v/python -m torch.distributed.run --nproc_per_node 2 train.py", "python -m torch.distributed.run --nproc_per_node 2"),
+        ("/v/python /v/bin/accelerate launch other.py", ""),
+        ("bash run.sh train.py", ""),
+    ],
+)
+def test_the_words_of_the_launcher_are_those_it_was_given(launched: str, head: str) -> None:
+    assert words_before_script(launched.split(), "train.py") == head.split()
+
+
 def test_the_command_that_continues_starts_as_this_one_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert launcher(1) == ["python"]
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert launcher(1) == ["python"] and launcher(2) == ["torchrun", "--nproc_per_node", "2"]
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
     assert launcher(1) == ["accelerate", "launch"] and launcher(2) == ["accelerate", "launch", "--num_processes", "2"]
+    for name, value in {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    machines = "--num_machines 2 --machine_rank 0 --main_process_ip 10.0.0.1 --main_process_port 29500"
+    assert launcher(4) == ["accelerate", "launch", *machines.split(), "--num_processes", "4"]
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    machines = "--nnodes 2 --node_rank 0 --master_addr 10.0.0.1 --master_port 29500"
+    assert launcher(4) == ["torchrun", *machines.split(), "--nproc_per_node", "2"]
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     words = [
         "train.py",
         "--resume",
@@ -211,5 +240,5 @@ def test_the_command_that_continues_starts_as_this_one_was_started(monkeypatch: 
         "hf_x",
     ]
     monkeypatch.setattr("sys.argv", [*words, "--wandb_api=secret"])
-    assert resume_command("new", 1) == ["accelerate", "launch", "train.py", "--seed", "1", "--resume", "new"]
+    assert resume_command("new", 1) == ["python", "train.py", "--seed", "1", "--resume", "new"]
     assert secrets_given() == ["--huggingface_token", "--wandb_api_key"]
