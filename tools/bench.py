@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from library.files.atomic import atomic_write_text
 from library.memory.traceable import untraceable
-from library.options.checks import packed_problems, precision_problems
+from library.options.checks import offload_problems, packed_problems, precision_problems
 from library.options.checks_optimizer import fused_problems, optimizer_name, optimizer_problems
 from library.options.entry import run_script
 from library.options.errors import UsageError
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
-from library.options.groups.precision import WorkingPrecisionOptions
+from library.options.groups.precision import StepPrecisionOptions
 from library.options.parse import parse
 from library.options.scripts import ScriptOptions
 from library.training.environment import hardware as hardware_of
@@ -56,7 +56,7 @@ class BenchScriptOptions(ScriptOptions):
     purpose: ClassVar[str] = "Measure one training step with random weights, without any file."
 
     bench: BenchOptions = field(default_factory=BenchOptions)
-    precision: WorkingPrecisionOptions = field(default_factory=WorkingPrecisionOptions)
+    precision: StepPrecisionOptions = field(default_factory=StepPrecisionOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
 
 
@@ -73,6 +73,7 @@ def check(options: BenchScriptOptions) -> None:
         raise UsageError([f"--resolution {resolution}: must be a multiple of {SIZE_STEP}; {near}."])
     problems = optimizer_problems(options.optimizer)
     problems += precision_problems(options.precision)
+    problems += offload_problems(options.precision)
     problems += packed_problems(options.precision) if options.bench.mode == "finetune" else []
     problems += fused_problems(options.optimizer, 1, options.precision.mixed_precision)
     if options.bench.trace and not problems and (problem := untraceable(options.optimizer)):
@@ -112,6 +113,7 @@ def what_is_run(options: BenchScriptOptions, hardware: dict[str, Any]) -> dict[s
         "full_fp16": "fp16 weights",
         "fp8_base": "frozen weights in 8 bits",
         "gradient_checkpointing": "gradient checkpointing",
+        "cpu_offload_checkpointing": "activations in main memory",
     }
     flags = [text for name, text in kinds.items() if getattr(precision, name)]
     flags += ["fused backward pass"] if options.optimizer.fused_backward_pass else []

@@ -20,6 +20,7 @@ from library.dataset.batch import Batch
 from library.diffusion.objective import DdpmObjective
 from library.diffusion.schedule import NoiseSchedule
 from library.memory.fp8 import SCALED_FLOAT8
+from library.memory.host_activations import HOST, keep_on_host
 from library.memory.packed import pack_layers
 from library.models.family import ModelSource, SizeConditioning
 from library.models.sdxl.checkpoint import Checkpoint
@@ -34,7 +35,7 @@ from library.options.groups.distributed import ProcessGroupOptions
 from library.options.groups.loss import LossOptions
 from library.options.groups.noise import NoiseOptions
 from library.options.groups.optimizer import OptimizerOptions
-from library.options.groups.precision import WorkingPrecisionOptions
+from library.options.groups.precision import StepPrecisionOptions
 from library.options.groups.scheduler import SchedulerOptions
 from library.training.accelerator import DTypes, make_accelerator
 from library.training.loop import TrainingRun, accumulate_gradient, update_parameters
@@ -77,7 +78,7 @@ class Speed:
     trained_parameters: int
 
 
-def measure(bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: OptimizerOptions) -> Speed:
+def measure(bench: BenchOptions, precision: StepPrecisionOptions, optimizer: OptimizerOptions) -> Speed:
     """Build the step, run it, and measure.
 
     Raises:
@@ -112,7 +113,11 @@ def measure(bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: 
 
 
 def make_run(
-    bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: OptimizerOptions, accelerator: Any = None
+    bench: BenchOptions,
+    precision: StepPrecisionOptions,
+    optimizer: OptimizerOptions,
+    accelerator: Any = None,
+    host: torch.device = HOST,
 ) -> tuple[TrainingRun, Batch]:
     """Build what the training loop needs for one step: random weights made on the device, and a batch of random data.
 
@@ -121,6 +126,7 @@ def make_run(
         precision: number types and checkpointing.
         optimizer: its options.
         accelerator: None for that of this machine.
+        host: what stands for main memory.
     """
     accelerator = accelerator or make_accelerator(precision, ProcessGroupOptions())
     device, dtypes = accelerator.device, DTypes.of(precision, no_half_vae=False, save_precision=None)
@@ -128,6 +134,8 @@ def make_run(
     unet = make_unet(sizes, device, dtypes.compute if bench.mode == "lora" else dtypes.trained, precision)
     family = SdxlFamily(ModelSource("random weights"), Checkpoint("random weights", {}), sizes)
     trainable = TRAINABLES[bench.mode](family, unet, bench, device, dtypes.trained)
+    if precision.cpu_offload_checkpointing:
+        keep_on_host(unet, [trainable.module], host=host)
     parameters = [parameter for parameter in trainable.module.parameters() if parameter.requires_grad]
     objective = DdpmObjective(NoiseSchedule.make(device=device), False, NoiseOptions(), LossOptions())
     step = TrainStep(trainable.module, ModelParts(family, unet, [None, None], None), objective, train_text=False)
@@ -150,7 +158,7 @@ def make_run(
     return run, make_batch(bench, sizes, device)
 
 
-def make_unet(sizes: SdxlSizes, device: torch.device, dtype: torch.dtype, precision: WorkingPrecisionOptions) -> UNet:
+def make_unet(sizes: SdxlSizes, device: torch.device, dtype: torch.dtype, precision: StepPrecisionOptions) -> UNet:
     """Make a frozen U-Net with random weights where and as it is used, never in another place or number type first."""
     with default_dtype(dtype), device:
         unet = UNet(sizes.unet)

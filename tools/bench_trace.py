@@ -16,15 +16,13 @@ from library.optim.optimizers import choose_kernels
 from library.options.checks_optimizer import class_path
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
-from library.options.groups.precision import WorkingPrecisionOptions
+from library.options.groups.precision import StepPrecisionOptions
 from library.training.accelerator import DTypes
 from library.training.step import TrainStep
 from tools.bench_step import make_run, one_step
 
 
-def forecast(
-    bench: BenchOptions, precision: WorkingPrecisionOptions, optimizer: OptimizerOptions, device_type: str = "cuda"
-) -> Peak:
+def forecast(bench: BenchOptions, precision: StepPrecisionOptions, optimizer: OptimizerOptions, device_type: str = "cuda") -> Peak:
     """Return the peak of a training step.
 
     Args:
@@ -37,7 +35,7 @@ def forecast(
     compute = DTypes.of(precision, no_half_vae=False, save_precision=None).compute
     with FakeTensorMode(allow_non_fake_inputs=True):
         accelerator = PretendAccelerator(device, None if compute == torch.float32 else compute)
-        run, batch = make_run(bench, precision, what_is_traced(optimizer), accelerator)
+        run, batch = make_run(bench, precision, what_is_traced(optimizer), accelerator, torch.device("meta"))
         inner = run.schedule.optimizer
         use_kernels_of(inner, device_type)
         modules = [run.trainable.module, cast(TrainStep, run.step).parts.denoiser]

@@ -16,7 +16,7 @@ from library.options.groups.generation import GenModelOptions, GenNetworkOptions
 from library.options.groups.logging import LoggingOptions
 from library.options.groups.model import ModelOptions
 from library.options.groups.network import NetworkOptions
-from library.options.groups.precision import WorkingPrecisionOptions
+from library.options.groups.precision import StepPrecisionOptions, WorkingPrecisionOptions
 from library.options.groups.sample import SampleOptions
 from library.options.scripts import (
     CacheLatentsOptions,
@@ -65,6 +65,7 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
     if options.output.output_dir is None:
         yield "--output_dir is missing. Name the folder for what is trained."
     yield from precision_problems(options.precision)
+    yield from offload_problems(options.precision)
     yield from fused_problems(options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision)
     yield from _ema_problems(options)
     yield from objective_problems(options.noise, options.loss, options.model.v_parameterization)
@@ -87,6 +88,15 @@ def precision_problems(precision: WorkingPrecisionOptions) -> Iterator[str]:
             yield f"--{name} keeps weights in the type of the computation, so it needs --mixed_precision {half}."
     if precision.wants_xformers and find_spec("xformers") is None:
         yield "--xformers needs the package xformers: pip install xformers, or leave it out, since PyTorch's attention is as fast."
+
+
+def offload_problems(precision: StepPrecisionOptions) -> Iterator[str]:
+    """Yield why there is nothing to keep in main memory."""
+    if precision.cpu_offload_checkpointing and not precision.gradient_checkpointing:
+        yield (
+            "--cpu_offload_checkpointing keeps checkpointed activations in main memory, so it needs --gradient_checkpointing, "
+            "without which there are many times more of them."
+        )
 
 
 def packed_problems(precision: WorkingPrecisionOptions) -> Iterator[str]:

@@ -22,7 +22,6 @@ def _refuse(instead: str, *names: str) -> dict[str, str]:
 
 NOT_BUILT: Mapping[str, str] = {
     **_refuse(_BASE_WEIGHTS, "base_weights", "base_weights_multiplier"),
-    **_refuse("checkpointed activations stay on the accelerator", "cpu_offload_checkpointing"),
     **_refuse(_DEEPSPEED, "deepspeed", "zero_stage", "offload_optimizer_device", "offload_optimizer_nvme_path"),
     **_refuse(_DEEPSPEED, "offload_param_device", "offload_param_nvme_path", "zero3_init_flag", "zero3_save_16bit_model"),
     **_refuse(_DEEPSPEED, "fp16_master_weights_and_gradients"),

@@ -37,6 +37,7 @@ from library.options.groups.output import ModelOutputOptions, OutputOptions, Sav
 from library.options.groups.precision import (
     FinetunePrecisionOptions,
     PrecisionOptions,
+    TrainingPrecisionOptions,
     VaePrecisionOptions,
     WorkingPrecisionOptions,
 )
@@ -78,7 +79,7 @@ class TrainingOptions(ScriptOptions):
     length: LengthOptions = field(default_factory=LengthOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
-    precision: VaePrecisionOptions = field(default_factory=VaePrecisionOptions)
+    precision: TrainingPrecisionOptions = field(default_factory=TrainingPrecisionOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     ema: EmaOptions = field(default_factory=EmaOptions)
@@ -123,7 +124,7 @@ class SdxlTrainOptions(TrainingOptions):
     purpose: ClassVar[str] = "Fine-tune a whole SDXL model: the U-Net, and the text encoders if wanted."
     additions: ClassVar[frozenset[str]] = (
         _TRAINING_ADDITIONS
-        | {"initial_epoch", "initial_step", "prior_loss_weight", "skip_until_initial_step"}
+        | {"cpu_offload_checkpointing", "initial_epoch", "initial_step", "prior_loss_weight", "skip_until_initial_step"}
         | ValidationOptions.model_fields.keys()
     )
 

@@ -24,6 +24,7 @@ from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes, make_accelerator, prepare, shared_seed
 from library.training.data_terms import describe_data_terms, unread_attributes
+from library.training.denoiser import arrange_denoiser, load_denoiser
 from library.training.events import EventLog, events_of_run
 from library.training.hub import open_uploads
 from library.training.identity import check_same_run, identity_of
@@ -115,6 +116,7 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
     denoiser = load_denoiser(setting, part_dtypes)
     torch.manual_seed(setting.seed)  # decides the initial weights of what is trained
     trained = divided(setting, recipe.make_trainable(setting, denoiser, text, vae))
+    arrange_denoiser(setting, denoiser, trained)
 
     parts = ModelParts(setting.family, denoiser, text.encoders, vae, options.cache.vae_batch_size, setting.caption_style)
     run, saver = build_run(recipe, setting, trained, parts)
@@ -170,15 +172,6 @@ def make_setting(
     times = options.length
     length = RunLength.of(batches_per_epoch, times.gradient_accumulation_steps, times.max_train_steps, times.max_train_epochs)
     return Setting(options, accelerator, dtypes, seed, family, objective, dataset, batches_per_epoch, length, started_at, events)
-
-
-def load_denoiser(setting: Setting, dtypes: PartDTypes) -> nn.Module:
-    """Load the denoiser, frozen, with the attention that was asked for."""
-    denoiser = setting.family.load_denoiser(dtypes.denoiser, setting.accelerator.device, dtypes.hold_denoiser)
-    setting.family.set_attention(denoiser, setting.options.precision.attention)
-    if setting.accelerator.device.type == "cuda":
-        denoiser.to(memory_format=torch.channels_last)
-    return denoiser
 
 
 def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelParts) -> tuple[TrainingRun, Saver]:

@@ -15,13 +15,13 @@ from library.memory.traceable import KEPT_BY_BITSANDBYTES, kept_bytes, untraceab
 from library.optim.optimizers import make_optimizer
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
-from library.options.groups.precision import WorkingPrecisionOptions
+from library.options.groups.precision import StepPrecisionOptions
 from tools.bench_step import make_run, one_step
 from tools.bench_trace import forecast, use_kernels_of
 
 SMALL = BenchOptions(mode="finetune", size="tiny", resolution=128, batch_size=4)
 SMALLER = BenchOptions(mode="finetune", size="tiny", resolution=32, batch_size=1)
-BF16 = WorkingPrecisionOptions(mixed_precision="bf16", full_bf16=True)
+BF16 = StepPrecisionOptions(mixed_precision="bf16", full_bf16=True)
 ADAFACTOR = {
     "optimizer_type": "Adafactor",
     "optimizer_args": ("relative_step=False", "scale_parameter=False"),
@@ -32,28 +32,26 @@ ADAFACTOR = {
 @dataclass(frozen=True)
 class Case:
     bench: BenchOptions
-    precision: WorkingPrecisionOptions
+    precision: StepPrecisionOptions
     optimizer: OptimizerOptions
     device_type: str = "cpu"
     """Whose kernels torch's optimizers use; those of a GPU run on a CPU too."""
 
 
 CASES = {
-    "all gradients at once": Case(SMALL, WorkingPrecisionOptions(), OptimizerOptions(**ADAFACTOR)),
+    "all gradients at once": Case(SMALL, StepPrecisionOptions(), OptimizerOptions(**ADAFACTOR)),
     "fused": Case(
-        SMALL, WorkingPrecisionOptions(gradient_checkpointing=True), OptimizerOptions(**ADAFACTOR, fused_backward_pass=True)
+        SMALL, StepPrecisionOptions(gradient_checkpointing=True), OptimizerOptions(**ADAFACTOR, fused_backward_pass=True)
     ),
-    "LoRA": Case(SMALL.model_copy(update={"mode": "lora"}), WorkingPrecisionOptions(), OptimizerOptions()),
-    "LoRA beside 8 bits": Case(
-        SMALL.model_copy(update={"mode": "lora"}), WorkingPrecisionOptions(fp8_base=True), OptimizerOptions()
-    ),
-    "AdamW": Case(SMALLER, WorkingPrecisionOptions(), OptimizerOptions(), "cuda"),
-    "RMSprop, foreach": Case(SMALLER, WorkingPrecisionOptions(), OptimizerOptions(optimizer_type="RMSprop"), "cuda"),
+    "LoRA": Case(SMALL.model_copy(update={"mode": "lora"}), StepPrecisionOptions(), OptimizerOptions()),
+    "LoRA beside 8 bits": Case(SMALL.model_copy(update={"mode": "lora"}), StepPrecisionOptions(fp8_base=True), OptimizerOptions()),
+    "AdamW": Case(SMALLER, StepPrecisionOptions(), OptimizerOptions(), "cuda"),
+    "RMSprop, foreach": Case(SMALLER, StepPrecisionOptions(), OptimizerOptions(optimizer_type="RMSprop"), "cuda"),
     "bf16 weights, AdamW": Case(SMALLER, BF16, OptimizerOptions(), "cuda"),
     "bf16 weights, AdamW8bit": Case(SMALLER, BF16, OptimizerOptions(use_8bit_adam=True)),
     "bf16 weights, fused": Case(SMALLER, BF16, OptimizerOptions(**ADAFACTOR, fused_backward_pass=True)),
     "bf16 weights, fused groups": Case(SMALLER, BF16, OptimizerOptions(**ADAFACTOR, fused_optimizer_groups=4)),
-    "fused groups": Case(SMALLER, WorkingPrecisionOptions(), OptimizerOptions(**ADAFACTOR, fused_optimizer_groups=4)),
+    "fused groups": Case(SMALLER, StepPrecisionOptions(), OptimizerOptions(**ADAFACTOR, fused_optimizer_groups=4)),
 }
 
 
@@ -147,7 +145,7 @@ def test_what_is_not_refused_can_be_forecast(name: str) -> None:
     per_element = {"use_8bit_adam": 2, "a bitsandbytes class": 3, "PagedAdamW32bit": 8, "AdamWScheduleFree": 8}
     per_element |= {"Lion": 4, "RMSprop": 4}
     assert untraceable(SPELLINGS[name]) is None
-    parts = forecast(SMALLER, WorkingPrecisionOptions(), SPELLINGS[name]).parts
+    parts = forecast(SMALLER, StepPrecisionOptions(), SPELLINGS[name]).parts
     if name in per_element:
         assert parts[OPTIMIZER] == pytest.approx(per_element[name] / 4 * parts[WEIGHTS], rel=0.05)
     else:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
-from library.options.groups.precision import WorkingPrecisionOptions
+from library.options.groups.precision import StepPrecisionOptions
 from tools import bench
 from tools import bench_step as benchmark
 
@@ -30,10 +30,10 @@ def fresh_accelerator() -> Iterator[None]:
     PartialState._reset_state()
 
 
-def counted(precision: WorkingPrecisionOptions | None = None, **changed: object) -> float:
+def counted(precision: StepPrecisionOptions | None = None, **changed: object) -> float:
     """Counted TFLOP of one step."""
     options = BenchOptions(**(SMALL | changed))
-    run, batch = benchmark.make_run(options, precision or WorkingPrecisionOptions(), OptimizerOptions())
+    run, batch = benchmark.make_run(options, precision or StepPrecisionOptions(), OptimizerOptions())
     return benchmark.count_tera_flop(run, batch)
 
 
@@ -45,11 +45,11 @@ def test_twice_the_images_are_twice_the_arithmetic() -> None:
 def test_training_the_whole_model_takes_more_arithmetic_than_a_lora_and_checkpointing_takes_more_still() -> None:
     lora, whole = counted(), counted(mode="finetune")
     assert whole > 1.2 * lora
-    assert counted(WorkingPrecisionOptions(gradient_checkpointing=True), mode="finetune") > 1.2 * whole
+    assert counted(StepPrecisionOptions(gradient_checkpointing=True), mode="finetune") > 1.2 * whole
 
 
 def test_a_step_changes_what_is_trained_and_nothing_else() -> None:
-    run, batch = benchmark.make_run(BenchOptions(**SMALL), WorkingPrecisionOptions(), OptimizerOptions(learning_rate=1e-3))
+    run, batch = benchmark.make_run(BenchOptions(**SMALL), StepPrecisionOptions(), OptimizerOptions(learning_rate=1e-3))
     unet = run.step.parts.denoiser
     frozen_before = {name: value.clone() for name, value in unet.state_dict().items()}
     trained_before = [parameter.detach().clone() for parameter in run.trainable.module.parameters()]
@@ -61,11 +61,11 @@ def test_a_step_changes_what_is_trained_and_nothing_else() -> None:
 def test_the_number_of_trained_parameters_is_that_of_the_model_or_of_its_adapters(tiny_checkpoint: Path) -> None:
     with safe_open(tiny_checkpoint, framework="pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys() if name.startswith("model.diffusion_model.")]  # noqa: SIM118
-    whole, _ = benchmark.make_run(BenchOptions(**SMALL | {"mode": "finetune"}), WorkingPrecisionOptions(), OptimizerOptions())
+    whole, _ = benchmark.make_run(BenchOptions(**SMALL | {"mode": "finetune"}), StepPrecisionOptions(), OptimizerOptions())
     assert sum(parameter.numel() for parameter in whole.trainable.module.parameters()) == sum(math.prod(shape) for shape in shapes)
     of_rank = {}
     for rank in (4, 8):
-        run, _ = benchmark.make_run(BenchOptions(**SMALL | {"network_dim": rank}), WorkingPrecisionOptions(), OptimizerOptions())
+        run, _ = benchmark.make_run(BenchOptions(**SMALL | {"network_dim": rank}), StepPrecisionOptions(), OptimizerOptions())
         of_rank[rank] = sum(parameter.numel() for parameter in run.trainable.module.parameters())
     assert of_rank[8] == 2 * of_rank[4]
 

@@ -43,11 +43,22 @@ class VaePrecisionOptions(WorkingPrecisionOptions):
     no_half_vae: bool = flag("Keep the VAE in float32 whatever the mixed precision.")
 
 
-class PrecisionOptions(VaePrecisionOptions):
+class StepPrecisionOptions(WorkingPrecisionOptions):
+    """Number types, memory and attention of a training step."""
+
+    cpu_offload_checkpointing: bool = flag(
+        "Keep in main memory what --gradient_checkpointing keeps of the U-Net: least memory on the accelerator, slower steps."
+    )
+
+
+class TrainingPrecisionOptions(VaePrecisionOptions, StepPrecisionOptions):
+    """Number types, memory and attention of training."""
+
+
+class PrecisionOptions(TrainingPrecisionOptions):
     """Number types, memory and attention of network training."""
 
     fp8_base_unet: bool = flag("The same as --fp8_base for the U-Net alone.")
-    cpu_offload_checkpointing: bool = flag("Keep checkpointed activations in main memory.")
 
     @property
     def packs_denoiser(self) -> bool:
@@ -55,7 +66,7 @@ class PrecisionOptions(VaePrecisionOptions):
         return self.fp8_base or self.fp8_base_unet
 
 
-class FinetunePrecisionOptions(VaePrecisionOptions):
+class FinetunePrecisionOptions(TrainingPrecisionOptions):
     """Number types, memory and attention of fine-tuning."""
 
     diffusers_xformers: bool = flag("The same as --xformers.")
