@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from library.optim.gradient_norms import GradientNorms
 from library.optim.parameter_steps import ParameterSteps
 from library.options.checks_optimizer import steps_alone
 from library.options.errors import UserError
@@ -20,6 +21,11 @@ _CHUNK = 64 * 2**20
 
 class Updater(Protocol):
     """Makes the updates of a run. One is begun before the backward pass of its last batch and finished after it."""
+
+    gradient_norms: GradientNorms | None
+    """Measures the gradients before they are limited, where somebody wants to know."""
+    before_step: Callable[[], None]
+    """Called when all gradients are there and limited, before they are used; never where they are used one by one."""
 
     def begin(self, seed: int) -> None:
         """Prepare for an update; `seed` decides all that is drawn in it."""
@@ -53,6 +59,8 @@ class UpdateAfterBackward:
         self._max_grad_norm = max_grad_norm
         self._step = step
         self._seed = 0
+        self.gradient_norms: GradientNorms | None = None
+        self.before_step: Callable[[], None] = lambda: None
 
     def begin(self, seed: int) -> None:
         """Remember the seed."""
@@ -60,8 +68,12 @@ class UpdateAfterBackward:
 
     def finish(self) -> bool:
         """Clip, step, and drop the gradients."""
+        if self.gradient_norms is not None:
+            scaler = self._accelerator.scaler
+            self.gradient_norms.add(self._parameters, None if scaler is None else scaler._scale)
         if self._max_grad_norm > 0:
             self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        self.before_step()
         self._step(self._seed)
         was_made = not self._accelerator.optimizer_step_was_skipped
         self._prepared.zero_grad(set_to_none=True)
@@ -85,6 +97,8 @@ class UpdateInBackward:
         self._groups = [list(group) for group in groups]
         self._max_grad_norm = max_grad_norm
         self._seed = 0
+        self.gradient_norms: GradientNorms | None = None
+        self.before_step: Callable[[], None] = lambda: None
         self._arrived = [0] * len(self._groups)
         for number, group in enumerate(self._groups):
             for parameter in group:
@@ -103,6 +117,8 @@ class UpdateInBackward:
 
     def _hook_of(self, number: int) -> Callable[[Tensor], None]:
         def gradient_arrived(parameter: Tensor) -> None:
+            if self.gradient_norms is not None:
+                self.gradient_norms.add([cast(nn.Parameter, parameter)])
             if self._max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(parameter, self._max_grad_norm)
             self._arrived[number] += 1

@@ -102,6 +102,7 @@ _TRAINING_ADDITIONS = frozenset(
         "ema_decay",
         "ema_device",
         "log_events",
+        "log_grad_norm",
         "logit_mean",
         "logit_std",
         "loss_ledger",
@@ -153,7 +154,15 @@ class _CachingOptions(ScriptOptions):
     """What both caching tools take: the options of training, most of them without effect there."""
 
     additions: ClassVar[frozenset[str]] = frozenset(
-        {"strict_config", "cache_latents_posterior", "log_events", "loss_ledger", "text_cache_variants", "true_crop_conditioning"}
+        {
+            "strict_config",
+            "cache_latents_posterior",
+            "log_events",
+            "log_grad_norm",
+            "loss_ledger",
+            "text_cache_variants",
+            "true_crop_conditioning",
+        }
     ) | frozenset(ValidationOptions.model_fields)
 
     model: ModelOptions = field(default_factory=ModelOptions)

@@ -14,6 +14,7 @@ from library.training.async_scalars import AsyncScalars
 from library.training.events import EventLog
 from library.training.position import Position
 from library.training.progress import Progress
+from library.training.scalar_names import AVERAGE, SCALAR_NAMES, ScalarNames, rate_scalars
 from library.training.step_meter import StepFigures, StepMeter
 from library.training.trackers import RunLog, Scalars
 
@@ -64,53 +65,26 @@ class LossRecorder:
         self._count = sum(loss is not None for loss in self._losses)
 
 
-class NormStats(NamedTuple):
-    """What limiting the norms of a network's modules did (`--scale_weight_norms`)."""
-
-    keys_scaled: int
-    average_key_norm: float
-    max_key_norm: float
+Gauges = Mapping[str, Tensor | float]
+"""What is measured after an update, by the names trackers know; tensors () stay on the device until they have arrived."""
 
 
-def step_scalars(current: float, average: float, rates: Scalars, norms: NormStats | None = None) -> dict[str, float]:
-    """Name the values of one micro-batch of network training.
+def measured(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """Return arrived values by name.
 
-    Args:
-        current: the batch's loss.
-        average: the running loss.
-        rates: see `learning_rate_scalars`.
-        norms: of the network's modules, where they are limited.
+    Networks without own bookkeeping report zeros where no norm was limited: that is no measurement.
     """
-    values = {"loss/current": current, "loss/average": average, **rates}
-    if norms is not None:
-        values["max_norm/keys_scaled"] = norms.keys_scaled
-        values["max_norm/max_key_norm"] = norms.max_key_norm
-        values["norm/avg_key_norm"] = norms.average_key_norm
-    return values
+    found = dict(zip(names, values, strict=True))
+    limits = [name for name in found if name.startswith("max_norm/") or name == "norm/avg_key_norm"]
+    return found if any(found[name] for name in limits) else {name: found[name] for name in found if name not in limits}
 
 
-def learning_rate_scalars(groups: Sequence[Mapping[str, Any]], descriptions: Sequence[str | None]) -> dict[str, float]:
-    """Name the learning rates of an optimizer's groups, one series per group.
-
-    Args:
-        groups: the optimizer's parameter groups. Optimizers that find their own rate keep a factor `d` there, which multiplies it.
-        descriptions: what each group trains, such as "unet"; groups beyond the list, or described by None, go by number.
-    """
-    values: dict[str, float] = {}
-    for index, group in enumerate(groups):
-        described = descriptions[index] if index < len(descriptions) else None
-        name = described or f"group{index}"
-        values[f"lr/{name}"] = float(group["lr"])
-        if "d" in group:
-            values[f"lr/d*lr/{name}"] = float(group["d"]) * float(group["lr"])
-    return values
-
-
-def progress_figures(average: float, rates: Scalars, norms: NormStats | None = None) -> dict[str, str]:
+def progress_figures(average: float, rates: Scalars, gauges: Scalars) -> dict[str, str]:
     """Return what stands behind the progress bar: running loss, the first group's learning rate, and norms where limited."""
     shown = {"avr_loss": f"{average:.4g}", "lr": f"{next(iter(rates.values())):.3g}"}
-    if norms is not None:
-        shown |= {"Keys Scaled": str(norms.keys_scaled), "Average key norm": f"{norms.average_key_norm:.4g}"}
+    if "max_norm/keys_scaled" in gauges:
+        shown["Keys Scaled"] = f"{gauges['max_norm/keys_scaled']:.0f}"
+        shown["Average key norm"] = f"{gauges['norm/avg_key_norm']:.4g}"
     return shown
 
 
@@ -153,6 +127,7 @@ class _Batch(NamedTuple):
     epoch: int
     batch: int
     rates: dict[str, float]
+    rates_of_parts: dict[str, float]
 
 
 class _Update(NamedTuple):
@@ -161,6 +136,7 @@ class _Update(NamedTuple):
     epoch: int
     update: int
     figures: StepFigures
+    gauges: tuple[str, ...]
 
 
 class TrainingLog:
@@ -173,9 +149,10 @@ class TrainingLog:
         trackers: of the run.
         progress: the bar.
         groups: the optimizer's parameter groups, as they are at the time of asking.
-        descriptions: what each group trains, see `learning_rate_scalars`.
-        norms: what limiting the network's norms did last (how many were scaled, mean, largest; numbers or tensors on the device),
-            or None.
+        descriptions: what each group trains, see `rate_scalars`.
+        gauges: asked after each update for what else was measured.
+        names: of the script's scalars.
+        trains_text: see `rate_scalars`.
         events: of the run.
         meter: knows how long the last update took and what memory it needed.
     """
@@ -186,7 +163,9 @@ class TrainingLog:
         progress: Progress,
         groups: Callable[[], Sequence[Mapping[str, Any]]],
         descriptions: Sequence[str | None],
-        norms: Callable[[], Sequence[Tensor | float] | None] = lambda: None,
+        gauges: Callable[[], Gauges] = dict,
+        names: ScalarNames = SCALAR_NAMES["network_train"],
+        trains_text: bool = False,
         events: EventLog | None = None,
         meter: StepMeter | None = None,
     ) -> None:
@@ -195,7 +174,9 @@ class TrainingLog:
         self._progress = progress
         self._groups = groups
         self._descriptions = descriptions
-        self._norms = norms
+        self._gauges = gauges
+        self._names = names
+        self._trains_text = trains_text
         self._events = events or EventLog()
         self._meter = meter or StepMeter()
         self._feed = AsyncScalars()
@@ -208,8 +189,9 @@ class TrainingLog:
         if not self._has_started:
             self._has_started = True
             self._progress.start_clock()
-        rates = learning_rate_scalars(self._groups(), self._descriptions)
-        self._feed.push(_Batch(self._here.epoch, self._here.batch, rates), loss)
+        rates = rate_scalars(self._groups(), self._descriptions, self._names.rates, trains_text=self._trains_text)
+        of_parts = rate_scalars(self._groups(), self._descriptions)
+        self._feed.push(_Batch(self._here.epoch, self._here.batch, rates, of_parts), loss)
         self._here = replace(self._here, batch=self._here.batch + 1)
 
     def before_training(self, position: Position) -> None:
@@ -218,9 +200,9 @@ class TrainingLog:
 
     def after_update(self, position: Position) -> None:
         """Count an update and show the losses that have arrived."""
-        norms = [torch.as_tensor(norm, dtype=torch.float32) for norm in self._norms() or ()]
-        tag = _Update(position.epoch, position.update, self._meter.read())
-        self._feed.push(tag, torch.stack(norms) if norms else torch.empty(0))
+        gauges = self._gauges()
+        values = on_one_device(list(gauges.values()))
+        self._feed.push(_Update(position.epoch, position.update, self._meter.read(), tuple(gauges)), values)
         self._here = position
         self._show(self._feed.ready())
         self._progress.advance()
@@ -228,7 +210,7 @@ class TrainingLog:
     def after_epoch(self, position: Position) -> None:
         """Record the average loss of the epoch."""
         self._show(self._feed.drain())
-        self._trackers.epoch({"loss/epoch_average": self.losses.average}, position.epoch, position.update)
+        self._trackers.epoch({self._names.epoch_loss: self.losses.average}, position.epoch, position.update)
         self._here = position.next_epoch()
 
     def after_training(self, position: Position) -> None:
@@ -258,16 +240,16 @@ class TrainingLog:
             else:
                 self._show_update(tag, value)
 
-    def _show_update(self, made: _Update, norms: Sequence[float]) -> None:
+    def _show_update(self, made: _Update, values: Sequence[float]) -> None:
         """Show what an update's batches gave; several batches share one position in the trackers."""
-        # Networks without own bookkeeping report zeros when nothing was scaled: that is no measurement.
-        stats = NormStats(int(norms[0]), norms[1], norms[2]) if any(norms) else None
+        gauges = measured(made.gauges, values)
         window, self._window = self._window, []
         for batch, loss in window:
             self.losses.add(batch.epoch, batch.batch, loss)
-            self._trackers.step(step_scalars(loss, self.losses.average, batch.rates, stats), made.update, made.epoch)
-        rates = window[-1][0].rates
-        self._progress.show(progress_figures(self.losses.average, rates, stats))
+            scalars = {self._names.loss: loss, AVERAGE: self.losses.average, **batch.rates, **gauges}
+            self._trackers.step(scalars, made.update, made.epoch)
+        rates = window[-1][0].rates_of_parts
+        self._progress.show(progress_figures(self.losses.average, rates, gauges))
         self._events.write(
             "step",
             step=made.update,
@@ -277,4 +259,12 @@ class TrainingLog:
             lr={name.removeprefix("lr/"): rate for name, rate in rates.items()},
             seconds=made.figures.seconds,
             memory=made.figures.memory,
+            **({"norms": gauges} if gauges else {}),
         )
+
+
+def on_one_device(values: Sequence[Tensor | float]) -> Tensor:
+    """Put numbers into one tensor (n,), float32, on the device of the first that is on one; without waiting for it."""
+    device = next((value.device for value in values if isinstance(value, Tensor)), None)
+    tensors = [torch.as_tensor(value, dtype=torch.float32).to(device, non_blocking=True).reshape(()) for value in values]
+    return torch.stack(tensors) if tensors else torch.empty(0)

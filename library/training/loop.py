@@ -53,6 +53,9 @@ class TrainingRun:
     """Receives each batch's loss, the mean over the images of all processes, still on the device; once its update is complete."""
     observers: Sequence[Observer] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.updater.before_step = self.trainable.before_step
+
 
 def train(run: TrainingRun, start: Position, stop: StopRequest) -> Position:
     """Train from `start` until `run.max_updates` updates are made or a stop is asked for.

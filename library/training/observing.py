@@ -11,12 +11,13 @@ from accelerate.utils import gather_object
 from library.generation.pipeline import Pipeline
 from library.generation.request import ImageRequest
 from library.models.family import Components
+from library.optim.gradient_norms import GradientNorms
 from library.options.disclosure import loggable_config
 from library.training.ema import moving_average
 from library.training.events import SCHEMA_VERSION
 from library.training.identity import identity_of
 from library.training.loader import make_loader
-from library.training.logs import TrainingLog
+from library.training.logs import Gauges, TrainingLog, on_one_device
 from library.training.loop import TrainingRun
 from library.training.loss_ledger import LossLedger
 from library.training.manifest import Manifest, run_facts
@@ -26,6 +27,7 @@ from library.training.preview_plan import PreviewPlan
 from library.training.previews import Previews
 from library.training.progress import Progress
 from library.training.saving import Saved, Saver
+from library.training.scalar_names import SCALAR_NAMES
 from library.training.setting import Setting, Trained, beside_output
 from library.training.step import ModelParts
 from library.training.step_meter import StepMeter
@@ -71,7 +73,9 @@ def add_observers(
         progress,
         lambda: saver.live.optimizer.param_groups,
         trained.descriptions,
-        lambda: trained.trainable.norms,
+        gauges(setting, trained, run, saver),
+        SCALAR_NAMES[tracker_name],
+        trained.trains_text,
         setting.events,
         meter,
     )
@@ -90,6 +94,23 @@ def add_observers(
         meter,
     ]
     return training_log
+
+
+def gauges(setting: Setting, trained: Trained, run: TrainingRun, saver: Saver) -> Callable[[], Gauges]:
+    """Return what is asked after each update for norms of weights, and of gradients where that was asked for."""
+    if not setting.options.logging.log_grad_norm:
+        return lambda: trained.trainable.norms
+    groups = saver.live.optimizer.param_groups
+    measuring = run.updater.gradient_norms = GradientNorms(groups)
+    described = [*trained.descriptions, *[None] * len(groups)]
+    names = [f"grad_norm/{part or f'group{number}'}" for number, part in zip(range(len(groups)), described, strict=False)]
+
+    def read() -> Gauges:
+        norms = measuring.take()
+        whole = on_one_device(norms).norm()
+        return {**trained.trainable.norms, **dict(zip(names, norms, strict=True)), "grad_norm/all": whole}
+
+    return read
 
 
 def write_manifest(setting: Setting, trained: Trained, saver: Saver, start: Position) -> list[Manifest]:

@@ -84,7 +84,9 @@ class WandbTracker:
         if settings.folder is not None:
             settings.folder.mkdir(parents=True, exist_ok=True)
             os.environ["WANDB_DIR"] = str(settings.folder)
-        arguments = {"project": settings.project, "name": settings.run_name, "config": settings.config} | dict(settings.arguments)
+        arguments = {"project": settings.project, "config": settings.config} | dict(settings.arguments)
+        if settings.run_name is not None:
+            arguments["name"] = settings.run_name
         self._run = wandb.init(**arguments)
         self._picture = wandb.Image
 
@@ -132,15 +134,22 @@ class RunLog:
 
         return cls([_TRACKERS[kind](settings(kind)) for kind in tracker_kinds(options)])
 
-    def step(self, values: Scalars, step: int, epoch: int) -> None:
-        """Record the values of one micro-batch; x is the number of updates made (several points share it when accumulating)."""
-        for tracker in self._trackers:
-            tracker.scalars(values, step, {"global_step": step, "epoch": epoch})
+    def step(self, values: Scalars, step: int, epoch: int, **fields: int) -> None:
+        """Record the values of one micro-batch; x is the number of updates made (several points share it when accumulating).
 
-    def epoch(self, values: Scalars, epoch: int, step: int) -> None:
-        """Record the values of one epoch; x is the 1-based epoch."""
+        Args:
+            values: by name.
+            step: updates made.
+            epoch: counted from 1.
+            fields: further positions, for trackers that choose the x axis later.
+        """
         for tracker in self._trackers:
-            tracker.scalars(values, epoch, {"epoch": epoch, "global_step": step})
+            tracker.scalars(values, step, {"global_step": step, "epoch": epoch, **fields})
+
+    def epoch(self, values: Scalars, epoch: int, step: int, **fields: int) -> None:
+        """Record the values of one epoch; x is the 1-based epoch. Arguments as for `step`."""
+        for tracker in self._trackers:
+            tracker.scalars(values, epoch, {"epoch": epoch, "global_step": step, **fields})
 
     def sample(self, index: int, image: Any, prompt: str) -> None:
         """Record a sample picture as `sample_<index>` with its prompt."""

@@ -1,9 +1,11 @@
 """What can be trained, as the loop, the saver and the previews see it."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -14,14 +16,16 @@ from library.models.family import Family
 from library.training.full_tensors import full_tensors
 from library.training.position import Position
 
+log = logging.getLogger(__name__)
+
 
 class Trainable(Protocol):
     """What is being trained: a network of adapters, or a whole model."""
 
     module: nn.Module
     """Holds every trained parameter; its state is what a resumed run takes up."""
-    norms: Sequence[Tensor | float] | None
-    """What limiting norms did in the last update, or None; see `NetworkTrainable`."""
+    norms: Mapping[str, Tensor | float]
+    """Norms after the last update, by the names trackers know; empty where none are kept."""
 
     def on_epoch_start(self) -> None:
         """Prepare for an epoch: training mode."""
@@ -32,6 +36,9 @@ class Trainable(Protocol):
 
     def on_batch_start(self) -> None:
         """Called before each batch."""
+
+    def before_step(self) -> None:
+        """Called before an optimizer update that uses all gradients at once."""
 
     def after_update(self) -> None:
         """Called after each optimizer update, before the observers."""
@@ -53,6 +60,14 @@ class Trainable(Protocol):
         """
 
 
+_NORMS_OF_NETWORKS = {
+    "norm/avg_key_norm": "weight_norms",
+    "norm/avg_grad_norm": "grad_norms",
+    "norm/avg_combined_norm": "combined_weight_norms",
+}
+"""Methods by which networks of other packages tell the norms of their modules, by the names trackers know."""
+
+
 class NetworkTrainable:
     """A network module (LoRA and its kin, ours or a third party's) attached to frozen models.
 
@@ -70,10 +85,13 @@ class NetworkTrainable:
         self.network = network
         self.denoiser = denoiser
         self.text_encoders = list(text_encoders)
+        if max_norm is not None and not hasattr(network, "apply_max_norm_regularization"):
+            log.warning("--scale_weight_norms has no effect: the network has no apply_max_norm_regularization.")
+            max_norm = None
         self.max_norm = max_norm
         self._strength = 1.0
-        self.norms: Sequence[Tensor | float] | None = None
-        """After an update with `max_norm`: adapters scaled down, mean norm, largest norm; tensors stay on the device."""
+        self.norms: Mapping[str, Tensor | float] = {}
+        """With `max_norm`: adapters scaled down, mean norm, largest norm; else what the network itself keeps account of."""
 
     def on_epoch_start(self) -> None:
         """Put the network in training mode."""
@@ -88,7 +106,19 @@ class NetworkTrainable:
     def after_update(self) -> None:
         """Scale down adapters whose weight change grew too large."""
         if self.max_norm is not None:
-            self.norms = self.network.apply_max_norm_regularization(self.max_norm, next(self.network.parameters()).device)
+            limited = self.network.apply_max_norm_regularization(self.max_norm, next(self.network.parameters()).device)
+            self.norms = dict(zip(("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm"), limited, strict=True))
+        elif hasattr(self.network, "weight_norms"):
+            self.norms = {
+                name: norms.mean()
+                for name, method in _NORMS_OF_NETWORKS.items()
+                if (norms := getattr(self.network, method, lambda: None)()) is not None
+            }
+
+    def before_step(self) -> None:
+        """Tell networks that want to know that all gradients are there."""
+        for name in ("update_grad_norms", "update_norms"):
+            getattr(self.network, name, lambda: None)()
 
     def set_strength(self, strength: float) -> None:
         """Set how strongly the network acts on the model; 1 unless a dataset asks for something else."""
@@ -134,7 +164,7 @@ class ModelTrainable:
         whole: entered to have whole parameters in every process, where they are divided.
     """
 
-    norms: Sequence[Tensor | float] | None = None
+    norms: Mapping[str, Tensor | float] = MappingProxyType({})
     set_strength: Callable[[float], None] | None = None
 
     def __init__(
@@ -154,6 +184,9 @@ class ModelTrainable:
 
     def on_batch_start(self) -> None:
         """Nothing changes from batch to batch."""
+
+    def before_step(self) -> None:
+        """Nothing is done with gradients."""
 
     def after_update(self) -> None:
         """Nothing is limited after an update."""

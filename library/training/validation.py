@@ -92,6 +92,7 @@ class Validation:
 
     def __post_init__(self) -> None:
         self._last: tuple[int, float] | None = None
+        self._count = 0
 
     def before_training(self, position: Position) -> None:
         """Nothing is measured before the first step."""
@@ -100,13 +101,13 @@ class Validation:
         """Measure where the plan has a step."""
         if self.plan.is_due_after_update(position.update):
             values = self._values("step", position)
-            self.trackers.step(values, position.update, position.epoch)
+            self.trackers.step(values, position.update, position.epoch, val_step=self._count)
 
     def after_epoch(self, position: Position) -> None:
         """Measure where the plan has an epoch."""
         if self.plan.is_due_after_epoch(position.epoch):
             values = self._values("epoch", position)
-            self.trackers.epoch(values, position.epoch, position.update)
+            self.trackers.epoch(values, position.epoch, position.update, val_step=self._count)
 
     def after_training(self, position: Position) -> None:
         """Nothing is measured at the end that a step or an epoch did not measure."""
@@ -114,6 +115,7 @@ class Validation:
     def _values(self, kind: str, position: Position) -> dict[str, float]:
         if self._last is None or self._last[0] != position.update:
             self._last = position.update, self.measure()
+            self._count += 1
         loss, training = self._last[1], self.training_loss()
         if self.accelerator.is_main_process:
             log.info("Validation loss %.5g at step %d (training %.5g)", loss, position.update, training)

@@ -66,7 +66,7 @@ def assert_same_run(folder: Path, name: str) -> None:
     for key, tensor in ours.items():
         torch.testing.assert_close(theirs[key], tensor, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
     one, two = (scalars(folder / f"logs{count}") for count in ("1", "2"))
-    assert one.keys() == two.keys() and len(one["loss/current"]) > 1
+    assert one.keys() == two.keys() and len(one["loss/average"]) > 1
     for key, values in one.items():
         assert two[key] == pytest.approx(values, rel=1e-4, abs=1e-6), key
 
@@ -104,9 +104,12 @@ def test_a_network_trained_in_two_processes_is_that_of_one(tiny_checkpoint: Path
 
 def test_a_model_trained_in_two_processes_is_that_of_one(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     more = ["--learning_rate", "0.01", "--train_text_encoder", "--learning_rate_te1", "0.01", "--max_train_epochs", "1"]
-    more += ["--gradient_checkpointing", "--ddp_static_graph", "--save_every_n_steps", "1"]
+    more += ["--gradient_checkpointing", "--ddp_static_graph", "--save_every_n_steps", "1", "--log_grad_norm"]
     run_both(tmp_path, finetune_arguments, tiny_checkpoint, photos, FINETUNE, *more)
     assert_same_run(tmp_path, "model.safetensors")
+    assert {"loss", "loss/epoch", "lr/unet", "lr/text_encoder1", "grad_norm/text_encoder1", "grad_norm/all"} <= scalars(
+        tmp_path / "logs2"
+    ).keys()
     before, after = weights(tiny_checkpoint), weights(tmp_path / "2" / "model.safetensors")
     changed = [name for name in after if not torch.equal(before[name].float(), after[name].float())]
     assert {name.partition(".layers")[0] for name in changed if "layers.0.mlp" in name or "input_blocks.0.0.weight" in name}

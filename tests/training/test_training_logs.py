@@ -18,15 +18,14 @@ from library.options.groups.logging import LoggingOptions
 from library.training.async_scalars import AsyncScalars
 from library.training.logs import (
     LossRecorder,
-    NormStats,
     RunSummary,
     TrainingLog,
-    learning_rate_scalars,
+    measured,
     progress_figures,
-    step_scalars,
 )
 from library.training.position import Position
 from library.training.progress import Progress
+from library.training.scalar_names import SCALAR_NAMES, rate_scalars
 from library.training.trackers import RunLog, tracker_kinds
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "compat" / "training_reference_values.json").read_text(encoding="utf-8"))
@@ -88,7 +87,7 @@ def test_sending_a_number_from_a_busy_gpu_does_not_wait() -> None:
 
 def test_learning_rates_are_one_series_per_group_named_by_what_it_trains() -> None:
     groups = [{"lr": 1e-4}, {"lr": 2e-4, "d": 0.5}, {"lr": 3e-4}]
-    assert learning_rate_scalars(groups, ["textencoder 1", "unet"]) == {
+    assert rate_scalars(groups, ["textencoder 1", "unet"]) == {
         "lr/textencoder 1": 1e-4,
         "lr/unet": 2e-4,
         "lr/d*lr/unet": 1e-4,
@@ -96,11 +95,41 @@ def test_learning_rates_are_one_series_per_group_named_by_what_it_trains() -> No
     }
 
 
-def test_the_scalars_of_a_step_have_the_names_dashboards_know() -> None:
-    rates = learning_rate_scalars([{"lr": 1.0, "d": 1.0}], ["<description>"])
-    names = set(step_scalars(1.0, 2.0, rates, NormStats(1, 0.5, 0.9)))
-    assert names <= set(REFERENCE["logged_scalars"]["sdxl_train_network"]["per_batch_step=global_step"])
-    assert {"loss/current", "loss/average", "max_norm/keys_scaled", "max_norm/max_key_norm", "norm/avg_key_norm"} <= names
+def test_networks_have_rates_by_number_too_as_older_dashboards_want_them() -> None:
+    groups = [{"lr": 1e-4, "d": 0.5}, {"lr": 2e-4, "d": 0.25}]
+    by_part = {"lr/te": 1e-4, "lr/d*lr/te": 5e-5, "lr/unet": 2e-4, "lr/d*lr/unet": 5e-5, "lr/d*lr": 5e-5}
+    second = {"lr/group1": 2e-4, "lr/d*lr/group1": 5e-5}
+    with_text = rate_scalars(groups, ["te", "unet"], "parts and numbers", trains_text=True)
+    assert with_text == {**by_part, "lr/textencoder": 1e-4, **second}
+    first = {"lr/group0": 1e-4, "lr/d*lr/group0": 5e-5}
+    assert rate_scalars(groups, ["te", "unet"], "parts and numbers") == {**by_part, **first, **second}
+    assert rate_scalars(groups, ["te", "unet"], "one") == {"lr": 1e-4, "lr/d*lr": 5e-5}
+
+
+@pytest.mark.parametrize(
+    ("project", "script"),
+    [
+        ("network_train", "sdxl_train_network"),
+        ("finetuning", "sdxl_train"),
+        ("textual_inversion", "sdxl_train_textual_inversion"),
+        ("lllite_control_net_train", "sdxl_train_control_net_lllite"),
+        ("sdxl_control_net_train", "sdxl_train_control_net"),
+    ],
+)
+def test_every_script_uses_the_names_its_dashboards_know(project: str, script: str) -> None:
+    known, names = REFERENCE["logged_scalars"][script], SCALAR_NAMES[project]
+    assert known["tracker"] == project
+    assert known["per_epoch_step=epoch"] == [names.epoch_loss]
+    rates = rate_scalars([{"lr": 1.0, "d": 1.0}], ["<description>"], names.rates)
+    by_batch = {each.replace("<i>", "0").replace("<name>", "<description>") for each in known["per_batch_step=global_step"]}
+    wanted = {"lr/<description>"} if project == "finetuning" else set()  # whose parts the table lists by name
+    assert {names.loss, *rates} <= by_batch | wanted
+
+
+def test_zeros_of_networks_that_limit_no_norms_are_no_measurement() -> None:
+    limits = ("max_norm/keys_scaled", "norm/avg_key_norm", "max_norm/max_key_norm", "grad_norm/all")
+    assert measured(limits, [0.0, 0.0, 0.0, 2.0]) == {"grad_norm/all": 2.0}
+    assert measured(limits, [0.0, 0.5, 0.9, 2.0]) == dict(zip(limits, [0.0, 0.5, 0.9, 2.0], strict=True))
 
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -202,7 +231,7 @@ def test_wandb_receives_positions_as_fields_and_pictures_uncommitted(wandb: Wand
     log.step({"loss/current": 0.5}, step=3, epoch=2)
     log.sample(0, "picture", "a cat")
     log.close()
-    arguments = {"project": "network_train", "name": "run", "config": None, "tags": ["cat"]}
+    arguments = {"project": "network_train", "config": None, "tags": ["cat"], "name": "run"}
     assert wandb.told == [
         ("login", "k"),
         ("init", arguments),
@@ -210,6 +239,16 @@ def test_wandb_receives_positions_as_fields_and_pictures_uncommitted(wandb: Wand
         ({"sample_0": ("picture", "a cat")}, False),
         "finish",
     ]
+
+
+@pytest.mark.parametrize(("typed", "name"), [("typed", "typed"), (None, "in the file")])
+def test_a_tracker_file_names_the_run_where_the_command_line_does_not(
+    wandb: Wandb, typed: str | None, name: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "trackers.toml"
+    config.write_text('[wandb]\nname = "in the file"\n', encoding="utf-8")
+    RunLog.open(LoggingOptions(log_with="wandb", wandb_run_name=typed, log_tracker_config=str(config)), "t", None, STARTED)
+    assert wandb.told[0][1]["name"] == name
 
 
 @pytest.mark.parametrize(("text", "told"), [("[tensorbord]\n", "tensorbord"), ("wandb = 1\n", "wandb"), ("[wandb\n", "TOML")])
@@ -315,7 +354,8 @@ def test_time_before_the_first_step_is_not_counted_as_training(monkeypatch: pyte
 
 
 def test_limiting_norms_shows_behind_the_bar() -> None:
-    figures = progress_figures(0.5, {"lr/unet": 1e-4, "lr/group1": 2e-4}, NormStats(3, 0.25, 0.9))
+    norms = {"max_norm/keys_scaled": 3.0, "norm/avg_key_norm": 0.25, "max_norm/max_key_norm": 0.9}
+    figures = progress_figures(0.5, {"lr/unet": 1e-4, "lr/group1": 2e-4}, norms)
     assert figures == {"avr_loss": "0.5", "lr": "0.0001", "Keys Scaled": "3", "Average key norm": "0.25"}
 
 

@@ -22,4 +22,5 @@ class LoggingOptions(OptionGroup):
     wandb_api_key: SecretText = option(None, "Key to log in to wandb with.")
     log_events: Path | None = option(None, "Append what happens to this file, one JSON object per line, for programs that watch.")
     loss_ledger: bool = flag("Keep the loss of every image, compared with others at the same timesteps, in NAME-losses.csv.")
+    log_grad_norm: bool = flag("Log the norm of each part's gradient, as it is before --max_grad_norm limits it.")
     log_config: bool = flag("Store the options of the run with the tracker, without keys, tokens and paths.")
