@@ -1,5 +1,6 @@
 """Both training scripts in several processes, which train what one process trains."""
 
+import signal
 from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
@@ -16,9 +17,11 @@ from tests.cli.training_commands import (
     FINETUNE,
     ROOT,
     SCRIPT,
+    Blow,
     arguments,
     assert_same_bits,
     finetune_arguments,
+    resume_arguments,
     run_processes,
     weights,
     write_dataset,
@@ -142,3 +145,19 @@ def test_a_model_divided_over_two_processes_is_that_of_one(
     done = run_processes([*args, *PLAIN, *more[:-4], *state], FINETUNE, more=divided)
     assert done.returncode == 0, done.stderr
     assert_same_bits(tmp_path / "resumed" / "model.safetensors", tmp_path / "2" / "model.safetensors")
+
+
+def test_two_processes_draw_what_they_would_have_drawn_after_one_of_them_was_stopped(
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    more = ["--max_train_steps", "4", "--network_train_unet_only", "--gradient_accumulation_steps", "2"]
+    dataset = write_dataset(tmp_path, photos)
+    whole = run_processes(arguments(tiny_checkpoint, dataset, tmp_path / "whole", *more))
+    assert whole.returncode == 0, whole.stderr
+    args = arguments(tiny_checkpoint, dataset, tmp_path / "parts", *more)
+    stopped = run_processes(args, blow=Blow(signal.SIGINT, batch=2, rank=1))
+    assert stopped.returncode == 130 and "torchrun --nproc_per_node 2" in stopped.stderr, stopped.stderr
+    assert (tmp_path / "parts" / "net-step00000002-state").is_dir()
+    resumed = run_processes(resume_arguments(stopped.stderr))
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_bits(tmp_path / "parts" / "net.safetensors", tmp_path / "whole" / "net.safetensors")

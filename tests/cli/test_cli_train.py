@@ -11,11 +11,11 @@ from library.models.family import ModelSource
 from library.models.sdxl.family import SdxlFamily
 from tests.cli.training_commands import (
     FINETUNE,
+    Blow,
     assert_same_bits,
     finetune_arguments,
+    resume_arguments,
     run_command,
-    start_command,
-    wait_for,
     weights,
     write_dataset,
 )
@@ -66,13 +66,13 @@ def test_a_run_trains_both_encoders_and_the_u_net_and_nothing_else(whole_run, ti
         assert file.metadata()["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
 
 
-def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(whole_run, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_killed_and_resumed_twice_ends_with_the_same_bits(whole_run, tiny_checkpoint: Path, tmp_path: Path) -> None:
     out, dataset, more = whole_run
     args = finetune_arguments(tiny_checkpoint, dataset, tmp_path, *more)
-    killed = start_command(args, FINETUNE)
-    wait_for(tmp_path / "model-step00000002-state")
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    stopped = run_command(args, script=FINETUNE, blow=Blow(signal.SIGTERM, batch=0))
+    assert stopped.returncode == 143, stopped.stderr
+    killed = run_command(resume_arguments(stopped.stderr), script=FINETUNE, blow=Blow(signal.SIGKILL, batch=3))
+    assert killed.returncode == signal.SIGKILL
     resumed = run_command([*args, "--resume", str(tmp_path / "model-step00000002-state")], script=FINETUNE)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_bits(tmp_path / "model.safetensors", out / "model.safetensors")

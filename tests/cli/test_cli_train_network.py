@@ -1,7 +1,6 @@
 """`sdxl_train_network.py` as a person runs it: files, resuming, stopping, sample images."""
 
 import json
-import shlex
 import signal
 from itertools import groupby
 from pathlib import Path
@@ -12,11 +11,11 @@ from PIL import Image
 from safetensors import safe_open
 
 from tests.cli.training_commands import (
+    Blow,
     arguments,
     assert_same_bits,
+    resume_arguments,
     run_command,
-    start_command,
-    wait_for,
     weights,
     write_dataset,
 )
@@ -74,42 +73,32 @@ def test_the_trained_weights_changed_and_the_file_describes_itself(whole_run: tu
     assert len(metadata["sshs_model_hash"]) == 64
 
 
-def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(
+def test_a_run_stopped_killed_and_resumed_twice_ends_with_the_same_bits(
     whole_run: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     folder, dataset = whole_run
-    args = arguments(
-        tiny_checkpoint, dataset, tmp_path, "--save_every_n_steps", "2", "--save_state", "--gradient_accumulation_steps", "2"
-    )
-    killed = start_command(args)
-    wait_for(tmp_path / "net-step00000002-state")
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
-    assert not (tmp_path / "net.safetensors").exists()
+    more = ["--save_every_n_steps", "2", "--save_state", "--gradient_accumulation_steps", "2"]
+    args = arguments(tiny_checkpoint, dataset, tmp_path, *more, "--huggingface_token", "hf_secret")
+    stopped = run_command(args, blow=Blow(signal.SIGTERM, batch=0))
+    assert stopped.returncode == 143, stopped.stderr
+    assert "hf_secret" not in stopped.stderr and "shown without --huggingface_token" in stopped.stderr
+    command = resume_arguments(stopped.stderr)
+    assert command[-2:] == ["--resume", str(tmp_path / "net-step00000001-state")]
 
+    killed = run_command(command, blow=Blow(signal.SIGKILL, batch=3))  # in the middle of an update
+    assert killed.returncode == signal.SIGKILL and not (tmp_path / "net.safetensors").exists()
     resumed = run_command([*args, "--resume", str(tmp_path / "net-step00000002-state")])
     assert resumed.returncode == 0, resumed.stderr
+    names = {path.name for path in (folder / "out").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} - names == {"net-step00000001.safetensors", "net-step00000001-state"}
     assert_same_bits(tmp_path / "net.safetensors", folder / "out" / "net.safetensors")
+    assert_same_bits(tmp_path / "net-step00000004.safetensors", folder / "out" / "net-step00000004.safetensors")
+    places = [json.loads((root / "net-state" / "train_state.json").read_text()) for root in (tmp_path, folder / "out")]
+    assert places[0] == places[1] and places[0]["current_step"] == 6
 
-
-def test_ctrl_c_saves_and_prints_the_command_that_continues(
-    whole_run: tuple[Path, Path], tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    folder, dataset = whole_run
-    args = arguments(tiny_checkpoint, dataset, tmp_path, "--save_every_n_steps", "1", "--gradient_accumulation_steps", "2")
-    stopped = start_command(args)
-    wait_for(tmp_path / "net-step00000002.safetensors")
-    stopped.send_signal(signal.SIGINT)
-    _, said = stopped.communicate(timeout=120)
-    assert stopped.returncode == 130, said
-    state = next(tmp_path.glob("net-step*-state"))
-    command = next(line for line in said.splitlines() if "--resume" in line and "sdxl_train_network.py" in line)
-    words = shlex.split(command)
-    assert words[-2:] == ["--resume", str(state)]
-
-    resumed = run_command(words[words.index("--pretrained_model_name_or_path") :])
-    assert resumed.returncode == 0, resumed.stderr
-    assert_same_bits(tmp_path / "net.safetensors", folder / "out" / "net.safetensors")
+    other = [*args, "--learning_rate", "1e-4", "--output_dir", str(tmp_path / "other")]
+    refused = run_command([*other, "--resume", str(tmp_path / "net-step00000004-state")])
+    assert refused.returncode == 1 and "- --learning_rate was 0.001 and is 0.0001\nUse what it was saved with" in refused.stderr
 
 
 def test_sample_images_and_both_caches(dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,17 +1,20 @@
 """What the tests of training commands share: a small dataset, command lines, and ways to run them."""
 
+import itertools
 import multiprocessing
 import os
 import runpy
+import shlex
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -80,20 +83,38 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def run_command(args: Sequence[str], launcher: Sequence[str] = (), script: str = SCRIPT) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True)
+class Blow:
+    """A signal that a run is sent in the middle of its work, at the same place every time."""
+
+    number: int
+    batch: int
+    """Batches trained on before it comes, by the process that it is sent to."""
+    rank: int = 0
+    """Of that process."""
+
+
+def run_command(
+    args: Sequence[str], launcher: Sequence[str] = (), script: str = SCRIPT, *, blow: Blow | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a script to its end, in a process of its own, from the project's folder.
 
     Without a launcher the process is forked from one that has the large libraries loaded, which otherwise take longer than what is
-    tested; `start_command` and launchers start from nothing, as a person does.
+    tested; launchers start from nothing, as a person does.
     """
     command = [sys.executable, *launcher, script, *args]
     if launcher or sys.platform != "linux":
         return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, check=False)
-    return run_processes(args, script, count=1)
+    return run_processes(args, script, count=1, blow=blow)
 
 
 def run_processes(
-    args: Sequence[str], script: str = SCRIPT, *, count: int = 2, more: Mapping[str, str] | None = None
+    args: Sequence[str],
+    script: str = SCRIPT,
+    *,
+    count: int = 2,
+    more: Mapping[str, str] | None = None,
+    blow: Blow | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script to its end in several processes that train together, started as a launcher starts them but from warm ones.
 
@@ -102,9 +123,10 @@ def run_processes(
         script: its path.
         count: of processes.
         more: environment variables that a launcher would set besides.
+        blow: that one of them is dealt.
 
     Returns:
-        What the first process said, and the largest exit status.
+        What the first process said, and the largest exit status, or the number of the signal that ended it.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -115,7 +137,10 @@ def run_processes(
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
             variables = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if count > 1 else {}
             files = [str(Path(folder) / f"{name}{rank}") for name in ("out", "err")]
-            process = warm_processes().Process(target=_run_script, args=(script, list(args), *files, {**variables, **(more or {})}))
+            own_blow = blow if blow is not None and blow.rank == rank else None
+            process = warm_processes().Process(
+                target=_run_script, args=(script, list(args), *files, {**variables, **(more or {})}, own_blow)
+            )
             process.start()
             started.append(process)
         for process in started:
@@ -145,7 +170,7 @@ def _nothing() -> None:
     pass
 
 
-def _run_script(script: str, args: list[str], out: str, err: str, variables: Mapping[str, str]) -> None:
+def _run_script(script: str, args: list[str], out: str, err: str, variables: Mapping[str, str], blow: Blow | None) -> None:
     """Run a script as the main program, with its output in files."""
     for path, descriptor in ((out, 1), (err, 2)):
         with open(path, "wb") as file:
@@ -155,12 +180,23 @@ def _run_script(script: str, args: list[str], out: str, err: str, variables: Map
     sys.argv = [script, *args]
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # it lives as long as the process
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    if blow is not None:
+        _deal(blow)
     runpy.run_path(script, run_name="__main__")
 
 
-def start_command(args: Sequence[str], script: str = SCRIPT) -> subprocess.Popen[str]:
-    """Start a script and return at once; standard error can be read."""
-    return subprocess.Popen([sys.executable, script, *args], stderr=subprocess.PIPE, text=True, env=environment(), cwd=ROOT)
+def _deal(blow: Blow) -> None:
+    """Send this process the signal before the batch it is meant for."""
+    from library.training import loop
+
+    count, train_on = itertools.count(), loop.accumulate_gradient
+
+    def dealt(*args: Any) -> None:
+        if next(count) == blow.batch:
+            os.kill(os.getpid(), blow.number)
+        train_on(*args)
+
+    loop.accumulate_gradient = dealt
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -175,9 +211,8 @@ def assert_same_bits(one: Path, other: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def wait_for(path: Path, seconds: float = 120) -> None:
-    """Wait until a file or folder appears."""
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} did not appear"
-        time.sleep(0.01)
+def resume_arguments(said: str) -> list[str]:
+    """Return the arguments of the command that a stopped run told to continue with."""
+    line = next(line for line in said.splitlines() if "--resume" in line and "--pretrained_model_name_or_path" in line)
+    words = shlex.split(line)
+    return words[words.index("--pretrained_model_name_or_path") :]

@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from library.training.position import Position, window_size
 from library.training.resume_command import launcher, resume_command, secrets_given, words_before_script
 from library.training.state import load_state, read_place, save_state
 from tests.training.fake_run import SEED, FakeRun, Recorder, dataset, state_folder
+from tests.training.test_training_saving import make_saver
 
 
 def test_training_lowers_the_loss_and_counts_what_it_did() -> None:
@@ -56,6 +59,41 @@ def test_a_run_resumed_anywhere_ends_with_the_same_weights_bit_for_bit(tmp_path:
     second.train(place.position)
     assert all(torch.equal(second.weights()[name], tensor) for name, tensor in whole.weights().items())
     assert second.losses == whole.losses[len(first.losses) :]
+
+
+def test_a_run_killed_again_and_again_goes_on_from_its_last_states(tmp_path: Path) -> None:
+    """The states are those of a step, of an epoch, and of a step again."""
+    whole = FakeRun(dataset(5), updates=12, accumulation=2)
+    whole.train()
+    starts = []
+    for deaths_after in (5, 2, 4, 99):  # batches: in an epoch's last one, within an update of the next epoch twice, never
+        run = FakeRun(dataset(5), updates=12, accumulation=2)
+        run.run.observers = [make_saver(run, tmp_path, save_every_n_steps=2, save_every_n_epochs=1)]
+        run.run.observe_loss = dying(run, deaths_after)
+        states = sorted(tmp_path.glob("*-state"), key=lambda state: read_place(state).update)
+        place = Position()
+        if states:
+            load_state(states[-1], run.live)
+            place = read_place(states[-1]).position or place
+        starts.append(place.update)
+        with suppress(KeyboardInterrupt):
+            run.train(place)
+    assert starts == [0, 2, 3, 4]
+    assert all(torch.equal(run.weights()[name], tensor) for name, tensor in whole.weights().items())
+    assert {path.name for path in tmp_path.glob("*.pt")} == {
+        *(f"net-step000000{n:02}.pt" for n in (2, 4, 6, 8, 10, 12)), *(f"net-00000{n}.pt" for n in (1, 2)), "net.pt",
+    }  # fmt: skip
+
+
+def dying(run: FakeRun, after: int) -> Callable[[torch.Tensor], None]:
+    """Observe losses until so many batches were seen."""
+
+    def observe(loss: torch.Tensor) -> None:
+        run.losses.append(loss.item())
+        if len(run.losses) == after:
+            raise KeyboardInterrupt
+
+    return observe
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
