@@ -131,7 +131,7 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
         with StopRequest() as stop, uploads or nullcontext():
             end = train(run, start, stop)
             if stop.agreed:
-                stop_saved(saver, end, stop, accelerator.num_processes)
+                stop_saved(saver, end, stop, setting)
     finally:
         training_log.close()
 
@@ -237,7 +237,7 @@ def report(setting: Setting) -> None:
         log.warning("%s", unread)
 
 
-def stop_saved(saver: Saver, end: Position, stop: StopRequest, num_processes: int) -> None:
+def stop_saved(saver: Saver, end: Position, stop: StopRequest, setting: Setting) -> None:
     """Save where a run was stopped, say how it continues, and end the process as the signal would have.
 
     Raises:
@@ -245,7 +245,7 @@ def stop_saved(saver: Saver, end: Position, stop: StopRequest, num_processes: in
     """
     state = saver.save_interrupted(end)
     log.warning("Stopped at step %d. The same command with --resume continues exactly there:", end.update)
-    log.warning("  %s", shlex.join(resume_command(state, num_processes)))
-    if secrets := secrets_given():
+    log.warning("  %s", shlex.join(resume_command(type(setting.options), state, setting.accelerator.num_processes)))
+    if secrets := secrets_given(type(setting.options)):
         log.warning("It is shown without %s; add what was given there.", " and ".join(secrets))
     raise SystemExit(128 + (stop.signal or 0))

@@ -7,26 +7,32 @@ from pathlib import Path
 
 import psutil
 
-SECRETS = ("--huggingface_token", "--wandb_api_key")
-"""Options whose values are never shown."""
+from library.options.record import options_of
+from library.options.scripts import ScriptOptions
+
 _SHORTEST = len("--wandb_")
 """Beginnings of this length, and shorter ones, may mean several options."""
 
 
-def resume_command(state: object, num_processes: int) -> list[str]:
+def resume_command(script: type[ScriptOptions], state: object, num_processes: int) -> list[str]:
     """Return the words that continue this run from a state.
 
     Args:
+        script: whose options the command line has.
         state: the state's folder.
         num_processes: of the run.
     """
-    kept = without_options(sys.argv, values=["--resume", *SECRETS], flags=["--resume_from_huggingface"])
+    kept = without_options(sys.argv, values=["--resume", *_secrets(script)], flags=["--resume_from_huggingface"])
     return [*launcher(num_processes), *kept, "--resume", str(state)]
 
 
-def secrets_given() -> list[str]:
+def secrets_given(script: type[ScriptOptions]) -> list[str]:
     """Return the options with a secret that were typed, and that the command must be given again."""
-    return [option for option in SECRETS if without_options(sys.argv, values=[option]) != sys.argv]
+    return [option for option in _secrets(script) if without_options(sys.argv, values=[option]) != sys.argv]
+
+
+def _secrets(script: type[ScriptOptions]) -> list[str]:
+    return [option.flag for option in options_of(script).values() if option.is_secret]
 
 
 def launcher(num_processes: int) -> list[str]:

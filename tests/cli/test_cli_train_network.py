@@ -85,7 +85,7 @@ def test_a_run_stopped_killed_and_resumed_twice_ends_with_the_same_bits(
     command = resume_arguments(stopped.stderr)
     assert command[-2:] == ["--resume", str(tmp_path / "net-step00000001-state")]
 
-    killed = run_command(command, blow=Blow(signal.SIGKILL, batch=3))  # in the middle of an update
+    killed = run_command(command, blow=Blow(signal.SIGKILL, batch=2))  # in the middle of an update
     assert killed.returncode == signal.SIGKILL and not (tmp_path / "net.safetensors").exists()
     resumed = run_command([*args, "--resume", str(tmp_path / "net-step00000002-state")])
     assert resumed.returncode == 0, resumed.stderr

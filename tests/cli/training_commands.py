@@ -191,10 +191,10 @@ def _deal(blow: Blow) -> None:
 
     count, train_on = itertools.count(), loop.accumulate_gradient
 
-    def dealt(*args: Any) -> None:
+    def dealt(*args: Any, **more: Any) -> Any:
         if next(count) == blow.batch:
             os.kill(os.getpid(), blow.number)
-        train_on(*args)
+        return train_on(*args, **more)
 
     loop.accumulate_gradient = dealt
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from library.options.errors import UserError
+from library.options.scripts import SdxlTrainOptions
 from library.training.interrupt import StopRequest
 from library.training.loop import batch_seed
 from library.training.position import Position, window_size
@@ -278,5 +279,5 @@ def test_the_command_that_continues_starts_as_this_one_was_started(monkeypatch: 
         "hf_x",
     ]
     monkeypatch.setattr("sys.argv", [*words, "--wandb_api=secret"])
-    assert resume_command("new", 1) == ["python", "train.py", "--seed", "1", "--resume", "new"]
-    assert secrets_given() == ["--huggingface_token", "--wandb_api_key"]
+    assert resume_command(SdxlTrainOptions, "new", 1) == ["python", "train.py", "--seed", "1", "--resume", "new"]
+    assert secrets_given(SdxlTrainOptions) == ["--wandb_api_key", "--huggingface_token"]
