@@ -48,11 +48,16 @@ def network_arguments(options: SdxlTrainNetworkOptions) -> None:
 
 def train(options: SdxlTrainNetworkOptions, data: DatasetConfig, requests: Sequence[ImageRequest]) -> None:
     """Train the network. Torch is loaded here, after everything cheap was checked."""
+    from library.models.family import Family, ModelSource
     from library.models.sdxl.family import SdxlFamily
+    from library.training.base_networks import with_base_weights
     from library.training.network_recipe import NetworkRecipe
     from library.training.recipe import run_recipe
 
-    run_recipe(NetworkRecipe(options), SdxlFamily.open, options, data, requests)
+    def open_family(source: ModelSource) -> Family:
+        return with_base_weights(SdxlFamily.open(source), options.network)
+
+    run_recipe(NetworkRecipe(options), open_family, options, data, requests)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,11 @@ def normalise(tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     return renamed
 
 
+def is_lora(names: Iterable[str]) -> bool:
+    """Tell from the names of its tensors whether a file is a plain LoRA, and no other kind of adapter."""
+    return not any(pattern.search(name) for name in names for pattern in _OTHER_KINDS.values())
+
+
 def ranks_of(tensors: Mapping[str, Tensor]) -> dict[str, RankAndAlpha]:
     """Return rank and alpha of every adapter in normalised tensors."""
     downs = {

@@ -252,6 +252,16 @@ class Family(Protocol):
             UsageError: the options do not fit this family.
         """
 
+    def skeletons(self) -> dict[str, nn.Module]:
+        """Build the parts that networks are made for, by their short names, on the meta device: without values."""
+
+    def with_changes(self, changes: Mapping[str, Mapping[str, Callable[[Tensor], Tensor]]]) -> "Family":
+        """Return this family with some of its weights changed whenever they are read; fingerprints change with them.
+
+        Args:
+            changes: by part and tensor name of its module, what becomes of a tensor as it lies in the file; the shape stays.
+        """
+
     def set_attention(self, denoiser: nn.Module, kind: str) -> None:
         """Choose how the denoiser computes attention: "sdpa", "xformers", "mem_eff_attn" or "plain".
 

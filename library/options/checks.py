@@ -135,6 +135,7 @@ def _network_problems(network: NetworkOptions, cache: CacheOptions) -> Iterator[
         yield "--dim_from_weights needs --network_weights, the file whose dimensions are taken."
     if network.network_weights is not None and not Path(network.network_weights).is_file():
         yield f"--network_weights: there is no file {network.network_weights}."
+    yield from _base_weights_problems(network)
     if network.network_train_unet_only and network.network_train_text_encoder_only:
         yield "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train. Choose one of them."
     if network.network_train_text_encoder_only and cache.cache_text_encoder_outputs:
@@ -147,6 +148,15 @@ def _network_problems(network: NetworkOptions, cache: CacheOptions) -> Iterator[
     for item in network.network_args or ():
         if not item.partition("=")[0].strip() or "=" not in item:
             yield f"--network_args: {item!r} is not of the form key=value."
+
+
+def _base_weights_problems(network: NetworkOptions) -> Iterator[str]:
+    files, strengths = network.base_weights or (), network.base_weights_multiplier or ()
+    for path in files:
+        if not Path(path).is_file():
+            yield f"--base_weights: there is no file {path}."
+    if len(strengths) > len(files):
+        yield f"--base_weights_multiplier: {len(strengths)} strengths for {len(files)} files of --base_weights. Give one per file."
 
 
 def _finetune_problems(options: SdxlTrainOptions) -> Iterator[str]:

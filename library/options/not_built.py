@@ -9,7 +9,6 @@ from typing import Any
 _DEEPSPEED = "several processes train with DistributedDataParallel"
 _COMPILE = "models run without torch.compile"
 _FLUX = "only SDXL models are supported"
-_BASE_WEIGHTS = "no networks are merged into the base model before training"
 _INPUT_IMAGE = "images are drawn from prompts only"
 _HIGHRES = "images are drawn in one stage"
 _DEEP_SHRINK = "the U-Net runs at full size in every step"
@@ -21,7 +20,6 @@ def _refuse(instead: str, *names: str) -> dict[str, str]:
 
 
 NOT_BUILT: Mapping[str, str] = {
-    **_refuse(_BASE_WEIGHTS, "base_weights", "base_weights_multiplier"),
     **_refuse(_DEEPSPEED, "deepspeed", "zero_stage", "offload_optimizer_device", "offload_optimizer_nvme_path"),
     **_refuse(_DEEPSPEED, "offload_param_device", "offload_param_nvme_path", "zero3_init_flag", "zero3_save_16bit_model"),
     **_refuse(_DEEPSPEED, "fp16_master_weights_and_gradients"),

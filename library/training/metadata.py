@@ -204,6 +204,15 @@ def source_names(model_path: str, vae_path: str | None) -> Metadata:
     return names if vae_path is None else names | {"ss_vae_name": Path(vae_path).name}
 
 
+def base_weights_keys(options: NetworkOptions) -> Metadata:
+    """Return what was merged into the base model before training, names without folders; no keys where nothing was."""
+    if not options.base_weights:
+        return {}
+    names, given = [Path(path).name for path in options.base_weights], options.base_weights_multiplier or ()
+    strengths = [*given, *[1.0] * (len(names) - len(given))]
+    return {"ss_base_weights": json.dumps(names), "ss_base_weights_multiplier": json.dumps(strengths)}
+
+
 def hash_sources(model_path: str, vae_path: str | None) -> "Future[Metadata]":
     """Start hashing the base model and VAE in the background; reading gigabytes need not delay the first step.
 

@@ -22,6 +22,7 @@ from library.training.data_terms import needs_strength
 from library.training.metadata import (
     RunRecord,
     at_save,
+    base_weights_keys,
     hash_sources,
     minimal,
     network_metadata,
@@ -95,7 +96,7 @@ class NetworkRecipe:
             run_record(setting),
             network,
             metadata_facts(setting.dataset, setting.accelerator.num_processes),
-            setting.family.network_metadata() | source_names(*sources),
+            setting.family.network_metadata() | source_names(*sources) | base_weights_keys(options.network),
         )
         spec = model_spec(setting, "LoRA", "/lora")
 

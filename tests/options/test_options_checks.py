@@ -28,6 +28,8 @@ REFUSED = [
     ("--min_timestep 500 --max_timestep 500", "--min_timestep (500) must be below --max_timestep (500)"),
     ("--ema_decay 0.9 --optimizer_type AdamWScheduleFree", "as schedule-free optimizers do themselves"),
     ("--ema_device device", "it needs --ema_decay"),
+    ("--base_weights missing.safetensors", "there is no file missing.safetensors"),
+    ("--base_weights_multiplier 0.5", "1 strengths for 0 files"),
     ("--logit_mean 0.5", "but they are drawn uniformly"),
     ("--scale_v_pred_loss_like_noise_pred", "needs --v_parameterization"),
     ("--v_pred_like_loss 0.1 --v_parameterization", "excludes --v_parameterization"),

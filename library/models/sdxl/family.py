@@ -1,7 +1,7 @@
 """SDXL behind the family interface."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -238,6 +238,19 @@ class SdxlFamily:
         if declared is not None and declared != objective.prediction:
             logger.warning("%s, or it unlearns what it knows.", _OTHER_PREDICTION[declared])
         return objective
+
+    def skeletons(self) -> dict[str, nn.Module]:
+        """Build U-Net, TE1 and TE2 on the meta device."""
+        return {part: build_part(part, self.sizes) for part in (self.denoiser_name, *self.encoder_names)}
+
+    def with_changes(self, changes: Mapping[str, Mapping[str, Callable[[Tensor], Tensor]]]) -> "SdxlFamily":
+        """Return this family with some of its weights changed whenever they are read; see `Family.with_changes`."""
+        parts = dict(self.checkpoint.parts)
+        for part, changed in changes.items():
+            names = file_names(build_part(part, self.sizes))
+            entries = {names[name]: (parts[part][names[name]], change) for name, change in changed.items()}
+            parts[part] = parts[part] | {stored: entry.then(change, entry.shape) for stored, (entry, change) in entries.items()}
+        return replace(self, checkpoint=replace(self.checkpoint, parts=parts))
 
     def set_attention(self, denoiser: nn.Module, kind: str) -> None:
         """Choose how the U-Net computes attention: "sdpa", "xformers", "mem_eff_attn" or "plain"."""

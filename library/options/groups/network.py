@@ -30,7 +30,7 @@ class NetworkOptions(OptionGroup):
         None, "Learning rate of text encoder 2, OpenCLIP ViT-bigG; wins over --text_encoder_lr."
     )
     base_weights: Annotated[tuple[str, ...] | None, LocalPath()] = option(
-        None, "Network files merged into the base model before training."
+        None, "Network files that are merged into the base model before training, in their order."
     )
     base_weights_multiplier: tuple[float, ...] | None = option(
         None, "Strengths of --base_weights, in their order; 1 when left out."
