@@ -26,10 +26,13 @@ def dataset_identity(dataset: Dataset, num_processes: int) -> dict[str, dict[str
         dataset: of the run.
         num_processes: that share each batch.
     """
-    found: dict[str, dict[str, Any]] = {"all datasets": {
+    whole: dict[str, Any] = {
         "prior_loss_weight": dataset.config.prior_loss_weight,
         "true_crop_conditioning": dataset.config.true_crop_conditioning,
-    }}  # fmt: skip
+    }
+    if not dataset.num_images:  # the batches of a class of the person's own
+        whole["number of batches"] = dataset.num_uses
+    found = {"all datasets": whole}
     for number, section in enumerate(dataset.sections, start=1):
         settings = {name: value for name, value in vars(section.config).items() if name not in ("subsets", "batch_size")}
         settings["images per batch, over all processes"] = section.config.batch_size * num_processes

@@ -24,7 +24,7 @@ _GROUPS = {
 _NAMES = {
     **dict.fromkeys(("mixed_precision", "full_fp16", "full_bf16", "fp8_base", "fp8_base_unet", "weighted_captions"), DECIDES),
     **dict.fromkeys(("cache_latents", "cache_latents_posterior", "cache_text_encoder_outputs", "text_cache_variants"), DECIDES),
-    "gradient_accumulation_steps": DECIDES,
+    **dict.fromkeys(("gradient_accumulation_steps", "dataset_class"), DECIDES),
     **dict.fromkeys(("vae_batch_size", "no_half_vae", "fused_backward_pass", "fused_optimizer_groups", "ema_device"), ROUNDS),
     **dict.fromkeys(("pretrained_model_name_or_path", "vae", "base_weights", "network_weights", "dim_from_weights"), FREE),
     **dict.fromkeys(("tokenizer_cache_dir", "disable_mmap_load_safetensors", "lowram", "clip_skip", "v2"), FREE),

@@ -6,6 +6,7 @@ import posixpath
 import queue
 import shlex
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,7 @@ class Uploads:
         sends_states: whether states are sent, and not models alone.
         in_background: whether training goes on meanwhile.
         token: never shown.
+        is_stopping: whether the run was asked to stop; uploads then wait until everything is saved.
     """
 
     api: Any
@@ -44,8 +46,10 @@ class Uploads:
     sends_states: bool
     in_background: bool
     token: str | None
+    is_stopping: Callable[[], bool] = lambda: False
     _has_repo: bool = False
     _failed: list[Path] = field(default_factory=list)
+    """What is tried again after the next success, and at the end."""
     _queue: "queue.SimpleQueue[Path | None]" = field(default_factory=queue.SimpleQueue)
     _worker: threading.Thread | None = None
 
@@ -64,7 +68,7 @@ class Uploads:
                 log.info("Waiting for uploads to %s", self.repo_id)
             self._queue.put(None)
             self._worker.join()
-        self._failed = [path for path in self._failed if not self._sent(path)]
+        self._failed = [path for path in dict.fromkeys(self._failed) if not self._sent(path)]
         if self._failed:
             commands = "\n".join(f"  {self._command(path)}" for path in self._failed)
             log.error("These were saved, but not uploaded. To do it yourself:\n%s", commands)
@@ -92,6 +96,8 @@ class Uploads:
             return
         if self._worker is not None:
             self._queue.put(saved.path)
+        elif self.is_stopping():
+            self._failed.append(saved.path)
         else:
             self._send(saved.path)
 

@@ -129,6 +129,8 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
     tell_start(setting, start)
     try:
         with StopRequest() as stop, uploads or nullcontext():
+            if uploads is not None:
+                uploads.is_stopping = lambda: stop.signal is not None
             end = train(run, start, stop)
             if stop.agreed:
                 stop_saved(saver, end, stop, setting)

@@ -9,6 +9,7 @@ import torch
 from library.dataset.batch import Batch
 from library.dataset.foreign import ForeignDataset
 from library.dataset.foreign_batch import read_batch
+from library.dataset.identity import dataset_identity
 from library.dataset.loader import Loader
 from library.models.family import ModelSource
 from library.models.sdxl.family import SdxlFamily
@@ -55,6 +56,13 @@ def test_a_network_and_a_model_are_trained_on_the_batches_of_a_class(tiny_checkp
 
 def drawn(dataset: ForeignDataset, epoch: int, **more: Any) -> list[Batch]:
     return list(Loader(dataset, **more).epoch(epoch))
+
+
+def test_the_class_and_its_number_of_batches_tell_runs_apart(family: SdxlFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dataset_identity(opened(family), 1)
+    assert before["all datasets"]["number of batches"] == len(opened(family).own)
+    monkeypatch.setattr(Stripes, "__len__", lambda self: 2)
+    assert dataset_identity(opened(family), 1) == before | {"all datasets": before["all datasets"] | {"number of batches": 2}}
 
 
 def test_order_and_draws_depend_on_seed_and_epoch_alone(family: SdxlFamily) -> None:

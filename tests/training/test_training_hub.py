@@ -133,6 +133,19 @@ def test_a_run_that_is_to_stop_at_once_waits_for_no_upload(hub: Hub, tmp_path: P
     assert time.monotonic() - begun < 1
 
 
+def test_a_run_that_is_stopped_saves_everything_before_it_uploads(hub: Hub, tmp_path: Path) -> None:
+    run = FakeRun(dataset(5), updates=3)
+    saver = make_saver(run, tmp_path)
+    uploads = open_uploads(options(save_state_to_huggingface=True))
+    assert uploads is not None
+    uploads.is_stopping = lambda: True
+    saver.after_save.append(uploads.add)
+    with uploads:
+        saver.save_interrupted(Position(update=1))
+        assert (tmp_path / "net-step00000001.pt").exists() and not hub.files
+    assert {"models/me/it/net-step00000001.pt", "models/me/it/net-step00000001-state/train_state.json"} <= hub.files.keys()
+
+
 def test_a_hub_that_refuses_is_told_before_training(hub: Hub) -> None:
     hub.refuses = 401
     with pytest.raises(
