@@ -15,31 +15,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the project's folder is not on the path
 
 from library.options.console import set_up_logging
-from library.options.dataset_config import DatasetConfig, load_dataset_config
+from library.options.dataset_config import DatasetConfig
 from library.options.entry import run_script
 from library.options.errors import problems_of
 from library.options.groups.cache import CacheOptions
 from library.options.parse import parse
 from library.options.scripts import CacheTextEncoderOutputsOptions
+from library.training.inputs import dataset_definition
 
 
 def main(argv: Sequence[str]) -> None:
     """Check the options and the dataset definition, then cache."""
-    options = parse(CacheTextEncoderOutputsOptions, argv, lambda options: problems_of(lambda: dataset_definition(options)))
-    set_up_logging(options.console)
-    cache(options, dataset_definition(options))
-
-
-def dataset_definition(options: CacheTextEncoderOutputsOptions) -> DatasetConfig:
-    """Read and check `--dataset_config`, or the folders given in its place."""
-    return load_dataset_config(
-        options.dataset,
-        options.caption,
-        options.image,
-        cache_options(options),
-        validation=options.validation,
-        masked_loss=options.loss.masked_loss,
+    options = parse(
+        CacheTextEncoderOutputsOptions,
+        argv,
+        lambda given: problems_of(lambda: dataset_definition(given, cache_options(given))),
     )
+    set_up_logging(options.console)
+    cache(options, dataset_definition(options, cache_options(options)))
 
 
 def cache_options(options: CacheTextEncoderOutputsOptions) -> CacheOptions:
@@ -49,15 +42,15 @@ def cache_options(options: CacheTextEncoderOutputsOptions) -> CacheOptions:
 
 def cache(options: CacheTextEncoderOutputsOptions, definition: DatasetConfig) -> None:
     """Open the model, index the captions, and encode what is not cached."""
-    from library.dataset.dataset import Dataset
     from library.models.prompt_weights import PromptStyle
     from library.models.sdxl.family import SdxlFamily
     from library.training.accelerator import DTypes, make_accelerator
+    from library.training.caching_tools import open_to_cache
     from library.training.preparation import fill_texts, model_source
 
     family = SdxlFamily.open(model_source(options.model, options.precision))
     accelerator = make_accelerator(options.precision, options.distributed)
-    dataset = Dataset(definition, options.length.seed or 0)
+    dataset = open_to_cache(options, definition)
     dtype = DTypes.of(options.precision, False, None).compute
     load = functools.cache(lambda: family.load_text_encoders(dtype, accelerator.device))
     batch_size = options.dataset.train_batch_size

@@ -1,5 +1,6 @@
 """The images of a run as records that are built when they are asked for, from columns."""
 
+import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -164,6 +165,10 @@ class Items(_OnDemand):
     def paths(self) -> Iterator[str]:
         """Yield the file of each item."""
         return (path for subset, rows in self._runs() for path in self._pictures[subset].paths(rows))
+
+    def cache_folders(self) -> set[str]:
+        """Return the folders in which caches of pictures of this dataset lie."""
+        return {folder.rstrip(os.sep) or os.sep for held in self._pictures for folder in held.real_folders}
 
     def _runs(self) -> Iterator[tuple[int, list[int]]]:
         """Yield stretches of items of one subset: the subset, and the rows among its pictures."""

@@ -3,13 +3,14 @@
 import os
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from library.dataset.cache_folders import require_writable
 from library.dataset.cache_stamps import CacheReport, Progress, Stamp, add_stamp, counted, source_stamp
 from library.dataset.cached import LATENT_NAMES, LatentFiles, LatentsInMemory, size_suffix
 from library.dataset.dataset import Dataset
@@ -86,6 +87,25 @@ def survey_latents(dataset: Dataset, family: Family, encoder: LatentEncoder, opt
     return report
 
 
+def latent_files_to_write(
+    dataset: Dataset, family: Family, encoder: LatentEncoder, options: LatentCacheOptions, folders: Container[str]
+) -> list[str]:
+    """Return the files in some folders that `cache_latents` would write; no model is loaded.
+
+    Raises:
+        UserError: one image is wanted in two ways at one size.
+    """
+    files = LatentFiles(family.latent_cache, family.latent_channels, family.latent_stride, posterior=encoder.posterior)
+    jobs = LatentJobs.of_dataset(dataset).in_files(files)
+    own = jobs.only([number for number, job in enumerate(jobs) if os.path.dirname(files.path(job.item)) in folders])
+    checker = LatentChecker(files, family, encoder, trust_existing=options.skip_cache_check)
+    return _paths(_stale(own, checker, CacheReport("Latents")), files)
+
+
+def _paths(jobs: LatentJobs, files: LatentFiles) -> list[str]:
+    return list(dict.fromkeys(files.path(job.item) for job in jobs))
+
+
 def _in_memory(jobs: LatentJobs, encoder: LatentEncoder, progress: Progress | None) -> LatentsInMemory:
     held, masks = {}, {}
     for encoded in counted(encoder.encode(jobs), len(jobs), progress):
@@ -104,6 +124,7 @@ def _fill_files(
     jobs: LatentJobs, checker: LatentChecker, encoder: LatentEncoder, report: CacheReport, progress: Progress | None
 ) -> None:
     stale = _stale(jobs, checker, report)
+    require_writable("latents", _paths(stale, checker.files))
     for _ in counted(_written(encoder.encode(stale), stale, checker), len(stale), progress):
         pass
 

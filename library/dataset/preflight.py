@@ -6,7 +6,7 @@ The index has looked at every file; here its images are looked at together, as t
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -103,10 +103,10 @@ def _check_empty_captions(dataset: Dataset, surveyed: Survey, findings: Findings
         known.update(unread)
         count = int((own & surveyed.is_empty).sum()) - sum(problem.count for problem in told) - len(unread)
         if count > 0 and subset.class_tokens != "":
-            paths_of = list(chain.from_iterable(section.items.paths() for section in dataset.sections)) if known else []
             empty = np.flatnonzero(own & surveyed.is_empty).tolist()
-            numbers = [number for number in empty if paths_of[number] not in known] if known else empty
-            names, paths = _examples(dataset, numbers[:count])
+            unknown = (number for number in empty if not known or dataset.items[number].path not in known)
+            numbers = list(islice(unknown, count))
+            names, paths = _examples(dataset, numbers)
             sentence = f"{count} of {own.sum()} images of {subset.source} have an empty caption: {names}."
             findings.warning(Kind.EMPTY_CAPTION, subset.source, sentence, count=count, files=paths)
 
@@ -146,12 +146,12 @@ def _check_copies(section: Section, findings: Findings, compares_all: bool) -> l
     """Look for images of one dataset that are the same; the same image in several datasets is how to train it at several sizes."""
     if len(section.items) > _MOST_COMPARED and not compares_all:
         return []
-    paths: set[str] = set()
+    paths: dict[str, None] = {}
     for path in section.items.paths():
         if path in paths:
             findings.warning(Kind.DUPLICATE_PATH, path, f"{path} is listed by two subsets of one dataset.")
-        paths.add(path)
-    listed_twice, same_size = same_files(dict.fromkeys(section.items.paths()))
+        paths[path] = None
+    listed_twice, same_size = same_files(paths)
     for group in listed_twice:
         told = f"{group[1]} is the same file as {group[0]}."
         findings.warning(Kind.DUPLICATE_PATH, group[1], told, count=len(group) - 1, files=group)

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import filterfalse
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from library.dataset.cache_folders import require_writable
 from library.dataset.cache_stamps import STAMP_FORMAT, CacheReport, Progress, Stamp, add_stamp, counted, read_stamp
 from library.dataset.cached import TextFiles, TextsInMemory, stored_texts, variant_suffix
 from library.dataset.caption_files import find_caption_file
@@ -84,6 +85,17 @@ def survey_text_outputs(dataset: Dataset, encoder: TextEncoder, options: CacheOp
     return report
 
 
+def text_files_to_write(
+    dataset: Dataset, encoder: TextEncoder, options: CacheOptions, folders: Container[str], *, trust_foreign: bool
+) -> list[str]:
+    """Return the files in some folders that `cache_text_outputs` would write; see `survey_text_outputs`."""
+    dataset.text_variants = options.text_cache_variants
+    files = TextFiles(encoder.family.text_cache, _dropping(dataset), is_trusted=options.skip_cache_check)
+    jobs = [job for job in _jobs(dataset, files) if os.path.dirname(job.path) in folders]
+    checker = _CheckerOfStamps(dataset, files, encoder, options.skip_cache_check, trust_foreign)
+    return [each.job.path for each in _unfinished(jobs, checker, CacheReport("Captions"))]
+
+
 @dataclass(frozen=True)
 class _Job:
     """A file, and the numbers of the items whose texts it holds; none for the empty caption."""
@@ -144,6 +156,7 @@ class _Unfinished:
 
 def _fill_files(jobs: Sequence[_Job], checker: "_Checker", report: CacheReport, cost: TextCost, progress: Progress | None) -> None:
     unfinished = _unfinished(jobs, checker, report)
+    require_writable("text outputs", [each.job.path for each in unfinished])
     total = report.kept + report.made.total()
     waiting: dict[str, list[_Unfinished]] = {}
     for file in unfinished:

@@ -154,7 +154,8 @@ def warmup_stable_decay(course: Course) -> Multiplier:
 def piecewise_constant(course: Course) -> Multiplier:
     """The factors of `step_rules`, each up to its update, the last one from then on."""
     rules = step_rules(course.arguments["step_rules"])
-    assert rules is not None  # refused by the checks
+    if rules is None:
+        raise UsageError([f"step_rules of --lr_scheduler_args cannot be read: {course.arguments['step_rules']!r}."])
     steps, last = rules
     return lambda k: next((factor for until, factor in steps if k < until), last)
 

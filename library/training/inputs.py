@@ -10,7 +10,8 @@ from library.options.checks_optimizer import check_optimizer_options
 from library.options.dataset_class import class_definition
 from library.options.dataset_config import DatasetConfig, load_dataset_config
 from library.options.errors import problems_of
-from library.options.scripts import TrainingOptions
+from library.options.groups.cache import LatentCacheOptions
+from library.options.scripts import CacheLatentsOptions, CacheTextEncoderOutputsOptions, TrainingOptions
 from library.training.data_terms import check_data_terms
 from library.training.outputs import file_problems, folder_problems, output_problems
 from library.training.preview_plan import PreviewPlan
@@ -42,15 +43,25 @@ def input_problems(options: Options, *further: Callable[[Options], Any], trains_
     return problems
 
 
-def dataset_definition(options: TrainingOptions) -> DatasetConfig:
-    """Read and check `--dataset_config`, or the folders given in its place; of `--dataset_class` little is known before it runs."""
+def dataset_definition(
+    options: TrainingOptions | CacheLatentsOptions | CacheTextEncoderOutputsOptions, cache: LatentCacheOptions | None = None
+) -> DatasetConfig:
+    """Read and check `--dataset_config`, or the folders given in its place; of `--dataset_class` little is known before it runs.
+
+    Args:
+        options: of a training script or a caching tool.
+        cache: what is cached, where that is not as the options say.
+
+    Raises:
+        UsageError: with all mistakes at once.
+    """
     if options.dataset.dataset_class is not None:
         return class_definition(options.dataset)
     return load_dataset_config(
         options.dataset,
         options.caption,
         options.image,
-        options.cache,
+        options.cache if cache is None else cache,
         validation=options.validation,
         masked_loss=options.loss.masked_loss,
     )

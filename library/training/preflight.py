@@ -9,6 +9,7 @@ from library.dataset.preflight import Checked, Limits, check_dataset
 from library.models.family import Family
 from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
+from library.training.cache_survey import check_cache_folders
 
 log = logging.getLogger(__name__)
 
@@ -48,4 +49,6 @@ def checked_dataset(
     dataset = Dataset(data, seed, findings)
     weighted = options.caption.weighted_captions
     limits = Limits(family.count_tokens, options.model.max_token_length or 75, num_processes, compares_all, weighted)
-    return check_dataset(dataset, findings, limits)
+    checked = check_dataset(dataset, findings, limits)
+    check_cache_folders(options, dataset, family, findings)
+    return checked

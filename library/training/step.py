@@ -123,17 +123,16 @@ class TrainStep(nn.Module):
         rows = [row for row, attributes in enumerate(batch.custom_attributes) if attributes.get(PRESERVE)]
         if not rows or self.set_strength is None:
             return target
-        return target.index_copy(0, *self._prediction_without_network(batch, rows, cond, sample))
+        return target.index_copy(0, *self._prediction_without_network(self.set_strength, batch, rows, cond, sample))
 
     @torch.no_grad()
     def _prediction_without_network(
-        self, batch: Batch, rows: Sequence[int], cond: TextCond, sample: NoisySample
+        self, set_strength: Callable[[float], None], batch: Batch, rows: Sequence[int], cond: TextCond, sample: NoisySample
     ) -> tuple[Tensor, Tensor]:
         """Return the rows as a tensor, and the unchanged model's predictions for them, float32."""
-        assert self.set_strength is not None
         parts, sizes = self.parts, batch.sizes
         index = to_device(torch.tensor(rows), sample.noisy.device)
-        self.set_strength(0.0)
+        set_strength(0.0)
         try:
             if self.train_text and batch.text_cond is None:
                 cond = self.conditioning(batch)
@@ -150,9 +149,9 @@ class TrainStep(nn.Module):
         """Return latents (B, C, h, w) float32 in cache units; a NaN of the VAE becomes 0 rather than spoil the whole loss."""
         if batch.latents is not None:
             return batch.latents
-        assert batch.images is not None  # Batch has one of the two
-        assert self.parts.vae is not None
         family, vae, images = self.parts.family, self.parts.vae, batch.images
+        if images is None or vae is None:
+            raise RuntimeError("a batch without latents needs images, and the VAE to encode them")
         height, width = images.shape[-2] // family.latent_stride, images.shape[-1] // family.latent_stride
         noise = to_device(posterior_noise(batch.draw_seeds, (family.latent_channels, height, width)), images.device)
         pieces = zip(images.split(self.parts.vae_batch_size), noise.split(self.parts.vae_batch_size), strict=True)

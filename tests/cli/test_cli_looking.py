@@ -1,6 +1,7 @@
 """Looking at the data with the command that would train: `--dataset_report` and `--debug_dataset`."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import sdxl_train_network
 from library.models.sdxl.family import SdxlFamily
 from library.options.errors import UserError
 from tests.cli.training_commands import arguments, finetune_arguments, run_command, write_dataset
+from tools import cache_latents
 
 
 @pytest.fixture
@@ -93,6 +95,36 @@ def test_errors_of_the_data_stop_a_run_before_a_model_is_loaded(
     (tmp_path / "images" / "empty.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"The dataset has an error"):
         sdxl_train.main(finetune_arguments(tiny_checkpoint, dataset, tmp_path / "out"))
+
+
+def forbid_writing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let a folder look as to somebody without the permission to write there; root always has it."""
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(folder) and access(path, mode))
+
+
+def test_folders_that_caches_cannot_be_written_to_are_told_with_all_else(
+    dataset: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset.write_text(dataset.read_text().replace("shuffle_caption = true\n", "").replace("caption_tag_dropout_rate = 0.2\n", ""))
+    args = arguments(tiny_checkpoint, dataset, tmp_path / "out", "--network_train_unet_only", "--cache_latents_to_disk")
+    args += ["--cache_text_encoder_outputs_to_disk", "--max_train_steps", "1"]
+    with monkeypatch.context() as patch:
+        forbid_writing(patch, tmp_path / "images")
+        patch.setattr(SdxlFamily, "load_text_encoders", lambda *args: pytest.fail("a model is loaded"))
+        (tmp_path / "images" / "empty.png").write_bytes(b"")
+        with pytest.raises(UserError) as told:
+            sdxl_train_network.main(args)
+        for what in ("latents", "text outputs"):
+            assert f"4 files of {what} cannot be written to {tmp_path / 'images'}, such as " in str(told.value)
+        assert "empty.png" in str(told.value)
+        (tmp_path / "images" / "empty.png").unlink()
+        tool = ["--pretrained_model_name_or_path", str(tiny_checkpoint), "--dataset_config", str(dataset)]
+        with pytest.raises(UserError, match=r"4 files of latents cannot be written to"):
+            cache_latents.main(tool)
+    sdxl_train_network.main(args)
+    forbid_writing(monkeypatch, tmp_path / "images")
+    sdxl_train_network.main(args)  # nothing has to be written
 
 
 def test_a_report_says_what_is_cached_and_what_is_stale_and_why(dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

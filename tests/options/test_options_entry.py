@@ -3,6 +3,8 @@
 import errno
 import logging
 import sys
+import threading
+import time
 
 import pytest
 
@@ -124,11 +126,27 @@ def test_only_the_first_process_tells_what_is_wrong_with_a_dataset(rank, lines, 
     findings = Findings()
     findings.error(Kind.NO_IMAGES, "pictures", "There are no images in pictures.")
     monkeypatch.setenv("LOCAL_RANK", rank)
-    waited = []
-    monkeypatch.setattr(entry.time, "sleep", waited.append)
+    started = time.monotonic()
     assert ended(lambda argv: findings.raise_errors()) == 1
     assert capsys.readouterr().err.count("\n") == lines
-    assert len(waited) == (lines == 0)  # a launcher would end the first process before it has told
+    assert (time.monotonic() - started >= 0.01) == (lines == 0)  # a launcher would end the first process before it has told
+
+
+def test_others_wait_for_the_first_process_until_it_has_told_and_no_longer(monkeypatch, tmp_path):
+    monkeypatch.setattr(entry, "_WAIT_FOR_FIRST", 20.0)
+    monkeypatch.setattr(entry.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    started = time.monotonic()
+    waiting = threading.Thread(target=entry._wait_for_first)
+    waiting.start()
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert ended(raising(UsageError(["wrong."]))) == 2
+    waiting.join(5)
+    assert time.monotonic() - started < 5
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_process_tells_what_it_may_be_alone_to_find(monkeypatch, capsys):
