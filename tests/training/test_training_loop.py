@@ -3,10 +3,12 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from library.options.errors import UserError
 from library.options.scripts import SdxlTrainOptions
@@ -140,12 +142,31 @@ def test_batch_seeds_differ_in_every_argument() -> None:
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_a_state_of_sd_scripts_tells_its_epoch_and_step(tmp_path: Path) -> None:
-    run = FakeRun(dataset(5), updates=1)
-    save_state(state_folder(tmp_path), run.live, run.train(), SEED, 5, {})
-    (state_folder(tmp_path) / "train_state.json").write_text('{"current_epoch": 2, "current_step": 9}')
+def test_a_state_of_sd_scripts_goes_on_with_its_weights_averages_and_schedule(tmp_path: Path) -> None:
+    """It is what accelerate writes of network, optimizer and schedule, and a train_state.json of two numbers."""
+    theirs = FakeRun(dataset(5), updates=7)
+    accelerator = Accelerator(cpu=True)
+    inner = theirs.live.optimizer.optimizer
+    schedule = torch.optim.lr_scheduler.LambdaLR(inner, partial(falling, total=20))
+    accelerator.prepare(theirs.network, inner, schedule)
+    theirs.run.schedule = schedule
+    theirs.train()
+    accelerator.save_state(str(state_folder(tmp_path)))
+    (state_folder(tmp_path) / "train_state.json").write_text('{"current_epoch": 2, "current_step": 7}')
+
     place = read_place(state_folder(tmp_path))
-    assert (place.position, place.epoch, place.update) == (None, 2, 9)
+    assert (place.position, place.epoch, place.update, place.identity) == (None, 2, 7, None)
+    ours = FakeRun(dataset(5), updates=8)
+    ours.live.schedule = torch.optim.lr_scheduler.LambdaLR(ours.live.optimizer.optimizer, lambda k: falling(k, total=20))
+    load_state(state_folder(tmp_path), ours.live)
+    assert all(torch.equal(ours.weights()[name], tensor) for name, tensor in theirs.weights().items())
+    moments = [[state["exp_avg"] for state in run.optimizer.state.values()] for run in (theirs, ours)]
+    assert all(torch.equal(one, other) and one.any() for one, other in zip(*moments, strict=True))
+    assert ours.live.schedule.last_epoch == 7 and ours.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 13 / 20)
+
+
+def falling(k: int, total: int) -> float:
+    return 1 - k / total
 
 
 def test_saving_a_state_again_replaces_it_and_leaves_nothing_else(tmp_path: Path) -> None:
