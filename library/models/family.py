@@ -119,6 +119,10 @@ class Family(Protocol):
         """The classes of modules that hold nearly all of the model and run one after the other: they can be gathered one by one."""
 
     @property
+    def part_titles(self) -> Mapping[str, str]:
+        """What people call the denoiser and the text encoders, by those names (SDXL: `te1` is CLIP-L)."""
+
+    @property
     def latent_cache(self) -> LatentCacheSpec:
         """How latent caches are named."""
 

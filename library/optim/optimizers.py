@@ -11,6 +11,7 @@ import torch
 from library.options.checks_optimizer import (
     class_path,
     did_you_mean_class,
+    finds_its_rate,
     is_adafactor,
     missing_package,
     named_optimizer,
@@ -28,9 +29,6 @@ from library.options.groups.optimizer import OptimizerOptions
 from library.options.nearest import did_you_mean
 
 logger = logging.getLogger(__name__)
-
-_SELF_TUNING = ("dadaptation.", "prodigyopt.", "prodigyplus.")
-"""Packages whose optimizers find the rate themselves; the learning rate is a factor on it and should be near 1."""
 
 
 def make_optimizer(options: OptimizerOptions, param_groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
@@ -164,7 +162,7 @@ def _log_advice(options: OptimizerOptions, cls: type, groups: Sequence[Mapping[s
             logger.warning("Adafactor clips its updates itself; --max_grad_norm 0 is advised with it.")
         if arguments.get("clip_threshold", 1.0) != 1.0:
             logger.warning("Adafactor works best with clip_threshold=1.0; it is %s.", arguments["clip_threshold"])
-    if cls.__module__.startswith(_SELF_TUNING):
+    if finds_its_rate(options):
         rates = {group.get("lr", options.learning_rate) for group in groups}
         if min(rates) <= 0.1:
             logger.warning(

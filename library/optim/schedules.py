@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from library.options.checks_optimizer import (
     did_you_mean_class,
+    is_adafactor,
     is_schedule_free,
     optimizer_name,
     read_arguments,
@@ -214,20 +215,38 @@ def make_schedule(
     """
     if problems := schedule_problems(options, optimizer_options):
         raise UsageError(problems)
+    _log_advice(options, optimizer_options, num_updates)
+    return build_schedule(options, optimizer_options, optimizer, num_updates)
+
+
+def build_schedule(
+    options: SchedulerOptions, optimizer_options: OptimizerOptions, optimizer: torch.optim.Optimizer, num_updates: int
+) -> LRScheduler:
+    """As `make_schedule`, for options that were checked, and silent."""
     if sets_its_own_rate(optimizer_options):
-        _warn_unused(options, "Adafactor with relative steps")
         return RelativeStepSchedule(optimizer)
     if is_schedule_free(optimizer_options):
-        _warn_unused(options, optimizer_name(optimizer_options))
         return LambdaLR(optimizer, lambda k: 1.0)
     arguments, _ = read_arguments(options.lr_scheduler_args, "--lr_scheduler_args")
     if options.lr_scheduler_type:
         return _schedule_of_class(options.lr_scheduler_type, optimizer, arguments)
     warmup, decay = length_in_updates(options.lr_warmup_steps, num_updates), length_in_updates(options.lr_decay_steps, num_updates)
-    if warmup >= num_updates:
-        logger.warning("The warm-up of %d updates does not end within the run of %d updates.", warmup, num_updates)
     course = Course(num_updates, warmup, decay, optimizer_options.learning_rate, options, arguments)
     return LambdaLR(optimizer, SCHEDULES[options.lr_scheduler](course))
+
+
+def _log_advice(options: SchedulerOptions, optimizer_options: OptimizerOptions, num_updates: int) -> None:
+    if sets_its_own_rate(optimizer_options):
+        _warn_unused(options, "Adafactor with relative steps")
+        return
+    if is_schedule_free(optimizer_options):
+        _warn_unused(options, optimizer_name(optimizer_options))
+        return
+    warmup = length_in_updates(options.lr_warmup_steps, num_updates)
+    if warmup >= num_updates:
+        logger.warning("The warm-up of %d updates does not end within the run of %d updates.", warmup, num_updates)
+    if is_adafactor(optimizer_options) and (options.lr_scheduler_type or options.lr_scheduler != "constant_with_warmup"):
+        logger.warning("Adafactor with a fixed rate is best begun with a warm-up: --lr_scheduler constant_with_warmup.")
 
 
 def _warn_unused(options: SchedulerOptions, who: str) -> None:

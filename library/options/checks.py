@@ -8,7 +8,8 @@ from pathlib import Path
 from library.options.checks_distributed import distributed_problems
 from library.options.checks_hub import hub_notes, hub_problems
 from library.options.checks_objective import objective_notes, objective_problems
-from library.options.checks_optimizer import fused_problems, is_schedule_free, negative_rate_problems
+from library.options.checks_optimizer import fused_problems, is_schedule_free
+from library.options.checks_rates import network_rates, rate_notes, rate_problems
 from library.options.dataset_class import class_notes, class_problems
 from library.options.groups.cache import CacheOptions
 from library.options.groups.dataset import DatasetOptions
@@ -36,7 +37,8 @@ def find_problems(options: ScriptOptions) -> list[str]:
     """Return one sentence for everything that keeps these options from being used together."""
     match options:
         case SdxlTrainNetworkOptions():
-            return [*_training_problems(options), *_network_problems(options.network, options.cache)]
+            network = _network_problems(options.network, options.cache)
+            return [*_training_problems(options), *network, *rate_problems(options.optimizer, network_rates(options).values())]
         case SdxlTrainOptions():
             return [*_training_problems(options), *_finetune_problems(options)]
         case CacheLatentsOptions() | CacheTextEncoderOutputsOptions():
@@ -51,6 +53,8 @@ def find_notes(options: ScriptOptions) -> list[str]:
     match options:
         case SdxlTrainOptions():
             return [*_training_notes(options), *_finetune_notes(options)]
+        case SdxlTrainNetworkOptions():
+            return [*_training_notes(options), *rate_notes(options)]
         case TrainingOptions():
             return list(_training_notes(options))
         case SdxlGenImgOptions():
@@ -166,7 +170,7 @@ def _finetune_problems(options: SdxlTrainOptions) -> Iterator[str]:
         yield "--train_text_encoder excludes --cache_text_encoder_outputs, which freezes their outputs. Choose one."
     of_blocks = finetune.block_rates if rate else None
     rates = [*(of_blocks or (rate,)), *finetune.text_encoder_rates(rate)]
-    yield from negative_rate_problems(options.optimizer, rates)
+    yield from rate_problems(options.optimizer, rates)
     if not any(rates):
         yield "All learning rates are 0, so nothing is trained. Raise --learning_rate, --block_lr or a rate of the text encoders."
 

@@ -17,6 +17,7 @@ from library.options.optimizer_choices import (
     POLYNOMIAL_LR_END,
     RAMP_SHAPES,
     SCHEDULES,
+    SELF_TUNING,
     STEPPED_ALONE,
     STEPPED_TOGETHER,
     TORCH_OPTIMIZERS,
@@ -101,6 +102,11 @@ def sets_its_own_rate(options: OptimizerOptions) -> bool:
 def is_schedule_free(options: OptimizerOptions) -> bool:
     """Whether the optimizer is one of the schedule-free family, which ignores schedules."""
     return optimizer_name(options).lower().endswith("schedulefree")
+
+
+def finds_its_rate(options: OptimizerOptions) -> bool:
+    """Whether the optimizer finds the rate itself, of which learning rates are factors that should be near 1."""
+    return class_path(options).startswith(SELF_TUNING)
 
 
 def steps_alone(options: OptimizerOptions) -> bool:

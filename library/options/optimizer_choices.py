@@ -86,6 +86,9 @@ PIP_NAMES: Mapping[str, str] = {
 }
 """What `pip install` calls packages whose import name differs."""
 
+SELF_TUNING = ("dadaptation.", "prodigyopt.", "prodigyplus.", "pytorch_optimizer.Prodigy", "pytorch_optimizer.DAdapt")
+"""How the paths of optimizers begin that find the rate themselves; the learning rate is a factor on it and should be near 1."""
+
 ONE_RATE = ("dadaptation.", "prodigyopt.")
 """Packages whose optimizers find one rate for all groups: they refuse groups with another factor on it, or do not look at it."""
 

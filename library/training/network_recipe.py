@@ -3,7 +3,7 @@
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +78,10 @@ class NetworkRecipe:
             for encoder in encoders if trains_text else []:
                 encoder.train()  # transformers checkpoint in training mode only; CLIP has no dropout that this would switch on
         network.to(device, setting.dtypes.trained)
-        groups, descriptions = parameter_groups(network, rates, options.network.unet_lr, options.optimizer.learning_rate)
+        unet_rate = options.network.unet_lr if trains_denoiser else 0.0
+        groups, descriptions = parameter_groups(network, rates, unet_rate, options.optimizer.learning_rate)
         network.prepare_grad_etc(encoders, denoiser)
+        freeze_others(network, groups)
         trainable = NetworkTrainable(network, denoiser, encoders, options.network.scale_weight_norms)
         may_skip = not freeze_unused(network, setting.family, encoders) or needs_strength(setting.dataset.config)
         return Trained(trainable, groups, descriptions, trains_text, options.output.extension, may_skip)
@@ -184,23 +186,69 @@ def make_network(options: NetworkOptions, vae: nn.Module | None, encoders: Seque
 def parameter_groups(
     network: Any, encoder_rates: Sequence[float], unet_rate: float | None, default: float
 ) -> tuple[list[dict[str, Any]], list[str | None]]:
-    """Ask a network for its parameter groups, in the newest form of the contract it knows.
+    """Ask a network for its parameter groups, in the newest form of the contract it knows; groups with the rate 0 are left out.
+
+    Args:
+        network: applied.
+        encoder_rates: of each text encoder; 0 for one that is not trained.
+        unet_rate: None for `default`; 0 where the U-Net is not trained.
+        default: `--learning_rate`.
 
     Returns:
-        The groups, and what each trains (None where the network does not say).
+        The groups, each with its rate, and what each trains (None where the network does not say).
 
     Raises:
-        UserError: every rate is 0.
+        UserError: every rate is 0, or a part would train with the rate of another.
     """
     unet_rate = default if unet_rate is None else unet_rate
     if hasattr(network, "prepare_optimizer_params_with_multiple_te_lrs"):
         found = network.prepare_optimizer_params_with_multiple_te_lrs(list(encoder_rates), unet_rate, default)
     else:
+        if len(set(encoder_rates)) > 1:
+            raise UserError(
+                f"{_module_of(network)} has one learning rate for all text encoders, but {_listed(encoder_rates)} were asked for. "
+                "Give one --text_encoder_lr, or none of them with --network_train_unet_only."
+            )
         found = network.prepare_optimizer_params(next(iter(encoder_rates), 0.0), unet_rate, default)
     groups, descriptions = found if isinstance(found, tuple) else (found, [None] * len(found))
-    if not any(group["params"] for group in groups):
+    asked = {rate for rate in (*encoder_rates, unet_rate) if rate}
+    rated = [{**group, "params": list(group["params"]), "lr": _rate_of(network, group, asked)} for group in groups]
+    kept = [(group, described) for group, described in zip(rated, descriptions, strict=False) if group["params"] and group["lr"]]
+    if not kept:
         raise UserError("Nothing is trained: all learning rates are 0. Raise --learning_rate, --unet_lr or --text_encoder_lr.")
-    return [{**group, "params": list(group["params"])} for group in groups], list(descriptions)
+    return [group for group, _ in kept], [described for _, described in kept]
+
+
+def _rate_of(network: Any, group: Mapping[str, Any], asked: set[float]) -> float:
+    """Return the rate of a group: its own, or the one that was asked for everything.
+
+    Raises:
+        UserError: it has none, and parts were asked to have different ones.
+    """
+    if group.get("lr") is not None:
+        return float(group["lr"])
+    if len(asked) > 1:
+        raise UserError(
+            f"{_module_of(network)} made a parameter group without a learning rate, which would train with another part's: "
+            f"{_listed(sorted(asked))} were asked for. Give every part the same rate: --learning_rate alone."
+        )
+    return next(iter(asked), 0.0)
+
+
+def _module_of(network: Any) -> str:
+    return f"The network {type(network).__module__}.{type(network).__qualname__}"
+
+
+def _listed(rates: Sequence[float]) -> str:
+    return " and ".join(f"{rate:g}" for rate in rates)
+
+
+def freeze_others(network: nn.Module, groups: Sequence[Mapping[str, Any]]) -> None:
+    """Freeze what is in no group: it would gather gradients that nothing uses, and take part in the norm that is limited."""
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    for parameter in network.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
 
 
 def run_record(setting: Setting) -> RunRecord:

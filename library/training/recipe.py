@@ -45,6 +45,7 @@ from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
 from library.training.sharding import divided
 from library.training.state import Resumable, SavedPlace, load_state
 from library.training.step import ModelParts, NanWatch, TrainStep
+from library.training.trained_table import report_trained
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,7 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
 
     parts = ModelParts(setting.family, denoiser, text.encoders, vae, options.cache.vae_batch_size, setting.caption_style)
     run, saver = build_run(recipe, setting, trained, parts)
+    report_trained(setting, trained, saver.live.optimizer.defaults, start.update)
     saver.identity = identity
     training_log = add_observers(run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, start=start)
     if uploads is not None:

@@ -102,7 +102,10 @@ def test_a_block_with_rate_0_is_written_back_bit_for_bit(tiny_checkpoint: Path, 
     rates[0] = rates[4] = rates[11] = rates[22] = "0"
     dataset = write_dataset(tmp_path, photos, count=2)
     more = ["--block_lr", ",".join(rates), "--max_train_steps", "1", "--cache_latents"]
-    finetune(tiny_checkpoint, dataset, tmp_path / "out", *more)
+    said = finetune(tiny_checkpoint, dataset, tmp_path / "out", *more)
+    rows = [line.split() for line in said.splitlines() if " U-Net " in line]
+    assert {row[0] for row in rows}.isdisjoint({"block0", "block4", "block11", "block22"}) and len(rows) > 3
+    assert all(row[-3:] == ["0.001"] * 3 for row in rows)
     frozen = tuple(f"{UNET}{block}." for block in ("time_embed", "label_emb", "input_blocks.3", "middle_block.1", "out"))
     source = {name for name in weights(tiny_checkpoint) if name.startswith(UNET)}
     assert changed(tiny_checkpoint, tmp_path / "out" / "model.safetensors") == {n for n in source if not n.startswith(frozen)}

@@ -173,5 +173,7 @@ def test_optimizers_run(more: list[str], dataset: Path, tiny_checkpoint: Path, t
     args = arguments(tiny_checkpoint, dataset, tmp_path / "out", "--max_train_steps", "2", "--network_train_unet_only", *more)
     done = run_command(args)
     assert done.returncode == 0, done.stderr
+    (row,) = [line.split() for line in done.stderr.splitlines() if line.split()[:2] == ["unet", "U-Net"]]
+    assert row[-3:] == ["0" if "--lr_warmup_steps" in more else "0.001", "0.001", "0.001"]
     ups = [tensor for name, tensor in weights(tmp_path / "out" / "net.safetensors").items() if name.endswith("lora_up.weight")]
     assert all(tensor.isfinite().all() for tensor in ups) and any(tensor.any() for tensor in ups)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ class SdxlFamily:
     denoiser_name = "unet"
     encoder_names = ("te1", "te2")
     large_modules = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer")
+    part_titles: ClassVar[Mapping[str, str]] = {"unet": "U-Net", "te1": "CLIP-L", "te2": "OpenCLIP bigG"}
     latent_cache = LatentCacheSpec("_sdxl.npz")
     text_cache = TextCacheSpec("_te_outputs.npz", frozenset(_NPZ_NAMES.values()), _pack, _unpack)
 
