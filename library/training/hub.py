@@ -64,9 +64,9 @@ class Uploads:
         if kind is KeyboardInterrupt:
             return
         if self._worker is not None:
-            if self._queue.qsize():
-                log.info("Waiting for uploads to %s", self.repo_id)
             self._queue.put(None)
+            if self._worker.is_alive():
+                log.info("Waiting for the uploads to %s; Ctrl+C leaves the rest out.", self.repo_id)
             self._worker.join()
         self._failed = [path for path in dict.fromkeys(self._failed) if not self._sent(path)]
         if self._failed:

@@ -130,7 +130,7 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
         load_saved(saved, saver, training_log)
     tell_start(setting, start)
     try:
-        with StopRequest() as stop, uploads or nullcontext():
+        with uploads or nullcontext(), StopRequest() as stop:  # what is uploaded in the end, one Ctrl+C interrupts
             if uploads is not None:
                 uploads.is_stopping = lambda: stop.signal is not None
             end = train(run, start, stop)
