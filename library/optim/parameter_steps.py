@@ -95,8 +95,11 @@ def load_optimizer_state(optimizer: Any, saved: Mapping[str, Any]) -> None:
     `torch.optim.Optimizer.load_state_dict` casts state to the type of the parameter, which would round what is kept in float32
     beside bfloat16 weights.
 
+    A state in which a schedule-free optimizer was in evaluation mode, as sd-scripts saves it, belongs to averaged weights: it is
+    switched back to training mode, and the parameters with it.
+
     Args:
-        optimizer: as `make_optimizer` gives it, or wrapped by accelerate.
+        optimizer: as `make_optimizer` gives it, or wrapped by accelerate; its parameters are those of the state.
         saved: what its `state_dict` returned.
 
     Raises:
@@ -111,6 +114,8 @@ def load_optimizer_state(optimizer: Any, saved: Mapping[str, Any]) -> None:
         for key, value in saved["state"].get(number, {}).items():
             if key in state:
                 state[key] = _in_saved_type(value, state[key])
+    if callable(to_train := getattr(inner, "train", None)):
+        to_train()
 
 
 def _in_saved_type(saved: Any, loaded: Any) -> Any:

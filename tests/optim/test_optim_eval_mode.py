@@ -5,6 +5,7 @@ from accelerate.state import AcceleratorState
 
 from library.optim.eval_mode import averaged_weights
 from library.optim.optimizers import make_optimizer
+from library.optim.parameter_steps import load_optimizer_state
 from library.options.groups.optimizer import OptimizerOptions
 
 
@@ -43,6 +44,22 @@ def test_the_average_is_that_of_the_schedule_free_paper():
         optimizer.step()
     with averaged_weights(optimizer):
         torch.testing.assert_close(weight.detach(), torch.stack(iterates).mean(0))
+
+
+def test_a_state_saved_in_evaluation_mode_continues_from_the_training_weights():
+    """sd-scripts saves states so."""
+    pytest.importorskip("schedulefree")
+    weight, optimizer = trained("AdamWScheduleFree")
+    training = weight.detach().clone()
+    optimizer.eval()
+    other, resumed = trained("AdamWScheduleFree")
+    other.data.copy_(weight.data)
+    load_optimizer_state(resumed, optimizer.state_dict())
+    assert resumed.param_groups[0]["train_mode"]
+    torch.testing.assert_close(other.detach(), training)
+    assert not torch.allclose(other, weight)
+    other.grad = torch.ones(8)
+    resumed.step()  # raises in evaluation mode
 
 
 def test_training_mode_comes_back_when_sampling_fails():
