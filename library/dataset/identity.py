@@ -1,6 +1,7 @@
 """What the images of a run are, small enough to be stored with a state and compared when it is resumed."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -75,4 +76,6 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    """Return values as JSON gives them back; a TOML file may hold others, such as dates."""
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain

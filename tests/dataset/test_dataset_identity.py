@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,7 @@ def test_images_and_captions_that_changed_show(folder: Path, change: Callable[[P
         ({"flip_aug": True}, {}, (SUBSET, "flip_aug")),
         ({"shuffle_caption": True}, {}, (SUBSET, "shuffle_caption")),
         ({"keep_tokens": 1}, {}, (SUBSET, "keep_tokens")),
+        ({"custom_attributes": {"taken": date(2024, 5, 1)}}, {}, (SUBSET, "custom_attributes")),
         ({}, {"network_multiplier": 0.5}, ("dataset 1", "network_multiplier")),
         ({}, {"batch_size": 3}, ("dataset 1", "images per batch, over all processes")),
     ],
