@@ -113,7 +113,19 @@ class Loader:
         Raises:
             UserError: an image or cache file has become unreadable; it is named.
         """
-        self._requests.choose_whole(self._dataset.held_out_batches()[:max_batches])
+        yield from self.whole(self._dataset.held_out_batches()[:max_batches])
+
+    def whole(self, batches: Sequence[tuple[int, ...]], epoch: int = 0) -> Iterator[Batch]:
+        """Yield those batches that are this process's turn, each undivided.
+
+        Args:
+            batches: uses of images.
+            epoch: whose random draws they get; 0 for held-out images.
+
+        Raises:
+            UserError: as above.
+        """
+        self._requests.choose_whole(EpochPlan(epoch, batches))
         yield from self._loaded()
 
     def _loaded(self) -> Iterator[Batch]:
@@ -213,9 +225,10 @@ class _Requests:
         """Set the epoch, of each batch of which every process gets a share, and the batch to begin with."""
         self._plan, self._start, self._shared = plan, start, True
 
-    def choose_whole(self, batches: Sequence[tuple[int, ...]]) -> None:
+    def choose_whole(self, plan: EpochPlan) -> None:
         """Set batches that go to the processes in turn, none of which is divided."""
-        self._plan, self._start, self._shared = EpochPlan(0, batches[self._process_index :: self._num_processes]), 0, False
+        own = plan.batches[self._process_index :: self._num_processes]
+        self._plan, self._start, self._shared = EpochPlan(plan.epoch, own), 0, False
 
     def __iter__(self) -> Iterator[_Request]:
         own = (self._process_index, self._num_processes) if self._shared else (0, 1)

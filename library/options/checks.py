@@ -12,6 +12,7 @@ from library.options.checks_optimizer import fused_problems, is_schedule_free
 from library.options.checks_rates import network_rates, rate_notes, rate_problems
 from library.options.dataset_class import class_notes, class_problems
 from library.options.groups.cache import CacheOptions
+from library.options.groups.compile import GONE_BACKENDS, CompileOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.generation import GenModelOptions, GenNetworkOptions, PictureOptions, PromptOptions
 from library.options.groups.logging import LoggingOptions
@@ -70,6 +71,7 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
         yield "--output_dir is missing. Name the folder for what is trained."
     yield from precision_problems(options.precision)
     yield from offload_problems(options.precision)
+    yield from _compile_problems(options.compile)
     yield from fused_problems(options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision)
     yield from _ema_problems(options)
     yield from objective_problems(options.noise, options.loss, options.model.v_parameterization)
@@ -100,6 +102,14 @@ def offload_problems(precision: StepPrecisionOptions) -> Iterator[str]:
         yield (
             "--cpu_offload_checkpointing keeps checkpointed activations in main memory, so it needs --gradient_checkpointing, "
             "without which there are many times more of them."
+        )
+
+
+def _compile_problems(options: CompileOptions) -> Iterator[str]:
+    if options.torch_compile and options.dynamo_backend in GONE_BACKENDS:
+        yield (
+            f"--dynamo_backend {options.dynamo_backend}: no version of PyTorch that this suite runs on has this compiler. "
+            "Choose inductor, which is the default."
         )
 
 
@@ -220,6 +230,8 @@ def _start_problems(options: TrainingOptions) -> Iterator[str]:
 
 
 def _training_notes(options: TrainingOptions) -> Iterator[str]:
+    if options.compile.dynamo_backend != "inductor" and not options.compile.torch_compile:
+        yield "--dynamo_backend has no effect without --torch_compile."
     yield from class_notes(options)
     if options.model.clip_skip is not None:
         yield "--clip_skip has no influence on SDXL, which always uses the second to last layer; it is only noted in the metadata."

@@ -72,7 +72,10 @@ def make_accelerator(precision: WorkingPrecisionOptions, distributed: ProcessGro
     # Told so, accelerate joins several processes on CPUs too; left to itself it takes each for the only one.
     has_no_device = not torch.accelerator.is_available()
     with _dividing_is_ours():
-        return Accelerator(mixed_precision=precision.mixed_precision, cpu=has_no_device, kwargs_handlers=handlers)
+        # Blocks are compiled by `library.training.compiling` where that is asked for, never the whole step by accelerate.
+        return Accelerator(
+            mixed_precision=precision.mixed_precision, cpu=has_no_device, dynamo_backend="no", kwargs_handlers=handlers
+        )
 
 
 @contextmanager

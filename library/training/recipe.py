@@ -23,6 +23,7 @@ from library.optim.updates import make_updater
 from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes, make_accelerator, prepare, shared_seed
+from library.training.compiling import compile_denoiser
 from library.training.data_terms import describe_data_terms, unread_attributes
 from library.training.denoiser import arrange_denoiser, load_denoiser
 from library.training.events import EventLog, events_of_run
@@ -122,6 +123,7 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
     parts = ModelParts(setting.family, denoiser, text.encoders, vae, options.cache.vae_batch_size, setting.caption_style)
     run, saver = build_run(recipe, setting, trained, parts)
     report_trained(setting, trained, saver.live.optimizer.defaults, start.update)
+    compile_denoiser(setting, run, trained, denoiser)
     saver.identity = identity
     training_log = add_observers(run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, start=start)
     if uploads is not None:

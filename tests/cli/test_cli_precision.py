@@ -4,7 +4,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from tests.cli.training_commands import arguments, run_command, weights, write_dataset
+from tests.cli.training_commands import arguments, assert_same_bits, run_command, weights, write_dataset
 
 
 def test_a_network_is_trained_drawn_and_measured_beside_a_model_in_8_bits(
@@ -24,3 +24,21 @@ def test_a_network_is_trained_drawn_and_measured_beside_a_model_in_8_bits(
     assert "Validation loss" in done.stderr
     with safe_open(tmp_path / "out" / "net.safetensors", "pt") as file:
         assert file.metadata()["ss_fp8_base"] == "True"
+
+
+def test_compiled_blocks_and_activations_in_main_memory_change_no_bit_and_a_run_resumes_without_a_compiler(
+    tiny_checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    dataset = write_dataset(tmp_path, photos, count=4)
+    dataset.write_text(dataset.read_text().replace("enable_bucket = true", "enable_bucket = false"))
+    base = ["--network_train_unet_only", "--gradient_checkpointing", "--cache_latents", "--max_train_steps", "2", "--torch_compile"]
+    more = [*base, "--dynamo_backend", "eager", "--cpu_offload_checkpointing", "--save_every_n_steps", "1", "--save_state"]
+    compiled = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "compiled", *more))
+    assert compiled.returncode == 0, compiled.stderr
+    assert "blocks with eager for 1 shapes" in compiled.stderr
+    # The second step is made once more, by blocks that are not compiled and keep everything where it is.
+    more = [*base, "--dynamo_backend", "tvm", "--resume", str(tmp_path / "compiled" / "net-step00000001-state")]
+    resumed = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "resumed", *more))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "--torch_compile: tvm cannot compile the model (" in resumed.stderr and "Traceback" not in resumed.stderr
+    assert_same_bits(tmp_path / "resumed" / "net.safetensors", tmp_path / "compiled" / "net.safetensors")

@@ -21,6 +21,7 @@ DRAW = "--ckpt m --prompt cat"
 
 REFUSED = [
     ("--v2", "--v2 is for Stable Diffusion 2.x"),
+    ("--torch_compile --dynamo_backend tensort", "has this compiler"),
     ("--cpu_offload_checkpointing", "so it needs --gradient_checkpointing"),
     ("--ddp_static_graph --gradient_accumulation_steps 2", "excludes --gradient_accumulation_steps above 1"),
     ("--adaptive_noise_scale 0.1", "needs --noise_offset above 0"),
