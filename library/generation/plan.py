@@ -11,6 +11,7 @@ from typing import Any
 
 from library.generation.additions import planned_controls, planned_words
 from library.generation.network_files import planned_networks
+from library.generation.prompt_file import prompt_lines, read_prompt_text
 from library.generation.prompt_line import GENERATION, PromptLine, parse_prompt_line
 from library.generation.request import MIN_SIDE, SIDE_STEP, ImageRequest, rounded_side
 from library.generation.seeds import SeedSeries
@@ -94,7 +95,8 @@ def read_prompts(options: PromptOptions) -> list[LocatedPrompt]:
     if options.from_file is None:
         prompts = [] if options.prompt is None else [locate_prompt(options.prompt, "--prompt")]
     else:
-        prompts = [locate_prompt(line, f"{options.from_file}, line {number}") for number, line in _file_lines(options.from_file)]
+        text = read_prompt_text(options.from_file, "--from_file")
+        prompts = [locate_prompt(line, where) for where, line in prompt_lines(options.from_file, text)]
         if not prompts:
             raise UsageError([f"{options.from_file}: there is no prompt in this file; write one per line."])
     raise_refusals(prompts)
@@ -115,21 +117,6 @@ def raise_refusals(prompts: Iterable[LocatedPrompt]) -> None:
     """Raise a UsageError that tells everything these prompts ask for and cannot have, if there is anything."""
     if refusals := [refusal for prompt in prompts for refusal in prompt.line.refusals]:
         raise UsageError(refusals)
-
-
-def _file_lines(path: str) -> Iterator[tuple[int, str]]:
-    """Yield number and text of the lines that are prompts: not blank, not beginning with `#`."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"--from_file {path}: there is no such file; check the path.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--from_file {path}: not a UTF-8 text (byte {error.start}); save the file as UTF-8.") from None
-    except OSError as error:
-        raise UserError(f"--from_file {path}: the file cannot be read: {error.strerror}.") from None
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip() and not line.startswith("#"):
-            yield number, line
 
 
 def log_notes(prompts: Iterable[LocatedPrompt], settings: PictureSettings) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from library.generation.prompt_file import prompt_lines, read_prompt_text
 from library.generation.prompt_line import SAMPLES, parse_prompt_line
 from library.generation.request import ImageRequest, clamped_steps, with_rounded_size
 from library.options.errors import UsageError, UserError
@@ -62,7 +63,10 @@ def read_sample_prompts(path: str, defaults: SampleDefaults) -> list[ImageReques
     if reader is None:
         raise UserError(f"{path}: sample prompts are read from .txt, .toml or .json files; rename the file or choose another.")
     problems: list[str] = []
-    requests = [_request(values, where, defaults, problems) for where, values in reader(path, _read_text(path), problems)]
+    requests = [
+        _request(values, where, defaults, problems)
+        for where, values in reader(path, read_prompt_text(path, "--sample_prompts"), problems)
+    ]
     if not requests and not problems:
         problems.append(f"{path}: there is no prompt in this file; write one per line, or leave out --sample_prompts.")
     if problems:
@@ -70,24 +74,12 @@ def read_sample_prompts(path: str, defaults: SampleDefaults) -> list[ImageReques
     return requests
 
 
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such sample prompt file; check --sample_prompts.") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a UTF-8 text (byte {error.start}); save the file as UTF-8.") from None
-    except OSError as error:
-        raise UserError(f"{path}: the sample prompt file cannot be read: {error.strerror}.") from None
-
-
 _Values = dict[str, Any]
 _Located = list[tuple[str, _Values]]
 
 
 def _from_txt(path: str, text: str, problems: list[str]) -> _Located:
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip() and not line.startswith("#")]
-    return [(where, _line_values(line, where, problems)) for number, line in lines for where in [f"{path}, line {number}"]]
+    return [(where, _line_values(line, where, problems)) for where, line in prompt_lines(path, text)]
 
 
 def _from_toml(path: str, text: str, problems: list[str]) -> _Located:

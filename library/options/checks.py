@@ -207,7 +207,7 @@ def _ema_problems(options: TrainingOptions) -> Iterator[str]:
 
 
 def _sample_problems(sample: SampleOptions) -> Iterator[str]:
-    wanted = sample.sample_at_first or sample.sample_every_n_steps or sample.sample_every_n_epochs
+    wanted = sample.sample_at_first or max(sample.sample_every_n_steps or 0, sample.sample_every_n_epochs or 0) > 0
     if wanted and sample.sample_prompts is None:
         yield "Sample images need --sample_prompts, a file with prompts (.txt, .toml or .json)."
     if sample.sample_prompts is not None and not Path(sample.sample_prompts).is_file():
@@ -233,6 +233,9 @@ def _training_notes(options: TrainingOptions) -> Iterator[str]:
     if options.compile.dynamo_backend != "inductor" and not options.compile.torch_compile:
         yield "--dynamo_backend has no effect without --torch_compile."
     yield from class_notes(options)
+    for name in ("sample_every_n_steps", "sample_every_n_epochs"):
+        if (getattr(options.sample, name) or 0) < 0:
+            yield f"--{name} is below 1 and is ignored."
     if options.model.clip_skip is not None:
         yield "--clip_skip has no influence on SDXL, which always uses the second to last layer; it is only noted in the metadata."
     yield from objective_notes(options.noise, options.loss, options.model.v_parameterization)

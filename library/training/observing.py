@@ -16,6 +16,7 @@ from library.options.disclosure import loggable_config
 from library.training.ema import moving_average
 from library.training.events import SCHEMA_VERSION
 from library.training.identity import identity_of
+from library.training.inputs import sample_requests
 from library.training.loader import make_loader
 from library.training.logs import Gauges, TrainingLog, on_one_device
 from library.training.loop import TrainingRun
@@ -24,7 +25,7 @@ from library.training.manifest import Manifest, run_facts
 from library.training.position import Position
 from library.training.preparation import TextSide
 from library.training.preview_plan import PreviewPlan
-from library.training.previews import Previews
+from library.training.previews import Drawn, EncodedTexts, Previews, PromptFile
 from library.training.progress import Progress
 from library.training.saving import Saved, Saver
 from library.training.scalar_names import SCALAR_NAMES
@@ -237,9 +238,13 @@ def previews(
     return [
         Previews(
             plan=PreviewPlan.of(options.sample),
-            requests=requests,
+            prompts=PromptFile(
+                Path(options.sample.sample_prompts or ""),
+                lambda: sample_requests(options, setting.dataset.config.sections[0].resolution),
+                requests,
+            ),
             pipeline=pipeline,
-            encoded=text.prompts,
+            encoded=None if text.prompts is None else EncodedTexts(requests, text.prompts),
             vae=parts.vae,
             trainable=trained.trainable,
             averaged=averaged,
@@ -247,6 +252,16 @@ def previews(
             output_name=options.output.output_name,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
-            show=trackers.sample,
+            gather=gather_object,
+            show=lambda position, drawn: show_samples(setting, trackers, position, drawn),
         )
     ]
+
+
+def show_samples(setting: Setting, trackers: RunLog, position: Position, drawn: Sequence[Drawn]) -> None:
+    """Tell trackers and events of sample images; before the first step nothing else would make trackers send them off."""
+    for each in drawn:
+        trackers.sample(each.index, each.path, each.prompt)
+        setting.events.write("sample", step=position.update, index=each.index, path=each.path, prompt=each.prompt, seed=each.seed)
+    if position.update == 0:
+        trackers.step({}, 0, position.epoch)

@@ -21,8 +21,8 @@ class Tracker(Protocol):
     def scalars(self, values: Scalars, step: int, fields: Mapping[str, int]) -> None:
         """Record values at an x position; `fields` names the positions for trackers that choose the x axis later."""
 
-    def image(self, name: str, image: Any, caption: str) -> None:
-        """Record a sample picture (PIL) where the tracker shows pictures."""
+    def image(self, name: str, path: Path, caption: str) -> None:
+        """Record a sample picture where the tracker shows pictures."""
 
     def close(self) -> None:
         """Write what is still in memory."""
@@ -63,7 +63,7 @@ class TensorBoardTracker:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def image(self, name: str, image: Any, caption: str) -> None:
+    def image(self, name: str, path: Path, caption: str) -> None:
         """Leave pictures to the output folder, where they are written anyway."""
 
     def close(self) -> None:
@@ -94,9 +94,10 @@ class WandbTracker:
         """Record values with their positions as fields: epoch values would be dropped as out of order by step."""
         self._run.log({**values, **fields})
 
-    def image(self, name: str, image: Any, caption: str) -> None:
-        """Attach a picture to the next record."""
-        self._run.log({name: self._picture(image, caption=caption)}, commit=False)
+    def image(self, name: str, path: Path, caption: str) -> None:
+        """Attach a picture to the next record; one that another machine drew may not be here."""
+        if path.is_file():
+            self._run.log({name: self._picture(str(path), caption=caption)}, commit=False)
 
     def close(self) -> None:
         """Finish the run; waits for its upload."""
@@ -151,10 +152,10 @@ class RunLog:
         for tracker in self._trackers:
             tracker.scalars(values, epoch, {"epoch": epoch, "global_step": step, **fields})
 
-    def sample(self, index: int, image: Any, prompt: str) -> None:
+    def sample(self, index: int, path: Path, prompt: str) -> None:
         """Record a sample picture as `sample_<index>` with its prompt."""
         for tracker in self._trackers:
-            tracker.image(f"sample_{index}", image, prompt)
+            tracker.image(f"sample_{index}", path, prompt)
 
     def close(self) -> None:
         """Write everything out; the log takes nothing afterwards."""

@@ -87,14 +87,24 @@ def test_a_run_stopped_killed_and_resumed_twice_ends_with_the_same_bits(
 
     killed = run_command(command, blow=Blow(signal.SIGKILL, batch=2))  # in the middle of an update
     assert killed.returncode == signal.SIGKILL and not (tmp_path / "net.safetensors").exists()
-    resumed = run_command([*args, "--resume", str(tmp_path / "net-step00000002-state")])
+    watch = tmp_path / "watch"
+    watch.mkdir()
+    (watch / "prompts.txt").write_text("a red house --s 1\n", encoding="utf-8")
+    watching = ["--sample_prompts", str(watch / "prompts.txt"), "--sample_every_n_steps", "2", "--sample_every_n_epochs", "-1"]
+    watching += ["--loss_ledger", "--log_grad_norm", "--log_events", str(watch / "events.jsonl")]
+    resumed = run_command([*args, "--resume", str(tmp_path / "net-step00000002-state"), *watching])
     assert resumed.returncode == 0, resumed.stderr
     names = {path.name for path in (folder / "out").iterdir()}
-    assert {path.name for path in tmp_path.iterdir()} - names == {"net-step00000001.safetensors", "net-step00000001-state"}
+    ours = {"net-step00000001.safetensors", "net-step00000001-state", "net-losses.csv", "sample", "watch"}
+    assert {path.name for path in tmp_path.iterdir()} - names == ours
     assert_same_bits(tmp_path / "net.safetensors", folder / "out" / "net.safetensors")
     assert_same_bits(tmp_path / "net-step00000004.safetensors", folder / "out" / "net-step00000004.safetensors")
     places = [json.loads((root / "net-state" / "train_state.json").read_text()) for root in (tmp_path, folder / "out")]
     assert places[0] == places[1] and places[0]["current_step"] == 6
+    events = [json.loads(line) for line in (watch / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events if event["kind"] == "sample"] == [4, 6]
+    assert {"grad_norm/unet", "grad_norm/all"} < next(event for event in events if event["kind"] == "step")["norms"].keys()
+    assert "--sample_every_n_epochs is below 1 and is ignored." in resumed.stderr
 
     other = [*args, "--learning_rate", "1e-4", "--output_dir", str(tmp_path / "other")]
     refused = run_command([*other, "--resume", str(tmp_path / "net-step00000004-state")])

@@ -110,7 +110,7 @@ def test_a_file_of_another_shape_is_told(tmp_path, name, content, told):
 
 
 def test_a_missing_file_and_another_ending_are_told(tmp_path):
-    with pytest.raises(UserError, match="there is no such sample prompt file"):
+    with pytest.raises(UserError, match=r"--sample_prompts .*p\.txt: there is no such file"):
         read_sample_prompts(str(tmp_path / "p.txt"), DEFAULTS)
     with pytest.raises(UserError, match=r"read from .txt, .toml or .json files"):
         read_sample_prompts(str(tmp_path / "p.yaml"), DEFAULTS)

@@ -229,14 +229,17 @@ def test_wandb_receives_positions_as_fields_and_pictures_uncommitted(wandb: Wand
     options = LoggingOptions(log_with="wandb", wandb_api_key="k", wandb_run_name="run", log_tracker_config=str(config))
     log = RunLog.open(options, "network_train", None, STARTED)
     log.step({"loss/current": 0.5}, step=3, epoch=2)
-    log.sample(0, "picture", "a cat")
+    picture = tmp_path / "picture.png"
+    picture.touch()
+    log.sample(0, picture, "a cat")
+    log.sample(1, tmp_path / "on another machine.png", "a dog")
     log.close()
     arguments = {"project": "network_train", "config": None, "tags": ["cat"], "name": "run"}
     assert wandb.told == [
         ("login", "k"),
         ("init", arguments),
         ({"loss/current": 0.5, "global_step": 3, "epoch": 2}, True),
-        ({"sample_0": ("picture", "a cat")}, False),
+        ({"sample_0": (str(picture), "a cat")}, False),
         "finish",
     ]
 

@@ -17,9 +17,9 @@ class SampleOptions(OptionGroup):
     topic: ClassVar[str] = "Sample images during training"
 
     sample_prompts: PathText = option(None, "File with the prompts: .txt with one per line, .toml or .json.")
-    sample_every_n_steps: Annotated[int | None, SameAsUnset(0)] = option(None, "Draw samples every N steps.", ge=1)
+    sample_every_n_steps: Annotated[int | None, SameAsUnset(0)] = option(None, "Draw samples every N steps.")
     sample_every_n_epochs: Annotated[int | None, SameAsUnset(0)] = option(
-        None, "Draw samples every N epochs; replaces --sample_every_n_steps.", ge=1
+        None, "Draw samples every N epochs; replaces --sample_every_n_steps."
     )
     sample_at_first: bool = flag("Draw samples before the first step too.")
     sample_sampler: SamplerName = option("ddim", "Sampler of the samples.")
