@@ -10,7 +10,11 @@ class OptimizerOptions(OptionGroup):
 
     topic: ClassVar[str] = "Optimizer"
 
-    optimizer_type: str = option("", "Name of an optimizer, or package.module.Class; AdamW when left out.")
+    optimizer_type: str = option(
+        "",
+        "AdamW (when left out), AdamW8bit, Adafactor, Lion, Prodigy, AdamWScheduleFree, CAME, AdEMAMix, Muon or another of "
+        "docs/optimizers.md; or package.module.Class.",
+    )
     optimizer_args: tuple[str, ...] | None = option(None, "Arguments of the optimizer, each key=value with a Python literal.")
     use_8bit_adam: bool = flag("Old spelling of --optimizer_type AdamW8bit.")
     use_lion_optimizer: bool = flag("Old spelling of --optimizer_type Lion.")
