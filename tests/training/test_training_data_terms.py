@@ -70,6 +70,11 @@ def test_the_alpha_channel_weighs_the_loss_whether_or_not_masked_loss_is_given(r
         torch.testing.assert_close(run.run.step(batch(masks=masks)).double(), expected, rtol=1e-5, atol=0)
 
 
+def test_each_image_counts_by_its_weight(run: FakeRun) -> None:
+    weights = torch.tensor([1.0, 0.0, 0.25])
+    torch.testing.assert_close(run.run.step(batch(loss_weights=weights)), run.run.step(batch()) * weights)
+
+
 def test_the_red_of_the_control_image_wins_over_the_alpha_channel_with_masked_loss_only(run: FakeRun) -> None:
     masks, red = random_masks(), random_masks().flip(-1)
     control = torch.stack([2 * red - 1, torch.zeros_like(red), torch.ones_like(red)], dim=1)
