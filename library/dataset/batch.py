@@ -40,6 +40,8 @@ class Batch:
     """Strength of the network for this batch."""
     custom_attributes: list[Mapping[str, Any]] = field(default_factory=list)
     """What the dataset file says of each image besides."""
+    section: int = 0
+    """Which dataset of the file the images are of."""
 
     @property
     def size(self) -> int:

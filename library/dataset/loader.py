@@ -175,6 +175,7 @@ def load_batch(dataset: Dataset, epoch: int, share: Share, *, update: int = 0, t
         conditioning=pictures.conditioning,
         network_multiplier=dataset.sections[items[0].section].config.network_multiplier,
         custom_attributes=[dataset.sections[item.section].subset(item).custom_attributes for item in items],
+        section=items[0].section,
     )
 
 

@@ -209,6 +209,7 @@ def validation(
             training_loss=training_log.average,
             trackers=trackers,
             events=setting.events,
+            num_datasets=len(setting.dataset.sections),
         )
     ]
 

@@ -60,6 +60,28 @@ def validation_timesteps(low: int, high: int) -> list[int]:
     return [low + (high - low) * cut // parts for cut in range(1, parts)] if low < high else [high]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a measurement found."""
+
+    totals: Sequence[tuple[float, int]]
+    """Sum and number of losses of each dataset of the file."""
+
+    @property
+    def loss(self) -> float:
+        """The mean over all images and timesteps; not a number where no image is held out."""
+        return _mean(sum(total for total, _ in self.totals), sum(count for _, count in self.totals))
+
+    def by_dataset(self) -> dict[int, float]:
+        """Return the mean of each dataset that has images here, by its number from 1; empty where one dataset has them all."""
+        found = {number: _mean(*each) for number, each in enumerate(self.totals, start=1) if each[1]}
+        return found if len(found) > 1 else {}
+
+
+def _mean(total: float, count: int) -> float:
+    return total / count if count else float("nan")
+
+
 @dataclass
 class Validation:
     """The observer that measures the loss on held-out images.
@@ -76,6 +98,7 @@ class Validation:
         training_loss: gives the running loss, which the validation loss is held against.
         trackers: receive the values.
         events: of the run.
+        num_datasets: in the dataset file.
     """
 
     plan: ValidationPlan
@@ -89,9 +112,10 @@ class Validation:
     training_loss: Callable[[], float]
     trackers: RunLog
     events: EventLog = field(default_factory=EventLog)
+    num_datasets: int = 1
 
     def __post_init__(self) -> None:
-        self._last: tuple[int, float] | None = None
+        self._last: tuple[int, Measured] | None = None
         self._count = 0
 
     def before_training(self, position: Position) -> None:
@@ -116,38 +140,45 @@ class Validation:
         if self._last is None or self._last[0] != position.update:
             self._last = position.update, self.measure()
             self._count += 1
-        loss, training = self._last[1], self.training_loss()
+        measured, training = self._last[1], self.training_loss()
+        by_dataset = measured.by_dataset()
         if self.accelerator.is_main_process:
-            log.info("Validation loss %.5g at step %d (training %.5g)", loss, position.update, training)
-            self.events.write("validation", step=position.update, epoch=position.epoch, loss=loss, training=training)
-        return {f"loss/validation/{kind}_average": loss, f"loss/validation/{kind}_divergence": loss - training}
+            each = "".join(f"; dataset {number}: {loss:.5g}" for number, loss in by_dataset.items())
+            log.info("Validation loss %.5g at step %d (training %.5g%s)", measured.loss, position.update, training, each)
+            self.events.write(
+                "validation",
+                step=position.update,
+                epoch=position.epoch,
+                loss=measured.loss,
+                training=training,
+                **({"datasets": by_dataset} if by_dataset else {}),
+            )
+        of_datasets = {f"loss/validation/dataset{number}/{kind}_average": loss for number, loss in by_dataset.items()}
+        values = {f"loss/validation/{kind}_average": measured.loss, f"loss/validation/{kind}_divergence": measured.loss - training}
+        return values | of_datasets
 
-    def measure(self) -> float:
-        """Return the mean loss over all held-out images and all timesteps; nothing else is changed by it."""
+    def measure(self) -> "Measured":
+        """Measure the loss of all held-out images at all timesteps; nothing else is changed by it."""
         device = self.accelerator.device
-        sums = []
-        count = 0
+        totals = torch.zeros(self.num_datasets, 2, dtype=torch.float64)
+        sums: list[tuple[int, torch.Tensor]] = []
         with self._undisturbed():
             for batch in self.batches():
                 losses = self._losses(batch.to(device))
-                sums.append(losses.float().sum())
-                count += losses.numel()
-        total = sum(torch.stack(sums).cpu().double().tolist()) if sums else 0.0
-        return self._over_processes(total, count)
+                sums.append((batch.section, losses.float().sum()))
+                totals[batch.section, 1] += losses.numel()
+        if sums:
+            for (section, _), value in zip(sums, torch.stack([value for _, value in sums]).cpu().double(), strict=True):
+                totals[section, 0] += value
+        if self.accelerator.num_processes > 1:
+            totals = self.accelerator.reduce(totals.to(device), reduction="sum").cpu()
+        return Measured(tuple((total, int(count)) for total, count in totals.tolist()))
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         posterior = [measuring_seed(self.seed, key, -1) for key in batch.image_keys]
         noise = [[measuring_seed(self.seed, key, timestep) for key in batch.image_keys] for timestep in self.timesteps]
         with self.accelerator.autocast():
             return self.step.losses_at(batch, self.timesteps, noise, posterior)
-
-    def _over_processes(self, total: float, count: int) -> float:
-        if self.accelerator.num_processes > 1:
-            summed = self.accelerator.reduce(
-                torch.tensor([total, count], dtype=torch.float64, device=self.accelerator.device), reduction="sum"
-            )
-            total, count = summed.tolist()
-        return total / count if count else float("nan")
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:

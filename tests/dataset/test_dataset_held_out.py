@@ -64,6 +64,13 @@ def test_one_folder_at_two_sizes_is_split_alike(many: Path) -> None:
     assert [item.number for item in dataset.held_out] == list(range(16, 20))
 
 
+def test_a_batch_says_which_dataset_it_is_of(many: Path) -> None:
+    part = subset(many, validation_split=0.2)
+    dataset = Dataset(config(section(part), section(part, resolution=(32, 32))), seed=3)
+    sizes = {batch.section: tuple(batch.images.shape[-2:]) for batch in Loader(dataset).held_out() if batch.images is not None}
+    assert sizes == {0: (64, 64), 1: (32, 32)}
+
+
 def test_what_one_dataset_holds_out_no_other_trains_on(many: Path, caplog: pytest.LogCaptureFixture) -> None:
     sections = section(subset(many, validation_split=0.2)), section(subset(many), resolution=(96, 96))
     dataset = Dataset(config(*sections), seed=3)

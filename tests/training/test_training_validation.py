@@ -71,23 +71,23 @@ def test_the_loss_is_the_mean_over_images_and_timesteps_with_noise_of_their_own(
                     step.parts.denoiser, sample.noisy, sample.timesteps, step.conditioning(batch), batch.sizes
                 )
             total += ((prediction - sample.noise).double() ** 2).mean().item()
-    assert observer(run).measure() == pytest.approx(total / 12, rel=1e-6)
+    assert observer(run).measure().loss == pytest.approx(total / 12, rel=1e-6)
 
 
 def test_two_measurements_are_equal_to_the_bit_whatever_happened_between(monkeypatch: pytest.MonkeyPatch) -> None:
     run = fresh()
     validation = observer(run)
-    first = validation.measure()
+    first = validation.measure().loss
     torch.manual_seed(99)
     random.seed(99)
     run.network.train()
-    assert validation.measure() == first
-    assert observer(run, seed=6).measure() != first
+    assert validation.measure().loss == first
+    assert observer(run, seed=6).measure().loss != first
 
 
 def test_images_weigh_the_same_in_batches_of_any_size() -> None:
     run = fresh()
-    one, two = observer(run, batches=held_out(3, 1)).measure(), observer(run, batches=held_out(3, 2)).measure()
+    one, two = observer(run, batches=held_out(3, 1)).measure().loss, observer(run, batches=held_out(3, 2)).measure().loss
     assert one == pytest.approx(two, rel=1e-6)
 
 
@@ -113,10 +113,10 @@ def test_the_averaged_weights_are_measured_where_there_are_any() -> None:
     run = FakeRun(dataset(5), updates=6, optimizer_type="AdamWScheduleFree")
     run.optimizer.train()
     run.train()
-    trained = observer(run).measure()
-    averaged = observer(run, averaged=functools.partial(averaged_weights, run.optimizer)).measure()
+    trained = observer(run).measure().loss
+    averaged = observer(run, averaged=functools.partial(averaged_weights, run.optimizer)).measure().loss
     run.optimizer.eval()
-    assert averaged == observer(run).measure() != trained
+    assert averaged == observer(run).measure().loss != trained
 
 
 def test_random_numbers_and_modes_are_left_as_they_were() -> None:
@@ -161,6 +161,20 @@ def test_the_values_go_to_the_trackers_under_the_names_of_sd_scripts() -> None:
     assert seen.values[0][0]["loss/validation/step_average"] != seen.values[1][0]["loss/validation/step_average"]
 
 
+def test_each_dataset_has_a_value_of_its_own_and_all_together_weigh_by_images() -> None:
+    run, seen = fresh(), Seen()
+    batches = [replace(batch, section=2 if number == 1 else 0) for number, batch in enumerate(held_out(3))]
+    validation = observer(run, ValidationPlan(None, 1), batches=batches, trackers=RunLog([seen]), num_datasets=3)
+    alone = [observer(run, batches=[batch]).measure().loss for batch in held_out(3)]
+    validation.after_epoch(Position(epoch=1, update=5))
+    ((values, _),) = seen.values
+    assert values["loss/validation/dataset1/epoch_average"] == pytest.approx((alone[0] + alone[2]) / 2)
+    assert values["loss/validation/dataset3/epoch_average"] == pytest.approx(alone[1])
+    assert values["loss/validation/epoch_average"] == pytest.approx(sum(alone) / 3)
+    assert len(values) == 4
+    assert observer(run, batches=batches[:1], num_datasets=3).measure().by_dataset() == {}
+
+
 def test_a_place_that_is_both_step_and_epoch_is_measured_once() -> None:
     run, calls = fresh(), []
     validation = observer(run, ValidationPlan(5, 1))
@@ -182,7 +196,7 @@ def test_epochs_are_measured_unless_a_number_of_them_is_given() -> None:
 def test_no_held_out_image_in_this_process_gives_no_number_and_no_error() -> None:
     validation = observer(fresh(), batches=[])
     validation.after_epoch(Position(epoch=10**9))
-    assert validation.measure() != validation.measure()  # not a number
+    assert validation.measure().loss != validation.measure().loss  # not a number
 
 
 def test_the_timesteps_are_those_of_sd_scripts(project_root: Path) -> None:
