@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LONGEST_FUNCTION = 80
 LONGEST_FILE = 500
 DOCUMENTED_SHARE = 0.9
-OPTIONAL = ("xformers", "wandb")
+OPTIONAL = ("xformers", "wandb", "deepspeed")
 """Packages imported where they are used, whose absence is a sentence with the pip command."""
 COMES_WITH = {"pydantic_core": "pydantic", "annotated_types": "pydantic"}
 """Packages that are parts of a required one."""

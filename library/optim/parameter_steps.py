@@ -106,6 +106,8 @@ def load_optimizer_state(optimizer: Any, saved: Mapping[str, Any]) -> None:
         ValueError, KeyError: the state belongs to another optimizer.
     """
     optimizer.load_state_dict(saved)
+    if getattr(optimizer, "restores_exactly", False):
+        return
     inner = getattr(optimizer, "optimizer", optimizer)
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from library.options.checks_distributed import distributed_problems
+from library.options.checks_distributed import distributed_notes, distributed_problems
 from library.options.checks_hub import hub_notes, hub_problems
 from library.options.checks_objective import objective_notes, objective_problems
 from library.options.checks_optimizer import fused_problems, is_schedule_free
@@ -232,6 +232,7 @@ def _start_problems(options: TrainingOptions) -> Iterator[str]:
 def _training_notes(options: TrainingOptions) -> Iterator[str]:
     if options.compile.dynamo_backend != "inductor" and not options.compile.torch_compile:
         yield "--dynamo_backend has no effect without --torch_compile."
+    yield from distributed_notes(options)
     yield from class_notes(options)
     for name in ("sample_every_n_steps", "sample_every_n_epochs"):
         if (getattr(options.sample, name) or 0) < 0:

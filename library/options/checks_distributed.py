@@ -1,14 +1,28 @@
 """What does not go together with a model divided over several processes; nothing here needs torch."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 
 from library.options.checks_optimizer import class_path, optimizer_name
+from library.options.groups.distributed import DistributedOptions, ProcessGroupOptions
 from library.options.scripts import SdxlTrainOptions, TrainingOptions
 
 _OF_TORCH = ("AdamW", "Adam", "SGD", "Adagrad", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta", "Rprop", "ASGD")
 SHARDED_OPTIMIZERS = (*(f"torch.optim.{name}" for name in _OF_TORCH), "lion_pytorch.Lion")
 """Optimizers whose steps are the same on shares of parameters, as tests hold."""
+ZERO_OPTIMIZERS = tuple(path for path in SHARDED_OPTIMIZERS if path != "torch.optim.Adagrad")
+"""The same but for the one that DeepSpeed makes anew, which is lost to learning-rate schedules then."""
+_OF_DEEPSPEED = {
+    name: field for name, field in DistributedOptions.model_fields.items() if name not in ProcessGroupOptions.model_fields
+}
+_OF_STAGE_3 = (
+    "offload_optimizer_nvme_path",
+    "offload_param_device",
+    "offload_param_nvme_path",
+    "zero3_init_flag",
+    "zero3_save_16bit_model",
+)
 
 
 def wants_sharding(environment: Mapping[str, str] = os.environ) -> bool:
@@ -25,6 +39,63 @@ def distributed_problems(options: TrainingOptions) -> Iterator[str]:
         )
     if wants_sharding():
         yield from _sharding_problems(options)
+    if options.distributed.deepspeed:
+        yield from _deepspeed_problems(options, options.distributed)
+
+
+def distributed_notes(options: TrainingOptions) -> Iterator[str]:
+    """Yield what has no effect in the processes that were asked for."""
+    if not options.distributed.deepspeed:
+        given = [name for name, value in options.distributed if name in _OF_DEEPSPEED and value != _OF_DEEPSPEED[name].default]
+        for name in given:
+            yield f"--{name} has no effect without --deepspeed."
+        return
+    for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
+        if getattr(options.distributed, name):
+            yield f"--{name} has no effect with --deepspeed."
+
+
+def _deepspeed_problems(options: TrainingOptions, zero: DistributedOptions) -> Iterator[str]:
+    if find_spec("deepspeed") is None:
+        yield "--deepspeed needs the package deepspeed. Install it with: pip install deepspeed"
+    if wants_sharding():
+        yield "--deepspeed and accelerate's FSDP exclude each other: both divide the work over the processes. Choose one."
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
+        yield (
+            "accelerate's configuration starts DeepSpeed itself. Set distributed_type: MULTI_GPU in it; --deepspeed, --zero_stage "
+            "and --offload_optimizer_device say the rest."
+        )
+    elif os.environ.get("WORLD_SIZE", "1") == "1":
+        yield "--deepspeed divides the work over processes, and this is the only one. Launch at least two, or leave it out."
+    if zero.zero_stage == 0:
+        yield "--zero_stage 0 divides nothing. Leave out --deepspeed, or choose 1 or 2."
+    if zero.zero_stage == 3:
+        yield (
+            "--zero_stage 3 is not built: weights are divided by FSDP2 (examples/accelerate/fsdp2.yaml, sdxl_train.py). "
+            "--zero_stage 2 divides gradients and optimizer state."
+        )
+    if zero.offload_optimizer_device == "nvme":
+        yield "--offload_optimizer_device nvme is not built. Use cpu, which keeps optimizer state in main memory."
+    for name in _OF_STAGE_3:
+        if getattr(zero, name) != _OF_DEEPSPEED[name].default:
+            yield f"--{name} belongs to --zero_stage 3 or to nvme, which are not built. Leave it out."
+    if zero.fp16_master_weights_and_gradients:
+        yield "--fp16_master_weights_and_gradients is not built: weights are kept in float32 under DeepSpeed. Leave it out."
+    if options.compile.torch_compile:
+        yield "--deepspeed has not been tried with --torch_compile. Leave one of them out."
+    if options.logging.log_grad_norm:
+        yield "--log_grad_norm measures whole gradients, which --deepspeed divides over the processes. Leave one of them out."
+    precision = options.precision
+    if precision.mixed_precision == "fp16" or precision.full_bf16:
+        given = "--full_bf16" if precision.full_bf16 else "--mixed_precision fp16"
+        yield f"--deepspeed excludes {given}: weights are kept in float32. Use --mixed_precision bf16 or no."
+    if class_path(options.optimizer) not in ZERO_OPTIMIZERS:
+        yield f"--deepspeed steps shares of parameters, {_not_known(options, ZERO_OPTIMIZERS)}"
+
+
+def _not_known(options: TrainingOptions, known: Sequence[str]) -> str:
+    names = ", ".join(path.rpartition(".")[2] for path in known)
+    return f"and --optimizer_type {optimizer_name(options.optimizer)} is not known to be right on those. Use one of {names}."
 
 
 def _sharding_problems(options: TrainingOptions) -> Iterator[str]:
@@ -39,13 +110,11 @@ def _sharding_problems(options: TrainingOptions) -> Iterator[str]:
     if options.precision.full_bf16:
         yield f"{where}, which excludes --full_bf16: shares are kept in float32. Leave it out."
     if class_path(options.optimizer) not in SHARDED_OPTIMIZERS:
-        names = ", ".join(path.rpartition(".")[2] for path in SHARDED_OPTIMIZERS)
-        yield (
-            f"{where}, and --optimizer_type {optimizer_name(options.optimizer)} is not known to take right steps on shares of "
-            f"parameters. Use one of {names}."
-        )
+        yield f"{where}, {_not_known(options, SHARDED_OPTIMIZERS)}"
     if options.ema.ema_decay is not None:
         yield f"{where}, and --ema_decay averages whole weights. Leave it out."
+    if options.compile.torch_compile:
+        yield f"{where}, with which --torch_compile has not been tried. Leave it out."
     for variable, instead in _SETTINGS.items():
         if os.environ.get(variable, "").lower() in ("true", "1"):
             yield f"{where} with {variable.lower()}: true. {instead}"

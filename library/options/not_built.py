@@ -6,7 +6,6 @@ So nobody trains without what was asked for. A feature that is built is deleted 
 from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
-_DEEPSPEED = "several processes train with DistributedDataParallel"
 _FLUX = "only SDXL models are supported"
 _INPUT_IMAGE = "images are drawn from prompts only"
 _HIGHRES = "images are drawn in one stage"
@@ -19,9 +18,6 @@ def _refuse(instead: str, *names: str) -> dict[str, str]:
 
 
 NOT_BUILT: Mapping[str, str] = {
-    **_refuse(_DEEPSPEED, "deepspeed", "zero_stage", "offload_optimizer_device", "offload_optimizer_nvme_path"),
-    **_refuse(_DEEPSPEED, "offload_param_device", "offload_param_nvme_path", "zero3_init_flag", "zero3_save_16bit_model"),
-    **_refuse(_DEEPSPEED, "fp16_master_weights_and_gradients"),
     **_refuse(_FLUX, "flux"),
     **_refuse("the VAE decodes whole images", "vae_slices"),
     **_refuse(_INPUT_IMAGE, "image_path", "mask_path", "strength", "clip_vision_strength", "use_original_file_name"),

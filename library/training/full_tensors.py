@@ -24,9 +24,12 @@ def gathered(module: nn.Module, optimizer: Any | None, *, keep: bool) -> Iterato
         optimizer: whose state is gathered too; None for none.
         keep: whether this process is the one that reads.
     """
-    states = [] if optimizer is None else list(optimizer.state_dict()["state"].values())
+    gathers_itself = hasattr(optimizer, "gather")
+    states = [] if optimizer is None or gathers_itself else list(optimizer.state_dict()["state"].values())
     tensors = [*module.state_dict(keep_vars=True).values(), *(value for state in states for value in state.values())]
     try:
+        if optimizer is not None and gathers_itself:
+            optimizer.gather()
         for tensor in tensors:
             if isinstance(tensor, DTensor):
                 whole = tensor.full_tensor().detach()
@@ -35,6 +38,8 @@ def gathered(module: nn.Module, optimizer: Any | None, *, keep: bool) -> Iterato
         yield
     finally:
         _gathered.clear()
+        if optimizer is not None and gathers_itself:
+            optimizer.forget()
 
 
 def full_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -19,13 +19,13 @@ from library.models.family import Family, ModelSource
 from library.optim.eval_mode import averaged_weights
 from library.optim.optimizers import make_optimizer
 from library.optim.schedules import make_schedule
-from library.optim.updates import make_updater
 from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
-from library.training.accelerator import DTypes, make_accelerator, prepare, shared_seed
+from library.training.accelerator import DTypes, make_accelerator, shared_seed
 from library.training.compiling import compile_denoiser
 from library.training.data_terms import describe_data_terms, unread_attributes
 from library.training.denoiser import arrange_denoiser, load_denoiser
+from library.training.engine import make_engine
 from library.training.events import EventLog, events_of_run
 from library.training.hub import open_uploads
 from library.training.identity import check_same_run, identity_of
@@ -194,13 +194,12 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
         set_strength=trained.trainable.set_strength,
         masks_from_control=options.loss.masked_loss,
     )
-    prepared_step, prepared = prepare(accelerator, step, optimizer, may_skip=trained.may_skip, is_divided=trained.is_divided)
-    parameters = [parameter for group in trained.groups for parameter in group["params"]]
+    engine = make_engine(setting, trained, step, optimizer)
     run = TrainingRun(
-        accelerator=accelerator,
-        step=prepared_step,
+        accelerator=engine.accelerator,
+        step=engine.step,
         trainable=trained.trainable,
-        updater=make_updater(optimizer, prepared, parameters, options.optimizer, accelerator),
+        updater=engine.updater,
         schedule=schedule,
         batches=make_loader(setting, persistent=options.dataset.persistent_data_loader_workers).epoch,
         batches_per_epoch=setting.batches_per_epoch,
@@ -212,7 +211,7 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
     saver = Saver(
         plan=SavePlan.of(options.output, options.state, trained.extension, setting.length.num_epochs),
         trainable=trained.trainable,
-        live=Resumable(trained.trainable.module, prepared, schedule, accelerator.scaler),
+        live=Resumable(trained.trainable.module, engine.optimizer, schedule, accelerator.scaler),
         dtype=setting.dtypes.saved,
         metadata=recipe.metadata(setting, trained),
         averaged=lambda: averaged_weights(optimizer),

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Mapping
 from dataclasses import astuple
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,26 @@ def test_two_processes_draw_what_they_would_have_drawn_after_one_of_them_was_sto
     resumed = run_processes(resume_arguments(stopped.stderr))
     assert resumed.returncode == 0, resumed.stderr
     assert_same_bits(tmp_path / "parts" / "net.safetensors", tmp_path / "whole" / "net.safetensors")
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is optional")
+@pytest.mark.parametrize("stage", ["1", "2", "2 --offload_optimizer_device cpu"])
+def test_deepspeed_divides_the_work_of_two_processes_and_goes_on_from_its_state(
+    stage: str, tiny_checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    more = ["--network_dropout", "0", "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5", "--max_train_epochs", "2"]
+    more += ["--optimizer_args", "momentum=0.9", "--learning_rate", "0.5", "--save_every_n_epochs", "1", "--save_state"]
+    for count in (1, 2):
+        dataset = write_dataset(tmp_path / f"data{count}", photos, batch_size=4 // count, count=7)
+        dataset.write_text(dataset.read_text().replace(f"data{count}/images", "data1/images"))
+        args = arguments(
+            tiny_checkpoint, dataset, tmp_path / str(count), *PLAIN, *more, "--logging_dir", str(tmp_path / f"logs{count}")
+        )
+        zero = ["--deepspeed", "--zero_stage", *stage.split()] if count == 2 else []
+        done = run_processes([*args, *zero], count=count, more={"DS_ACCELERATOR": "cpu"})
+        assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path, "net.safetensors")
+    args = arguments(tiny_checkpoint, dataset, tmp_path / "resumed", *PLAIN, *more, *zero)
+    done = run_processes([*args, "--resume", str(tmp_path / "2" / "net-000001-state")], more={"DS_ACCELERATOR": "cpu"})
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(tmp_path / "resumed" / "net.safetensors", tmp_path / "2" / "net.safetensors")

@@ -3,6 +3,7 @@
 import pytest
 
 from library.options.errors import UsageError
+from library.options.groups.distributed import DistributedOptions
 from library.options.parse import parse
 from library.options.scripts import SdxlTrainNetworkOptions, SdxlTrainOptions
 
@@ -27,10 +28,11 @@ def divided(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     [
         ("--mixed_precision fp16", "excludes --mixed_precision fp16"),
         ("--mixed_precision bf16 --full_bf16", "excludes --full_bf16"),
-        ("--optimizer_type AdamW8bit", "--optimizer_type AdamW8bit is not known to take right steps on shares"),
+        ("--optimizer_type AdamW8bit", "--optimizer_type AdamW8bit is not known to be right on those"),
         ("--optimizer_type Prodigy", "Use one of AdamW, Adam, SGD"),
-        ("--optimizer_type AdamWScheduleFree", "is not known to take right steps"),
+        ("--optimizer_type AdamWScheduleFree", "is not known to be right"),
         ("--ema_decay 0.999", "--ema_decay averages whole weights"),
+        ("--torch_compile", "--torch_compile has not been tried"),
         ("--fused_optimizer_groups 2", "before the 2 processes have exchanged its gradient"),
     ],
 )
@@ -60,3 +62,62 @@ def test_settings_of_the_launcher_without_effect_are_refused(
 def test_networks_are_not_divided(divided: pytest.MonkeyPatch) -> None:
     (told,) = refusals(SdxlTrainNetworkOptions, "--network_module networks.lora")
     assert "only sdxl_train.py does" in told
+
+
+@pytest.fixture
+def zero(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr("library.options.checks_distributed.find_spec", lambda name: object())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("--zero_stage 0", "divides nothing"),
+        ("--zero_stage 3", "weights are divided by FSDP2"),
+        ("--offload_optimizer_device nvme", "Use cpu"),
+        ("--offload_param_device cpu", "--offload_param_device belongs to --zero_stage 3"),
+        ("--offload_param_nvme_path p", "--offload_param_nvme_path belongs to"),
+        ("--offload_optimizer_nvme_path p", "--offload_optimizer_nvme_path belongs to"),
+        ("--zero3_init_flag", "--zero3_init_flag belongs to"),
+        ("--zero3_save_16bit_model", "--zero3_save_16bit_model belongs to"),
+        ("--fp16_master_weights_and_gradients", "weights are kept in float32"),
+        ("--mixed_precision bf16 --full_bf16", "--deepspeed excludes --full_bf16"),
+        ("--torch_compile", "has not been tried with --torch_compile"),
+        ("--log_grad_norm", "--log_grad_norm measures whole gradients"),
+        ("--mixed_precision fp16", "--deepspeed excludes --mixed_precision fp16"),
+        ("--optimizer_type Adafactor", "--optimizer_type Adafactor is not known to be right"),
+        ("--optimizer_type Adagrad", "Use one of AdamW, Adam, SGD, NAdam"),
+    ],
+)
+def test_deepspeed_refuses_what_it_does_not_do_here(typed: str, words: str, zero: pytest.MonkeyPatch) -> None:
+    for script, more in ((SdxlTrainOptions, ""), (SdxlTrainNetworkOptions, " --network_module networks.lora")):
+        parse(script, f"{BASE} --deepspeed --offload_optimizer_device cpu{more}".split())
+        (told,) = refusals(script, f"--deepspeed {typed}{more}")
+        assert words in told
+
+
+def test_deepspeed_needs_its_package_several_processes_and_the_launcher_to_leave_it_alone(zero: pytest.MonkeyPatch) -> None:
+    zero.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert "Set distributed_type: MULTI_GPU" in refusals(SdxlTrainOptions, "--deepspeed")[0]
+    zero.delenv("ACCELERATE_USE_DEEPSPEED")
+    zero.setenv("WORLD_SIZE", "1")
+    assert "Launch at least two" in refusals(SdxlTrainOptions, "--deepspeed")[0]
+    zero.setattr("library.options.checks_distributed.find_spec", lambda name: None)
+    assert "pip install deepspeed" in refusals(SdxlTrainOptions, "--deepspeed")[0]
+
+
+def test_options_without_effect_are_told(zero: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    parse(SdxlTrainOptions, f"{BASE} --zero_stage 1".split())
+    parse(SdxlTrainOptions, f"{BASE} --deepspeed --ddp_static_graph".split())
+    assert [record.getMessage().partition(" has")[0] for record in caplog.records] == ["--zero_stage", "--ddp_static_graph"]
+
+
+def test_stage_and_place_reach_deepspeed() -> None:
+    from library.training.zero import zero_config
+
+    asked = zero_config(DistributedOptions(deepspeed=True, zero_stage=1, offload_optimizer_device="cpu"), 0.5, 4, 2)
+    assert asked["zero_optimization"] == {"stage": 1, "offload_optimizer": {"device": "cpu"}}
+    assert (asked["gradient_clipping"], asked["train_batch_size"]) == (0.5, 8)
+    assert zero_config(DistributedOptions(deepspeed=True), 0.0, 1, 2)["zero_optimization"] == {"stage": 2}
