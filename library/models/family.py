@@ -41,6 +41,8 @@ class ModelSource:
     """Memory-map safetensors files; False reads them whole, which helps on slow and remote file systems."""
     prefer_fp16_variant: bool = False
     """Take the `.fp16.` files of a diffusers folder where there are any."""
+    keep_vae_precision: bool = False
+    """Take the VAE's plain files all the same, where there are any: it is computed in float32."""
     tokenizer_cache_dir: str | None = None
     max_token_length: int = 75
     """Prompt length in tokens without the begin and end tokens: 75, 150 or 225."""

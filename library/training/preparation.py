@@ -28,7 +28,7 @@ from library.models.family import Components, Family, ModelSource
 from library.models.prompt_weights import PromptStyle
 from library.options.groups.cache import CacheOptions, LatentCacheOptions
 from library.options.groups.model import ModelOptions
-from library.options.groups.precision import WorkingPrecisionOptions
+from library.options.groups.precision import VaePrecisionOptions, WorkingPrecisionOptions
 from library.training.progress import bar_interval, messages_above_bars
 from library.training.setting import PartDTypes, Setting
 
@@ -52,6 +52,7 @@ def model_source(model: ModelOptions, precision: WorkingPrecisionOptions) -> Mod
         vae=model.vae,
         mmap=not model.disable_mmap_load_safetensors,
         prefer_fp16_variant=precision.mixed_precision == "fp16",
+        keep_vae_precision=isinstance(precision, VaePrecisionOptions) and precision.no_half_vae,
         tokenizer_cache_dir=model.tokenizer_cache_dir,
         max_token_length=model.max_token_length or 75,
     )
@@ -104,11 +105,14 @@ def prepare_latents(setting: Setting, *, keep: bool) -> nn.Module | None:
     if not (options.cache.cache_latents or options.cache.cache_latents_to_disk):
         return load()
     fill_latents(setting.dataset, family, load, dtype, options.cache, accelerator)
-    if keep:
-        return load() if options.model.lowram else load().to("cpu")
+    if keep and options.model.lowram:
+        return load()
+    vae = None
+    if keep:  # it is not put on the device only to be taken away again
+        vae = load().to("cpu") if load.cache_info().currsize else family.load_vae(dtype, torch.device("cpu"))
     load.cache_clear()
     free_memory()
-    return None
+    return vae
 
 
 def fill_texts(

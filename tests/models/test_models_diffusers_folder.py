@@ -79,6 +79,11 @@ def test_the_fp16_variant_is_taken_when_it_is_preferred_or_alone(folder, family,
     preferred = weights(open_folder(both, prefer_fp16_variant=True))
     assert {t.dtype for part in preferred.values() for t in part.values()} == {torch.float16}
     assert_same(preferred, weights(family), tolerance=1e-3)
+    own_vae = weights(open_folder(both, prefer_fp16_variant=True, keep_vae_precision=True))
+    assert_same(own_vae, {"vae": weights(family)["vae"]})
+    assert {tensor.dtype for tensor in own_vae["unet"].values()} == {torch.float16}
+    replaced = SdxlFamily.open(ModelSource(str(both), vae=str(both / "vae"), prefer_fp16_variant=True, keep_vae_precision=True))
+    assert_same(weights(replaced), {"vae": weights(family)["vae"]})
     for file in both.glob("*/*.safetensors"):
         if ".fp16" not in file.name:
             file.unlink()

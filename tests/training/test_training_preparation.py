@@ -1,6 +1,8 @@
 """What is encoded before training: models are loaded where they are needed, and no earlier."""
 
 import logging
+import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from library.diffusion.schedule import NoiseSchedule
 from library.models.weights import Hold
 from library.options.groups.cache import CacheOptions
 from library.options.groups.model import ModelOptions
+from library.options.groups.precision import TrainingPrecisionOptions
 from library.options.scripts import TrainingOptions
 from library.training import preparation
 from library.training.accelerator import DTypes
+from library.training.denoiser import load_denoiser
 from library.training.events import EventLog
 from library.training.outputs import RunLength
-from library.training.preparation import prepare_latents, prepare_text
+from library.training.preparation import model_source, prepare_latents, prepare_text
 from library.training.setting import PartDTypes, Setting
 from tests.dataset.dataset_samples import FakeFamily, FakeVae, config, make_image, section, subset
 
@@ -78,6 +82,66 @@ def test_only_text_encoders_that_stay_are_held_in_fewer_bits(folder: Path) -> No
         assert family.loaded == [expected]
 
 
+class Watched(nn.Module):
+    """Notes where it is moved."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.moves = inner, []
+
+    def to(self, *args: Any) -> "Watched":
+        self.moves.append(args)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name in ("inner",) else getattr(super().__getattr__("inner"), name)
+
+
+class WatchingFamily(LoadingFamily):
+    """Notes what is alive when the denoiser is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[weakref.ref[nn.Module]] = []
+        self.alive: list[nn.Module] = []
+        self.attention = ""
+
+    def load_vae(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        vae = Watched(super().load_vae(dtype, device))
+        self.given.append(weakref.ref(vae))
+        return vae
+
+    def load_text_encoders(self, dtype: torch.dtype, device: torch.device, hold: Hold | None = None) -> list[nn.Module]:
+        encoders = super().load_text_encoders(dtype, device, hold)
+        self.given += map(weakref.ref, encoders)
+        return encoders
+
+    def load_denoiser(self, dtype: torch.dtype, device: torch.device, hold: Hold | None = None) -> nn.Module:
+        self.alive = [module for ref in self.given if (module := ref()) is not None]
+        return nn.Linear(1, 1)
+
+    def set_attention(self, denoiser: nn.Module, kind: str) -> None:
+        self.attention = kind
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_encoders_and_vae_have_left_the_device_before_the_denoiser_comes(folder: Path, keep: bool) -> None:
+    family = WatchingFamily()
+    cached = setting(folder, family, **MEMORY)
+    text, vae = prepare_text(cached, [], FLOAT), prepare_latents(cached, keep=keep)
+    load_denoiser(cached, FLOAT)
+    assert len(family.given) == 3 and text.encoders == [None, None]
+    assert family.alive == ([vae] if keep else [])
+    assert not keep or vae.moves == [("cpu",)]
+
+
+def test_the_vae_stays_on_the_device_where_main_memory_is_short(folder: Path) -> None:
+    cached = setting(folder, WatchingFamily(), **MEMORY)
+    model = ModelOptions(pretrained_model_name_or_path="x", lowram=True)
+    vae = prepare_latents(replace(cached, options=replace(cached.options, model=model)), keep=True)
+    assert vae is not None and vae.moves == []
+
+
 @pytest.mark.parametrize(("caching", "second"), [(DISK, []), (MEMORY, ["text encoders", "vae"])])
 def test_nothing_is_loaded_where_every_entry_is_on_the_disk(folder: Path, caching: dict[str, bool], second: list[str]) -> None:
     for expected in (["text encoders", "vae"], second):
@@ -131,3 +195,21 @@ def test_one_line_tells_what_was_done(folder: Path, caplog: pytest.LogCaptureFix
         "Captions: 1 taken from the cache, nothing to encode.",
         "Latents: 1 taken from the cache, nothing to encode.",
     ]
+
+
+def test_a_vae_kept_in_float32_is_read_and_computed_in_float32_whatever_the_rest_is() -> None:
+    precision = TrainingPrecisionOptions(mixed_precision="fp16", full_fp16=True, no_half_vae=True)
+    assert DTypes.of(precision, precision.no_half_vae, None).vae == torch.float32
+    source = model_source(ModelOptions(pretrained_model_name_or_path="x"), precision)
+    assert source.prefer_fp16_variant and source.keep_vae_precision
+    halved = precision.model_copy(update={"no_half_vae": False})
+    assert DTypes.of(halved, halved.no_half_vae, None).vae == torch.float16
+    assert not model_source(ModelOptions(pretrained_model_name_or_path="x"), halved).keep_vae_precision
+
+
+def test_the_attention_that_is_asked_for_reaches_the_denoiser(folder: Path) -> None:
+    for flags, kind in (({}, "sdpa"), ({"sdpa": True}, "sdpa"), ({"mem_eff_attn": True, "xformers": True}, "mem_eff_attn")):
+        plain = setting(folder, family := WatchingFamily())
+        options = replace(plain.options, precision=TrainingPrecisionOptions(**flags))
+        load_denoiser(replace(plain, options=options), FLOAT)
+        assert family.attention == kind

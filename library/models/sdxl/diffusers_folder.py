@@ -30,19 +30,23 @@ _HUB_PLACES = (*(f"{sub}/" for sub in SUBFOLDERS.values()), "diffusion_pytorch_m
 """Where weights lie in a model of the hub; the last is for one that is only a VAE. Single files beside them are not fetched."""
 
 
-def open_folder(folder: Path, prefer_fp16: bool = False, mmap: bool = True) -> Checkpoint:
+def open_folder(folder: Path, prefer_fp16: bool = False, mmap: bool = True, keep_vae_precision: bool = False) -> Checkpoint:
     """Open an SDXL folder; only headers are read.
 
     Args:
         folder: holds unet/, text_encoder/, text_encoder_2/ and, unless another VAE replaces it, vae/.
         prefer_fp16: take `.fp16` files where there are any, else the plain ones; False prefers the plain ones.
         mmap: as in `open_tensors`.
+        keep_vae_precision: prefer the plain files of the VAE all the same.
 
     Raises:
         UserError: the folder is no SDXL model, or a file of it is missing or damaged.
     """
     _refuse_foreign(folder)
-    unet, te1, te2, vae = (_open_part(folder / sub, prefer_fp16, mmap) for sub in SUBFOLDERS.values())
+    unet, te1, te2, vae = (
+        _open_part(folder / sub, prefer_fp16 and not (part == "vae" and keep_vae_precision), mmap)
+        for part, sub in SUBFOLDERS.items()
+    )
     for sub, part in (("unet", unet), ("text_encoder", te1), ("text_encoder_2", te2)):
         if not part:
             raise UserError(f"{folder} is not a complete SDXL model: there are no weights in its folder {sub}.")

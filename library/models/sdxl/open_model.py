@@ -34,7 +34,7 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
         checkpoint = open_single_file(source.path, source.mmap)
     else:
         folder = path if path.is_dir() else hub_snapshot(source.path, source.prefer_fp16_variant)
-        checkpoint = open_folder(folder, source.prefer_fp16_variant, source.mmap)
+        checkpoint = open_folder(folder, source.prefer_fp16_variant, source.mmap, source.keep_vae_precision)
     if source.vae is not None:
         checkpoint = replace(checkpoint, parts=checkpoint.parts | {"vae": _open_vae(source.vae, source)})
     if checkpoint.ignored:
@@ -46,7 +46,7 @@ def _open_vae(path: str, source: ModelSource) -> Part:
     """Open a VAE: a folder, a VAE file under either kind of name, or a whole checkpoint."""
     if not Path(path).is_file():
         folder = Path(path) if Path(path).is_dir() else hub_snapshot(path, source.prefer_fp16_variant)
-        return open_vae_folder(folder, source.prefer_fp16_variant, source.mmap)
+        return open_vae_folder(folder, source.prefer_fp16_variant and not source.keep_vae_precision, source.mmap)
     tensors = entries(open_tensors(path, source.mmap))
     tensors = without_prefix(tensors, PREFIXES["vae"]) or tensors
     if "encoder.conv_in.weight" not in tensors:
