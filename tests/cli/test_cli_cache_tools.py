@@ -3,11 +3,9 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ from library.dataset.cache_stamps import read_stamp
 from library.files.npz import read_npz
 from library.models.family import ModelSource
 from library.models.sdxl.family import SdxlFamily
-from tests.cli.training_commands import run_command
+from tests.cli.training_commands import run_command, run_killed, run_processes
 
 LATENTS, TEXTS = "tools/cache_latents.py", "tools/cache_text_encoder_outputs.py"
 
@@ -40,8 +38,8 @@ def data(tmp_path: Path, photos: Path) -> Path:
     return file
 
 
-def run(project_root: Path, script: str, *arguments: str | Path, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    return run_command([*map(str, arguments)], launcher, str(project_root / script))
+def run(project_root: Path, script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return run_command([*map(str, arguments)], script=str(project_root / script))
 
 
 @pytest.mark.parametrize(
@@ -161,19 +159,13 @@ def many_images(data: Path, count: int) -> Path:
     return images
 
 
-def start(project_root: Path, script: str, *arguments: str | Path) -> subprocess.Popen[str]:
-    command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=project_root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.parametrize(("script", "name", "ending"), [(LATENTS, "Latents", "_sdxl.npz"), (TEXTS, "Captions", "_te_outputs.npz")])
 def test_two_processes_share_the_work_and_tell_of_it_together(
     project_root: Path, tiny_checkpoint: Path, data: Path, script: str, name: str, ending: str
 ) -> None:
     images = many_images(data, 5)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    options = ["--pretrained_model_name_or_path", tiny_checkpoint, "--dataset_config", data]
-    done = run(project_root, script, *options, launcher=launcher)
+    options = ["--pretrained_model_name_or_path", str(tiny_checkpoint), "--dataset_config", str(data)]
+    done = run_processes(options, str(project_root / script))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(f"{name}: none in the cache, 5 encoded (5 new).") == 1
     assert "(process 1 of 2)" in done.stderr
@@ -181,31 +173,26 @@ def test_two_processes_share_the_work_and_tell_of_it_together(
 
 
 def test_a_killed_run_continues_where_it_was(project_root: Path, tiny_checkpoint: Path, data: Path) -> None:
-    images = many_images(data, 150)
-    arguments = ["--pretrained_model_name_or_path", tiny_checkpoint, "--dataset_config", data]
-    killed = start(project_root, LATENTS, *arguments)
-    while killed.poll() is None and len(list(images.glob("*.npz"))) < 3:
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    images = many_images(data, 60)
+    arguments = ["--pretrained_model_name_or_path", str(tiny_checkpoint), "--dataset_config", str(data)]
+    run_killed(arguments, str(project_root / LATENTS), when=lambda: len(list(images.glob("*.npz"))) >= 3)
     written = len(list(images.glob("*.npz")))
-    assert 3 <= written < 150
+    assert 3 <= written < 60
     done = run(project_root, LATENTS, *arguments)
     assert done.returncode == 0, done.stderr
-    assert f"Latents: {written} taken from the cache, {150 - written} encoded ({150 - written} new)." in done.stderr
+    assert f"Latents: {written} taken from the cache, {60 - written} encoded ({60 - written} new)." in done.stderr
 
 
 def test_two_programs_that_cache_one_folder_at_once_leave_it_whole(project_root: Path, tiny_checkpoint: Path, data: Path) -> None:
-    images = many_images(data, 40)
+    images = many_images(data, 16)
     other = data.with_name("other.toml")
     other.write_text(data.read_text().replace("resolution = 128", "resolution = 64"))
     model = ["--pretrained_model_name_or_path", tiny_checkpoint, "--dataset_config"]
-    both = [start(project_root, LATENTS, *model, config) for config in (data, other)]
-    for process in both:
-        _, said = process.communicate()
-        assert process.returncode == 0, said
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(lambda config: run(project_root, LATENTS, *model, config), (data, other)):
+            assert done.returncode == 0, done.stderr
     for path in images.glob("*.npz"):
         shapes = {array.shape for name, array in read_npz(path).items() if name.startswith("latents") and array.ndim == 3}
         assert len(shapes) == 2
-    assert len(list(images.glob("*.npz"))) == 40
+    assert len(list(images.glob("*.npz"))) == 16
     assert not [path for path in images.iterdir() if path.suffix == ".tmp"]

@@ -1,12 +1,13 @@
 """sdxl_gen_img.py as a person runs it: a process, files, words and exit statuses."""
 
-import os
 import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,24 +19,21 @@ from safetensors.torch import load_file, save_file
 from library.models.family import ModelSource
 from library.models.sdxl.family import SdxlFamily
 from networks.control_net_lllite import ControlNetLLLite, Widths
+from tests.cli.training_commands import ROOT, run_command
 
 SMALL = ["--W", "64", "--H", "64", "--steps", "2", "--sampler", "euler_a"]
 
 
+SCRIPT = str(ROOT / "sdxl_gen_img.py")
+
+
 @pytest.fixture
-def command(project_root: Path, tiny_checkpoint: Path, tmp_path: Path) -> list[str]:
-    return [
-        sys.executable,
-        str(project_root / "sdxl_gen_img.py"),
-        "--ckpt",
-        str(tiny_checkpoint),
-        "--outdir",
-        str(tmp_path / "out"),
-    ]
+def command(tiny_checkpoint: Path, tmp_path: Path) -> list[str]:
+    return ["--ckpt", str(tiny_checkpoint), "--outdir", str(tmp_path / "out")]
 
 
-def run(command: list[str], typed: str = "", **settings: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, input=typed, capture_output=True, text=True, check=False, timeout=120, **settings)  # type: ignore[call-overload]
+def run(command: list[str], typed: str = "", prepare: Callable[[], object] | None = None) -> subprocess.CompletedProcess[str]:
+    return run_command(command, script=SCRIPT, typed=typed, prepare=prepare)
 
 
 def saved(tmp_path: Path) -> list[Path]:
@@ -106,7 +104,7 @@ def test_a_learned_word_and_a_control_network_with_guide_images(command, tiny_ch
 def test_every_mistake_is_told_together_before_anything_is_loaded(command, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\na dog --dsd1 3\n", encoding="utf-8")
-    command[3] = str(tmp_path / "nowhere.safetensors")
+    command[1] = str(tmp_path / "nowhere.safetensors")
     started = time.perf_counter()
     ran = run(
         [*command, "--from_file", str(prompts), "--stepz", "3", "--network_module", "networks.lora", "--network_weights", "no.pt"]
@@ -125,7 +123,7 @@ def test_every_mistake_is_told_together_before_anything_is_loaded(command, tmp_p
 
 
 def test_a_lora_in_the_place_of_the_checkpoint_is_told(command, lora):
-    command[3] = str(lora)
+    command[1] = str(lora)
     ran = run([*command, *SMALL, "--prompt", "a"])
     assert ran.returncode == 1
     assert "style.safetensors" in ran.stderr
@@ -134,7 +132,9 @@ def test_a_lora_in_the_place_of_the_checkpoint_is_told(command, lora):
 
 def test_ctrl_c_keeps_the_finished_pictures(command, tmp_path):
     process = subprocess.Popen(
-        [*command, *SMALL, "--steps", "8", "--prompt", "a cat", "--images_per_prompt", "500"], stderr=subprocess.PIPE, text=True
+        [sys.executable, SCRIPT, *command, *SMALL, "--steps", "8", "--prompt", "a cat", "--images_per_prompt", "500"],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 90
     while len(list((tmp_path / "out").glob("*.png"))) < 2 and time.monotonic() < deadline and process.poll() is None:
@@ -150,7 +150,7 @@ def test_ctrl_c_keeps_the_finished_pictures(command, tmp_path):
 
 
 def test_a_disk_that_takes_no_more_is_a_sentence_and_leaves_no_part_of_a_file(command, tmp_path):
-    ran = run([*command, *SMALL, "--prompt", "a"], preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)))
+    ran = run([*command, *SMALL, "--prompt", "a"], prepare=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (2000, 2000)))
     assert ran.returncode == 1
     assert "could not be written" in ran.stderr
     assert "Traceback" not in ran.stderr
@@ -161,8 +161,8 @@ def test_pictures_that_are_not_finite_are_told_at_the_end(command, tiny_checkpoi
     tensors = load_file(tiny_checkpoint)
     tensors["model.diffusion_model.out.2.bias"][:] = float("nan")
     save_file(tensors, tmp_path / "broken.safetensors")
-    command[3] = str(tmp_path / "broken.safetensors")
-    ran = run([*command, *SMALL, "--prompt", "a cat", "--seed", "4"], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command[1] = str(tmp_path / "broken.safetensors")
+    ran = run([*command, *SMALL, "--prompt", "a cat", "--seed", "4"])
     assert ran.returncode == 1
     assert 'The picture of "a cat" (seed 4) is black' in ran.stderr
     assert "1 of the pictures came out black" in ran.stderr

@@ -5,11 +5,13 @@ import multiprocessing
 import os
 import runpy
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.context import ForkServerContext
@@ -95,7 +97,13 @@ class Blow:
 
 
 def run_command(
-    args: Sequence[str], launcher: Sequence[str] = (), script: str = SCRIPT, *, blow: Blow | None = None
+    args: Sequence[str],
+    launcher: Sequence[str] = (),
+    script: str = SCRIPT,
+    *,
+    blow: Blow | None = None,
+    typed: str = "",
+    prepare: Callable[[], object] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script to its end, in a process of its own, from the project's folder.
 
@@ -105,7 +113,7 @@ def run_command(
     command = [sys.executable, *launcher, script, *args]
     if launcher or sys.platform != "linux":
         return subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=ROOT, check=False)
-    return run_processes(args, script, count=1, blow=blow)
+    return run_processes(args, script, count=1, blow=blow, typed=typed, prepare=prepare)
 
 
 def run_processes(
@@ -115,6 +123,8 @@ def run_processes(
     count: int = 2,
     more: Mapping[str, str] | None = None,
     blow: Blow | None = None,
+    typed: str = "",
+    prepare: Callable[[], object] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script to its end in several processes that train together, started as a launcher starts them but from warm ones.
 
@@ -124,6 +134,8 @@ def run_processes(
         count: of processes.
         more: environment variables that a launcher would set besides.
         blow: that one of them is dealt.
+        typed: what each reads from standard input.
+        prepare: called in each before it begins; has to be picklable.
 
     Returns:
         What the first process said, and the largest exit status, or the number of the signal that ended it.
@@ -132,14 +144,15 @@ def run_processes(
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
         free.close()
+        (Path(folder) / "in").write_text(typed)
         started = []
         for rank in range(count):
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
             variables = {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if count > 1 else {}
-            files = [str(Path(folder) / f"{name}{rank}") for name in ("out", "err")]
+            files = [str(Path(folder) / name) for name in ("in", f"out{rank}", f"err{rank}")]
             own_blow = blow if blow is not None and blow.rank == rank else None
             process = warm_processes().Process(
-                target=_run_script, args=(script, list(args), *files, {**variables, **(more or {})}, own_blow)
+                target=_run_script, args=(script, list(args), files, {**variables, **(more or {})}, own_blow, prepare)
             )
             process.start()
             started.append(process)
@@ -149,6 +162,19 @@ def run_processes(
         said = [[(Path(folder) / f"{name}{rank}").read_text(errors="replace") for name in ("out", "err")] for rank in range(count)]
     complaints = "".join(err for code, (_, err) in zip(codes[1:], said[1:], strict=True) if code)
     return subprocess.CompletedProcess([script, *args], max(codes), said[0][0], said[0][1] + complaints)
+
+
+def run_killed(args: Sequence[str], script: str = SCRIPT, *, when: Callable[[], bool]) -> None:
+    """Start a script and end it without notice (SIGKILL) as soon as a condition holds."""
+    process = warm_processes().Process(target=_run_script, args=(script, list(args), [os.devnull] * 3, {}))
+    process.start()
+    end = time.monotonic() + 120
+    while not when():
+        assert process.is_alive() and time.monotonic() < end, "what the kill waits for did not come"
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 @cache
@@ -170,18 +196,28 @@ def _nothing() -> None:
     pass
 
 
-def _run_script(script: str, args: list[str], out: str, err: str, variables: Mapping[str, str], blow: Blow | None) -> None:
-    """Run a script as the main program, with its output in files."""
-    for path, descriptor in ((out, 1), (err, 2)):
-        with open(path, "wb") as file:
+def _run_script(
+    script: str,
+    args: list[str],
+    files: Sequence[str],
+    variables: Mapping[str, str],
+    blow: Blow | None = None,
+    prepare: Callable[[], object] | None = None,
+) -> None:
+    """Run a script as the main program, with its standard input and output in files."""
+    for descriptor, path in enumerate(files):
+        with open(path, "wb" if descriptor else "rb") as file:
             os.dup2(file.fileno(), descriptor)
     os.chdir(ROOT)
     os.environ.update(variables)
     sys.argv = [script, *args]
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  # it lives as long as the process
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115  # it lives as long as the process
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     if blow is not None:
         _deal(blow)
+    if prepare is not None:
+        prepare()
     runpy.run_path(script, run_name="__main__")
 
 
