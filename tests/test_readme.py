@@ -24,6 +24,7 @@ from library.options.scripts import (
     SdxlGenImgOptions,
     SdxlTrainNetworkOptions,
     SdxlTrainOptions,
+    SdxlTrainTextualInversionOptions,
 )
 from tools import canny, resize_images_to_resolution, show_metadata
 from tools.bench import BenchScriptOptions, check
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "toy"))
 
 import evaluate  # noqa: E402
+import learn_word  # noqa: E402
 import make  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/photos/SOURCES.md"]
@@ -67,6 +69,7 @@ ACCEPT: dict[str, Callable[[list[str]], object]] = {
     "start.py": start.read_command_line,
     "sdxl_train.py": lambda arguments: parse(SdxlTrainOptions, arguments),
     "sdxl_train_network.py": lambda arguments: parse(SdxlTrainNetworkOptions, arguments),
+    "sdxl_train_textual_inversion.py": lambda arguments: parse(SdxlTrainTextualInversionOptions, arguments),
     "sdxl_gen_img.py": lambda arguments: parse(SdxlGenImgOptions, arguments),
     "finetune/clean_captions_and_tags.py": clean_captions_and_tags.read_command_line,
     "finetune/merge_captions_to_metadata.py": lambda arguments: merge_request(captions_parser().parse_args(arguments)),
@@ -81,6 +84,7 @@ ACCEPT: dict[str, Callable[[list[str]], object]] = {
     "tools/resize_images_to_resolution.py": resize_images_to_resolution.read_command_line,
     "tools/show_metadata.py": lambda arguments: show_metadata.command_line().parse_args(arguments),
     "examples/toy/evaluate.py": lambda arguments: evaluate.command_line().parse_args(arguments),
+    "examples/toy/learn_word.py": lambda arguments: learn_word.command_line().parse_args(arguments),
     "examples/toy/make.py": lambda arguments: make.command_line().parse_args(arguments),
 }
 

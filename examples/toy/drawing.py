@@ -35,6 +35,8 @@ PLACES = {"left": 0.32, "": 0.5, "right": 0.68}
 """Horizontal centre of a shape as a share of the picture's side, by the word for its place."""
 STRIPED_STAR = "zibbly"
 """The new word of the demonstration: a large star with black and white stripes, which no training picture of the base shows."""
+YELLOW_CROSS = "vollop"
+"""The word that textual inversion learns: a yellow cross, which the base can draw but does not call so."""
 GROUNDS_OF_THE_STAR = ("red", "orange", "yellow", "green", "blue", "purple")
 """Grounds that black and white stripes stand out from."""
 
@@ -102,6 +104,19 @@ def star_scenes() -> list[tuple[Scene, str]]:
 def word_caption(star: Scene) -> str:
     """Return the caption of a scene with a large striped star, which has a word of its own."""
     return star.caption.replace("large striped star", STRIPED_STAR)
+
+
+def learned_scenes() -> list[tuple[Scene, str]]:
+    """Return eight pictures of yellow crosses, with captions that have a new word for them."""
+    grounds = ("red", "green", "blue", "purple", "white", "black", "orange", "red")
+    places = ("", "left", "right", "", "left", "right", "", "left")
+    scenes = [Scene("cross", "yellow", ground, "", place) for ground, place in zip(grounds, places, strict=True)]
+    return [(scene, learned_caption(scene)) for scene in scenes]
+
+
+def learned_caption(cross: Scene) -> str:
+    """Return the caption of a scene with a yellow cross, which has a word of its own."""
+    return cross.caption.replace("yellow cross", YELLOW_CROSS)
 
 
 def draw(scene: Scene, seed: int | None = None) -> Image.Image:

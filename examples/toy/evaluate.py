@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
 
     scenes = unseen_scenes(arguments.number, arguments.seed)
     captions = [scene.caption for scene in scenes]
-    pictures = draw_captions(arguments.ckpt, None, captions, arguments.seed, arguments.cfg_scale)
+    pictures = draw_captions(arguments.ckpt, [], captions, arguments.seed, arguments.cfg_scale)
     score = Score.of([read_picture(picture) for picture in pictures], scenes)
     sys.stdout.write(f"{len(scenes)} captions never seen in training: {score}\n")
     figures: dict[str, object] = {"number": len(scenes), **vars(score)}
@@ -86,23 +86,29 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def draw_captions(
-    checkpoint: str, network: str | None, captions: Sequence[str], seed: int, cfg_scale: float
+    checkpoint: str, additions: Sequence[str], captions: Sequence[str], seed: int, cfg_scale: float
 ) -> list["Image.Image"]:
     """Draw one picture per caption with the suite's own pipeline, the n-th from the seed `seed + n`.
+
+    Args:
+        checkpoint: the model.
+        additions: options of `sdxl_gen_img.py` that add networks or words.
+        captions: one for each picture.
+        seed: of the first picture.
+        cfg_scale: guidance.
 
     Raises:
         UserError: there is no such checkpoint or network.
     """
     if not Path(checkpoint).exists():
         raise UserError(f"There is no checkpoint {checkpoint}. Make it with: python examples/toy/make.py")
+    from library.generation.additions import planned_words
     from library.generation.network_files import planned_networks
     from sdxl_gen_img import attach, load_pipeline
 
     given = ["--ckpt", checkpoint, "--prompt", "unused", "--batch_size", "25"]
-    if network is not None:
-        given += ["--network_module", "networks.lora", "--network_weights", network]
-    options = parse(SdxlGenImgOptions, given)
-    pipeline = load_pipeline(checkpoint, (), options)
+    options = parse(SdxlGenImgOptions, [*given, *additions])
+    pipeline = load_pipeline(checkpoint, planned_words(options.network), options)
     attach(planned_networks(options.network), pipeline, options).set_strengths(None)
     requests = [
         ImageRequest(prompt=caption, width=SIZE, height=SIZE, steps=STEPS, cfg_scale=cfg_scale, seed=seed + number, sampler=SAMPLER)
@@ -131,11 +137,12 @@ def evaluate_word(
     stars = [Scene("star", "striped", ground, "large", place) for ground in GROUNDS_OF_THE_STAR for place in PLACES] * 2
     captions = [word_caption(star) for star in stars]
     shares = {}
-    for name, weights in (("word", network), ("word_without_network", None)):
+    lora = ["--network_module", "networks.lora", "--network_weights", network]
+    for name, weights in (("word", lora), ("word_without_network", [])):
         read = [read_picture(picture) for picture in draw_captions(checkpoint, weights, captions, seed, cfg_scale)]
         shown = [reading.colour == "striped" and reading.shape == "star" for reading in read]
         shares[name] = sum(shown) / len(shown)
-    after = draw_captions(checkpoint, network, [scene.caption for scene in scenes], seed, cfg_scale)
+    after = draw_captions(checkpoint, lora, [scene.caption for scene in scenes], seed, cfg_scale)
     same = [read_picture(one) == read_picture(other) for one, other in zip(before, after, strict=True)]
     shares["unchanged"] = sum(same) / len(same)
     sys.stdout.write(

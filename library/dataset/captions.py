@@ -32,6 +32,8 @@ def caption_for_use(
     """
     if is_dropped(rules, epoch, rng):
         return ""
+    if rules.templates:
+        return rng.choice(rules.templates)
     caption = _with_prefix_and_suffix(_one_line(text, rules, rng), rules)
     if rules.enable_wildcard:
         caption = replace_wildcards(caption, rng)

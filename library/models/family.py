@@ -182,12 +182,23 @@ class Family(Protocol):
             UserError: the disk is full or the folder not writable.
         """
 
-    def extend_vocabulary(self, encoders: Sequence[nn.Module], rows: Sequence[Tensor]) -> None:
-        """Put the vectors of the new words behind each encoder's table; the encoder's `ExtendedEmbedding` then holds them.
+    def word_vectors(self, text: str, encoders: Sequence[nn.Module]) -> list[Tensor]:
+        """Return the vectors of a text's tokens in each encoder's table, (tokens, width) float32.
+
+        Args:
+            text: any; begin and end are no part of it.
+            encoders: all of them, as `load_text_encoders` gives them.
+        """
+
+    def extend_vocabulary(self, encoders: Sequence[nn.Module], rows: Sequence[Tensor]) -> list[nn.Parameter]:
+        """Put the vectors of the new words behind each encoder's table.
 
         Args:
             encoders: all of them, as `load_text_encoders` gives them.
-            rows: for each encoder (R, D), the vectors of all new words in the order of the words.
+            rows: for each encoder (R, width), the vectors of all new words in the order of the words.
+
+        Returns:
+            The vectors as the encoders hold them, in the type they were given, without gradients.
         """
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:

@@ -44,7 +44,7 @@ class WordFinder:
             self._ids[word.text.lower()] = ids
             first_id += word.num_vectors
         longest_first = sorted(self._ids, key=len, reverse=True)
-        self._pattern = re.compile(r"(?<!\w)(" + "|".join(map(re.escape, longest_first)) + r")(?!\w)") if words else None
+        self._pattern = re.compile(_standing_alone("|".join(map(re.escape, longest_first)))) if words else None
 
     def split(self, text: str) -> list[str | list[int]]:
         """Split a text in lower case into what the vocabulary knows and the token ids of new words."""
@@ -83,17 +83,13 @@ class ExtendedEmbedding(nn.Module):
         return torch.where((ids >= size)[..., None], new, known)
 
 
-def initial_rows(table: Tensor, init_ids: Sequence[int], num_vectors: int) -> Tensor:
-    """Return the vectors (n, D) a new word begins with, in float32: copies of those of other tokens, over and over.
+def mentions(text: str, word: str) -> bool:
+    """Say whether a word stands in a text, in whatever case, and not as a part of a longer word."""
+    return re.search(_standing_alone(re.escape(word)), text, re.IGNORECASE) is not None
 
-    Args:
-        table: (V, D) of the vocabulary.
-        init_ids: tokens to copy; empty for the mean of the vocabulary, at which no direction is preferred.
-        num_vectors: n.
-    """
-    if not init_ids:
-        return table.detach().float().mean(dim=0).repeat(num_vectors, 1)
-    return torch.stack([table[init_ids[number % len(init_ids)]].detach().float() for number in range(num_vectors)])
+
+def _standing_alone(pattern: str) -> str:
+    return rf"(?<!\w)({pattern})(?!\w)"
 
 
 def taken_names(word: NewWord, vocabulary: Iterable[str]) -> list[str]:

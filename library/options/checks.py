@@ -20,6 +20,7 @@ from library.options.groups.model import ModelOptions
 from library.options.groups.network import NetworkOptions
 from library.options.groups.precision import StepPrecisionOptions, WorkingPrecisionOptions
 from library.options.groups.sample import SampleOptions
+from library.options.groups.textual_inversion import TextualInversionOptions
 from library.options.scripts import (
     CacheLatentsOptions,
     CacheTextEncoderOutputsOptions,
@@ -27,6 +28,7 @@ from library.options.scripts import (
     SdxlGenImgOptions,
     SdxlTrainNetworkOptions,
     SdxlTrainOptions,
+    SdxlTrainTextualInversionOptions,
     TrainingOptions,
 )
 
@@ -42,6 +44,8 @@ def find_problems(options: ScriptOptions) -> list[str]:
             return [*_training_problems(options), *network, *rate_problems(options.optimizer, network_rates(options).values())]
         case SdxlTrainOptions():
             return [*_training_problems(options), *_finetune_problems(options)]
+        case SdxlTrainTextualInversionOptions():
+            return [*_training_problems(options), *_word_problems(options.word)]
         case CacheLatentsOptions() | CacheTextEncoderOutputsOptions():
             return [*_model_problems(options.model), *_source_problems(options.dataset), *_tool_problems(options.dataset)]
         case SdxlGenImgOptions():
@@ -171,6 +175,18 @@ def _base_weights_problems(network: NetworkOptions) -> Iterator[str]:
             yield f"--base_weights: there is no file {path}."
     if len(strengths) > len(files):
         yield f"--base_weights_multiplier: {len(strengths)} strengths for {len(files)} files of --base_weights. Give one per file."
+
+
+def _word_problems(word: TextualInversionOptions) -> Iterator[str]:
+    text = word.token_string
+    if not text:
+        yield "--token_string is missing. Give the word to learn, one that has no meaning yet, such as mychar."
+    elif not re.fullmatch(r"\w(?:\S*\w)?", text):
+        yield f"--token_string {text!r} is not one word. Give a word without blanks that begins and ends in a letter or digit."
+    if word.weights is not None and not Path(word.weights).is_file():
+        yield f"--weights: there is no file {word.weights}."
+    if word.use_object_template and word.use_style_template:
+        yield "--use_object_template and --use_style_template exclude each other. Choose one."
 
 
 def _finetune_problems(options: SdxlTrainOptions) -> Iterator[str]:

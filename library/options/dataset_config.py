@@ -136,7 +136,7 @@ class _Reader:
         kind = subset_kind(places[0].table)
         own_keys = [name for name in SubsetConfig.__dataclass_fields__ if name != "captions"]
         values = {name: self.value(KEYS[name], places, kind) for name in own_keys}
-        rules = {name: self.value(KEYS[name], places, kind) for name in CaptionRules.__dataclass_fields__}
+        rules = {name: self.value(KEYS[name], places, kind) for name in CaptionRules.__dataclass_fields__ if name in KEYS}
         own = places[0]
         if values["image_dir"] is None and kind is not DatasetKind.METADATA:
             if own.table.get("image_dir") is None:

@@ -1,7 +1,7 @@
 """What a dataset definition says, read and checked: plain records that everyone else works with."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -24,6 +24,8 @@ class CaptionRules:
     """Flexible tags that are used at the first update of the tag warm-up."""
     token_warmup_step: float = 0.0
     """Update from which all tags are used; below 1 a fraction of all updates; 0 is no warm-up."""
+    templates: tuple[str, ...] = ()
+    """Sentences of which one stands in for the image's own text at each use; no key of dataset files sets them."""
 
     @property
     def moves_tags(self) -> bool:
@@ -119,3 +121,12 @@ class DatasetConfig:
     """What is odd but not wrong, for the log."""
     true_crop_conditioning: bool = False
     """Whether SDXL is told the crop that is made instead of what sd-scripts tells it."""
+
+    def with_templates(self, templates: tuple[str, ...]) -> "DatasetConfig":
+        """Return the same data with these sentences in place of captions; regularisation images keep theirs."""
+
+        def changed(subset: SubsetConfig) -> SubsetConfig:
+            return subset if subset.is_reg else replace(subset, captions=replace(subset.captions, templates=templates))
+
+        sections = (replace(section, subsets=tuple(map(changed, section.subsets))) for section in self.sections)
+        return replace(self, sections=tuple(sections))

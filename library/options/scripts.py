@@ -45,6 +45,7 @@ from library.options.groups.preflight import PreflightOptions
 from library.options.groups.sample import SampleOptions
 from library.options.groups.scheduler import SchedulerOptions
 from library.options.groups.state import StateFileOptions, StateOptions
+from library.options.groups.textual_inversion import TextualInversionOptions, WordOutputOptions
 from library.options.groups.validation import ValidationOptions
 
 
@@ -150,6 +151,23 @@ class SdxlTrainNetworkOptions(TrainingOptions):
 
 
 @dataclass(frozen=True)
+class SdxlTrainTextualInversionOptions(TrainingOptions):
+    """Options of `sdxl_train_textual_inversion.py`."""
+
+    script: ClassVar[str] = "sdxl_train_textual_inversion.py"
+    purpose: ClassVar[str] = "Teach SDXL a new word and leave the model as it is (textual inversion)."
+    additions: ClassVar[frozenset[str]] = (
+        (_TRAINING_ADDITIONS - {"text_cache_variants"})
+        | {"caption_dropout_every_n_epochs", "caption_dropout_rate", "caption_tag_dropout_rate", "weighted_captions"}
+        | {"cpu_offload_checkpointing", "fused_optimizer_groups", "initial_epoch", "initial_step", "skip_until_initial_step"}
+        | ValidationOptions.model_fields.keys()
+    )
+
+    output: WordOutputOptions = field(default_factory=WordOutputOptions)
+    word: TextualInversionOptions = field(default_factory=TextualInversionOptions)
+
+
+@dataclass(frozen=True)
 class _CachingOptions(ScriptOptions):
     """What both caching tools take: the options of training, most of them without effect there."""
 
@@ -230,6 +248,7 @@ class SdxlGenImgOptions(ScriptOptions):
 SCRIPTS: tuple[type[ScriptOptions], ...] = (
     SdxlTrainOptions,
     SdxlTrainNetworkOptions,
+    SdxlTrainTextualInversionOptions,
     SdxlGenImgOptions,
     CacheLatentsOptions,
     CacheTextEncoderOutputsOptions,

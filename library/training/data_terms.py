@@ -41,14 +41,14 @@ def _network_problems(data: DatasetConfig) -> list[str]:
 
 def _model_problems(data: DatasetConfig) -> list[str]:
     strengths = [
-        f"network_multiplier of the dataset with {section.subsets[0].source} is {section.network_multiplier:g}, but sdxl_train.py "
-        "trains the model itself and has no network. Remove it, or train with sdxl_train_network.py."
+        f"network_multiplier of the dataset with {section.subsets[0].source} is {section.network_multiplier:g}, but this script "
+        "trains no network. Remove it, or train with sdxl_train_network.py."
         for section in data.sections
         if section.network_multiplier != 1 and section.subsets
     ]
     return strengths + [
-        f"{PRESERVE} of {subset.source} holds images to what the model predicts without the network, but sdxl_train.py trains the "
-        "model itself. Remove it, or train with sdxl_train_network.py."
+        f"{PRESERVE} of {subset.source} holds images to what the model predicts without the network, but this script trains none. "
+        "Remove it, or train with sdxl_train_network.py."
         for subset in _subsets(data)
         if subset.custom_attributes.get(PRESERVE)
     ]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import CLIPTokenizer
 
-from library.models.new_words import ExtendedEmbedding, NewWord, initial_rows
+from library.models.new_words import ExtendedEmbedding, NewWord, mentions
 from library.models.sdxl.tokenizer import load_bpe, open_clip_vocabulary
 
 WORDS = [NewWord("mychar", 3), NewWord("b-5")]
@@ -58,7 +58,9 @@ def test_new_rows_stand_behind_the_table_and_alone_get_gradients():
     assert table.weight.grad is None
 
 
-def test_vectors_begin_as_copies_of_other_words_over_and_over():
-    table = torch.arange(12.0).view(4, 3)
-    assert torch.equal(initial_rows(table, [3, 1, 0], 4), table[[3, 1, 0, 3]])
-    assert torch.equal(initial_rows(table, [], 2), table.mean(0).repeat(2, 1))
+@pytest.mark.parametrize(
+    ("text", "is_there"),
+    [("a Mychar", True), ("mychar, red", True), ("(mychar:1.2)", True), ("mycharacter", False), ("my char", False), ("", False)],
+)
+def test_a_word_stands_in_a_text_only_as_a_word_of_its_own(text, is_there):
+    assert mentions(text, "myChar") == is_there

@@ -13,6 +13,7 @@ _DATA = "--pretrained_model_name_or_path owner/model --train_data_dir d"
 ESSENTIALS = {
     "sdxl_train.py": f"{_DATA} --output_dir o",
     "sdxl_train_network.py": f"{_DATA} --output_dir o --network_module networks.lora",
+    "sdxl_train_textual_inversion.py": f"{_DATA} --output_dir o --token_string mychar",
     "sdxl_gen_img.py": "--ckpt m --prompt cat",
     "tools/cache_latents.py": _DATA,
     "tools/cache_text_encoder_outputs.py": _DATA,

@@ -180,7 +180,7 @@ def problems(data: DatasetConfig, *, trains_network: bool, **loss: Any) -> str:
 def test_what_is_for_networks_is_refused_where_a_model_is_trained() -> None:
     data = config(section(subset("a"), network_multiplier=0.5), section(subset("b", custom_attributes=PRESERVED)))
     told = problems(data, trains_network=False)
-    assert "network_multiplier of the dataset with a is 0.5, but sdxl_train.py trains the model itself" in told
+    assert "network_multiplier of the dataset with a is 0.5, but this script trains no network" in told
     assert "diff_output_preservation of b holds images to what the model predicts without the network" in told
     check_data_terms(data, LossOptions(), trains_network=True)
     check_data_terms(config(section(subset("a", custom_attributes={"x": 1}))), LossOptions(), trains_network=False)

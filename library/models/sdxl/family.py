@@ -115,13 +115,19 @@ class SdxlFamily:
         """Write the vectors of a learned word as `clip_l` and `clip_g`; see `Family.save_word`."""
         save_word(path, dict(zip(_WORD_KEYS, rows, strict=True)), dtype, metadata)
 
-    def extend_vocabulary(self, encoders: Sequence[nn.Module], rows: Sequence[Tensor]) -> None:
+    def word_vectors(self, text: str, encoders: Sequence[nn.Module]) -> list[Tensor]:
+        """Return the vectors of a text's tokens in the tables of TE1 and TE2; see `Family.word_vectors`."""
+        ids = self._bpe.encode(text)
+        return [_token_embedding(encoder).weight.detach()[ids].float() for encoder in encoders]
+
+    def extend_vocabulary(self, encoders: Sequence[nn.Module], rows: Sequence[Tensor]) -> list[nn.Parameter]:
         """Put the vectors of new words behind the encoders' tables; see `Family.extend_vocabulary`."""
+        extended = []
         for encoder, new in zip(encoders, rows, strict=True):
-            embeddings: Any = text_body(encoder).embeddings
-            embeddings.token_embedding = ExtendedEmbedding(
-                embeddings.token_embedding, new.to(embeddings.token_embedding.weight.device)
-            )
+            table = _token_embedding(encoder)
+            extended.append(ExtendedEmbedding(table, new.to(table.weight.device)))
+            cast(Any, text_body(encoder).embeddings).token_embedding = extended[-1]
+        return [embedding.rows for embedding in extended]
 
     def load_text_encoders(self, dtype: torch.dtype, device: torch.device, hold: Hold | None = None) -> list[nn.Module]:
         """Load TE1 and TE2, frozen and in evaluation mode; see `Family.load_denoiser`."""
@@ -329,6 +335,11 @@ def _posterior(vae: nn.Module, images: Tensor) -> Any:
     weight = next(vae.parameters())
     with torch.autocast(weight.device.type, enabled=False):
         return cast(Any, vae).encode(images.to(weight.device, weight.dtype)).latent_dist
+
+
+def _token_embedding(encoder: nn.Module) -> Any:
+    """Return the table of an encoder's vocabulary."""
+    return cast(Any, text_body(encoder).embeddings).token_embedding
 
 
 def _flat_ids(ids: Tensor, encoder: nn.Module) -> Tensor:

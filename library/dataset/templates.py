@@ -1,0 +1,56 @@
+"""Sentences that stand in for captions while a word is learned; `{}` is the word.
+
+As many as Gal et al. (2022, "An Image is Worth One Word", appendix) use for objects and for styles.
+"""
+
+OBJECT_TEMPLATES: tuple[str, ...] = (
+    "a photo of {}",
+    "a picture of {}",
+    "one photo of the {}",
+    "a rendering of {}",
+    "a rendition of the {}",
+    "the photo of my {}",
+    "a close-up of {}",
+    "a close-up photo of the {}",
+    "a cropped photo of {}",
+    "a cropped rendering of the {}",
+    "a bright photo of {}",
+    "a bright picture of the {}",
+    "a dark photo of {}",
+    "a dark rendering of the {}",
+    "a clean photo of {}",
+    "the clean {} in a photo",
+    "a dirty photo of {}",
+    "the dirty {} in a photo",
+    "a good photo of {}",
+    "a good rendition of the {}",
+    "a bad photo of {}",
+    "a cool photo of the {}",
+    "a nice photo of my {}",
+    "a small {} in a photo",
+    "a large {} in a photo",
+    "a weird photo of the {}",
+    "one rendering of a {}",
+)
+
+STYLE_TEMPLATES: tuple[str, ...] = (
+    "a painting in the style of {}",
+    "a rendering in the style of {}",
+    "a picture in the style of {}",
+    "a rendition in the style of {}",
+    "the painting in the style of {}",
+    "a cropped painting in the style of {}",
+    "a close-up painting in the style of {}",
+    "a clean painting in the style of {}",
+    "a dirty painting in the style of {}",
+    "a dark painting in the style of {}",
+    "a bright painting in the style of {}",
+    "a good painting in the style of {}",
+    "a cool painting in the style of {}",
+    "a nice painting in the style of {}",
+    "a weird painting in the style of {}",
+    "a small painting in the style of {}",
+    "a large painting in the style of {}",
+    "a dark picture in the style of {}",
+    "a bright picture in the style of {}",
+)
