@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from library.options.dataset_keys import DATASET, GENERAL, KEYS, RENAMED, SUBSET, subset_kind
-from library.options.dataset_lines import HEADER, table_lines
+from library.options.dataset_lines import HEADER, json_table_lines, table_lines
 from library.options.dataset_values import NotThatType
 from library.options.errors import UsageError
 from library.options.nearest import did_you_mean, nearest
@@ -131,7 +131,7 @@ def _parsed(path: str) -> tuple[dict[str, Any], Lines]:
         raise UsageError([f"{path} is not valid {ending[1:].upper()}: {error}.{_backslash_hint(str(error))}"]) from None
     if not isinstance(content, dict):
         raise UsageError([f"{path} must hold a general table and a list of datasets, but it holds a {type(content).__name__}."])
-    return content, table_lines(text) if ending == ".toml" else {}
+    return content, table_lines(text) if ending == ".toml" else json_table_lines(text)
 
 
 def _backslash_hint(error: str) -> str:

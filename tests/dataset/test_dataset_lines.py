@@ -1,4 +1,4 @@
-"""Messages about a TOML dataset file say in which line the key or the table stands."""
+"""Messages about a dataset file say in which line the key or the table stands."""
 
 import json
 import tomllib
@@ -10,7 +10,7 @@ from dataset_files import SOURCES, TABLE, load, problems_with_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.options.dataset_lines import HEADER, table_lines
+from library.options.dataset_lines import HEADER, json_table_lines, table_lines
 
 FILE = '''\
 # a dataset
@@ -95,10 +95,41 @@ def test_where_a_line_is_not_certain_none_is_told(tmp_path: Path) -> None:
     assert [problem for problem in told if problem.startswith(f"{path}, line 5: [[datasets]] 1: resolution is missing.")]
 
 
-def test_a_json_file_has_no_lines(tmp_path: Path) -> None:
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps({"datasets": [{"resolution": 512, "subsets": [{"image_dir": "gone"}]}]}, indent=1))
-    assert problems_with_lines(path)[0].startswith(f"{path}: [[datasets]] 1, subset 1: image_dir gone")
+JSON_FILE = """{
+  "general": {"caption_prefix": "[{\\", ", "resolution": 512},
+  "datasets": [
+    {
+      "batchsize": 2, "subsets": [
+        {"image_dir": "images",
+         "custom_attributes": {"image_dir": [1, {}], "": 2},
+         "keep_tokens": true},
+        {"num_repeats": 2}
+      ]},
+    { "resolution": 513,
+      "subsets": [
+        {
+          "image_dir":
+            "nowhere"
+        }
+      ]
+    }
+  ]
+}"""
+
+
+def test_a_problem_of_a_json_file_is_told_with_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "data.json").write_text(JSON_FILE)
+    told = " ".join(problems_with_lines(Path("data.json")))
+    for line, words in (
+        (5, "[[datasets]] 1: unknown key batchsize."),
+        (8, "[[datasets]] 1, subset 1: keep_tokens must be"),
+        (9, "[[datasets]] 1, subset 2: image_dir is missing."),
+        (11, "[[datasets]] 2: resolution 513x513 must consist of multiples"),
+        (14, "[[datasets]] 2, subset 1: image_dir nowhere is not a folder."),
+    ):
+        assert f"data.json, line {line}: {words}" in told
 
 
 TABLES = st.lists(st.sampled_from([(row[0], row[1]) for row in TABLE]), max_size=4).map(dict)
@@ -109,13 +140,20 @@ TABLES = st.lists(st.sampled_from([(row[0], row[1]) for row in TABLE]), max_size
 def test_the_line_of_a_key_holds_the_key(
     general: dict[str, object], datasets: list[tuple[dict[str, object], list[object]]]
 ) -> None:
-    text = toml.dumps({"general": general, "datasets": [{**own, "subsets": subsets} for own, subsets in datasets]})
+    content = {"general": general, "datasets": [{**own, "subsets": subsets} for own, subsets in datasets]}
+    text = toml.dumps(content)
     assert tomllib.loads(text)["datasets"]
     rows = text.split("\n")
     for where, keys in table_lines(text).items():
         for key, line in keys.items():
             assert key in rows[line - 1], (where, key)
             assert "[" in rows[line - 1] or " = " in rows[line - 1]
+    text = json.dumps(content, indent=1)
+    rows, lines = text.split("\n"), json_table_lines(text)
+    assert len(lines) == 1 + len(datasets) + sum(len(subsets) for _, subsets in datasets)
+    for where, keys in lines.items():
+        for key, line in keys.items():
+            assert f'"{key}": ' in rows[line - 1] if key else rows[line - 1].endswith(("{", "{}", "{},")), (where, key)
 
 
 def test_a_sound_file_is_not_hurt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
