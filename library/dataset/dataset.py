@@ -51,6 +51,11 @@ class Dataset:
         UserError: images or caption files cannot be used, and there are no `findings` to take them; all of them are named.
     """
 
+    brings_latents = False
+    """Whether latents come with the batches from elsewhere, so that no VAE is needed."""
+    brings_texts = False
+    """Whether text outputs do, so that no text encoders are needed."""
+
     def __init__(self, config: DatasetConfig, seed: int, findings: Findings | None = None) -> None:
         for warning in config.warnings:
             if findings is None:

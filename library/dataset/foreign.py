@@ -56,6 +56,8 @@ class ForeignDataset(Dataset):
         self.latents = self.texts = self.text_variants = None
         self.tell("set_seed", seed)
         first = load_foreign_batch(self, 1, Share((0,), 1.0))
+        self.brings_latents = first.latents is not None
+        self.brings_texts = first.text_cond is not None
         (section,) = config.sections
         self.config = replace(config, sections=(replace(section, batch_size=first.size),))
         none = Items(section, 0, 0, (), Choice.joined([]))
@@ -106,6 +108,15 @@ def load_foreign_batch(dataset: ForeignDataset, epoch: int, share: Share, *, upd
         given = dataset.own[number]
     (place,) = dataset.names_of([number])
     batch = read_batch(given, place, dataset.family, has_network=dataset.has_network)
+    for key, is_lacking in (
+        ("latents", dataset.brings_latents and batch.latents is None),
+        ("text_encoder_outputs_list", dataset.brings_texts and batch.text_cond is None),
+    ):
+        if is_lacking:
+            raise UserError(
+                f"--dataset_class: {key} of {place} is missing, but the first batch has it, so the model that makes it is not "
+                "loaded. Let every batch have it, or none."
+            )
     return replace(
         batch,
         loss_weights=batch.loss_weights * share.weight,

@@ -117,17 +117,18 @@ class NetworkRecipe:
 def text_encoder_rates(options: NetworkOptions, default: float, encoders: Sequence[nn.Module | None]) -> list[float]:
     """Return the learning rate of each text encoder; all 0 where none is trained.
 
-    Cached text outputs are those of encoders that do not change, so with them the U-Net alone is trained, and a warning says so.
+    Text outputs that are there beforehand are those of encoders that do not change, so with them the U-Net alone is trained, and
+    a warning says so.
 
     Args:
         options: the rates asked for and what is excluded.
         default: `--learning_rate`.
-        encoders: None for those that were freed after their outputs were cached.
+        encoders: None for those that are not needed, or no longer.
     """
     if options.network_train_unet_only:
         return [0.0] * len(encoders)
     if all(encoder is None for encoder in encoders):
-        log.warning("Text encoder outputs are cached, so the U-Net alone is trained (as with --network_train_unet_only).")
+        log.warning("Text encoder outputs are there beforehand, so the U-Net alone is trained (as with --network_train_unet_only).")
         return [0.0] * len(encoders)
     return [default if rate is None else rate for rate in options.text_encoder_rates()]
 

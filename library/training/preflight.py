@@ -8,6 +8,7 @@ from library.dataset.foreign import ForeignDataset
 from library.dataset.preflight import Checked, Limits, check_dataset
 from library.models.family import Family
 from library.options.dataset_config import DatasetConfig
+from library.options.errors import UserError
 from library.options.scripts import TrainingOptions
 from library.training.cache_survey import check_cache_folders
 
@@ -33,7 +34,10 @@ def open_dataset(options: TrainingOptions, data: DatasetConfig, seed: int, famil
     if options.dataset.dataset_class is not None:
         arguments = (None, options.model.max_token_length, options.dataset.size, options.dataset.debug_dataset)
         has_network = hasattr(options, "network")
-        return ForeignDataset(options.dataset.dataset_class, data, seed, family, arguments, has_network=has_network)
+        dataset = ForeignDataset(options.dataset.dataset_class, data, seed, family, arguments, has_network=has_network)
+        if dataset.brings_texts:
+            _check_frozen_text_encoders(options)
+        return dataset
     checked = checked_dataset(options, data, seed, family, num_processes, compares_all=False)
     checked.findings.raise_errors()
     if warnings := checked.findings.warning_text():
@@ -52,3 +56,17 @@ def checked_dataset(
     checked = check_dataset(dataset, findings, limits)
     check_cache_folders(options, dataset, family, findings)
     return checked
+
+
+def _check_frozen_text_encoders(options: TrainingOptions) -> None:
+    """Make sure that no text encoder is to be trained, which needs captions.
+
+    Raises:
+        UserError: one is to be.
+    """
+    for group, flag in (("network", "network_train_text_encoder_only"), ("finetune", "train_text_encoder")):
+        if getattr(getattr(options, group, None), flag, False):
+            raise UserError(
+                f"--{flag} cannot be used: the batches of {options.dataset.dataset_class} bring text_encoder_outputs_list, which "
+                "freezes the text encoders. Leave the option out, or let the batches bring captions alone."
+            )

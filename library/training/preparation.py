@@ -61,6 +61,8 @@ def model_source(model: ModelOptions, precision: WorkingPrecisionOptions) -> Mod
 def prepare_text(setting: Setting, requests: Sequence[ImageRequest], dtypes: PartDTypes) -> TextSide:
     """Load the text encoders, or cache what captions and sample prompts need of them and free them.
 
+    Where text outputs come with the batches, sample prompts alone need text encoders.
+
     Args:
         setting: of the run; its dataset gets the cached text.
         requests: the sample prompts.
@@ -68,12 +70,12 @@ def prepare_text(setting: Setting, requests: Sequence[ImageRequest], dtypes: Par
     """
     options, accelerator, family = setting.options, setting.accelerator, setting.family
     dtype = dtypes.text_encoders
-    if options.cache.text is None:
+    if options.cache.text is None and not setting.dataset.brings_texts:
         return TextSide([*family.load_text_encoders(dtype, accelerator.device, dtypes.hold_text_encoders)], None)
     load = cache(lambda: list[nn.Module | None](family.load_text_encoders(dtype, accelerator.device)))
-    batch_size = options.dataset.train_batch_size
-    style = setting.caption_style
-    fill_texts(setting.dataset, family, load, dtype, options.model, options.cache.text, accelerator, batch_size, style)
+    if options.cache.text is not None:
+        batch_size, style = options.dataset.train_batch_size, setting.caption_style
+        fill_texts(setting.dataset, family, load, dtype, options.model, options.cache.text, accelerator, batch_size, style)
     prompts: list[EncodedPrompt] = []
     if requests:
         prompts = Pipeline(
@@ -89,7 +91,7 @@ def prepare_text(setting: Setting, requests: Sequence[ImageRequest], dtypes: Par
 
 
 def prepare_latents(setting: Setting, *, keep: bool) -> nn.Module | None:
-    """Load the VAE, or cache the latents that need it.
+    """Load the VAE, or cache the latents that need it; where latents come with the batches, only sample images do.
 
     Args:
         setting: of the run; its dataset gets the cached latents.
@@ -102,9 +104,11 @@ def prepare_latents(setting: Setting, *, keep: bool) -> nn.Module | None:
     options, accelerator, family = setting.options, setting.accelerator, setting.family
     dtype = setting.dtypes.vae
     load = cache(lambda: family.load_vae(dtype, accelerator.device))
-    if not (options.cache.cache_latents or options.cache.cache_latents_to_disk):
+    caches = options.cache.cache_latents or options.cache.cache_latents_to_disk
+    if not (caches or setting.dataset.brings_latents):
         return load()
-    fill_latents(setting.dataset, family, load, dtype, options.cache, accelerator)
+    if caches:
+        fill_latents(setting.dataset, family, load, dtype, options.cache, accelerator)
     if keep and options.model.lowram:
         return load()
     vae = None

@@ -37,3 +37,12 @@ class Stripes(Dataset[dict[str, Any]]):
     def set_current_epoch(self, epoch: int) -> None:
         """Remember which epochs it was told of."""
         self.epochs.append(epoch)
+
+
+class Encoded(Stripes):
+    """The same with latents and text outputs of noise, as if they had been made elsewhere."""
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        texts = [torch.randn(2, 77, 64), torch.randn(2, 77, 128), torch.randn(2, 128)]  # the widths of the tiny model
+        latents = torch.randn(2, 4, self.made_with[2][1] // 8, self.made_with[2][0] // 8)
+        return super().__getitem__(number) | {"images": None, "latents": latents, "text_encoder_outputs_list": texts}

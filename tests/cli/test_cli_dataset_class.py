@@ -17,11 +17,13 @@ from library.options.dataset_class import class_definition
 from library.options.errors import UsageError, UserError
 from library.options.groups.dataset import DatasetOptions
 from library.options.parse import parse
-from library.options.scripts import CacheLatentsOptions, SdxlTrainNetworkOptions
-from tests.cli.own_dataset import Stripes
+from library.options.scripts import CacheLatentsOptions, SdxlTrainNetworkOptions, SdxlTrainOptions, TrainingOptions
+from library.training.preflight import open_dataset
+from tests.cli.own_dataset import Encoded, Stripes
 from tests.cli.training_commands import FINETUNE, arguments, assert_same_bits, run_command, weights
 
 NAME = "tests.cli.own_dataset.Stripes"
+ENCODED = "tests.cli.own_dataset.Encoded"
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,7 @@ def test_a_network_and_a_model_are_trained_on_the_batches_of_a_class(tiny_checkp
     for flag in ("--network_module", "--network_dim", "--network_dropout"):
         at = args.index(flag)
         del args[at : at + 2]
+    args[args.index(NAME)] = ENCODED  # neither VAE nor text encoders are there
     done = run_command([*args, "--max_train_steps", "1", "--output_dir", str(tmp_path / "model")], script=FINETUNE)
     assert done.returncode == 0, done.stderr
 
@@ -85,6 +88,40 @@ def test_two_processes_share_the_batches_and_the_last_one_is_weighed_for_both(fa
     assert {batch.captions[1] for batch in [*first, *second]} == {f"stripes {number}" for number in range(3)}
     totals = sorted([one.loss_weights[0].item(), other.loss_weights[0].item()] for one, other in zip(first, second, strict=True))
     assert totals == [[1.0, 1.0], [2.0, 0.0]]
+
+
+def test_the_first_batch_decides_what_all_have_to_bring(family: SdxlFamily, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, encoded = opened(family), opened(family, ENCODED)
+    assert not plain.brings_latents and not plain.brings_texts
+    assert encoded.brings_latents and encoded.brings_texts
+    assert len(drawn(encoded, 1)) == 3
+    whole = Encoded.__getitem__
+    for key, lacking in (("latents", {"latents": None, "images": torch.zeros(2, 3, 64, 64)}), ("text_encoder_outputs_list", {})):
+        given = {**lacking, key: None}
+        monkeypatch.setattr(Encoded, "__getitem__", lambda self, n, g=given: whole(self, n) | (g if n == 2 else {}))
+        with pytest.raises(UserError, match=f"{key} of batch 2 of {ENCODED} is missing, but the first batch has it"):
+            drawn(encoded, 1)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("script", "more", "flag"),
+    [
+        (
+            SdxlTrainNetworkOptions,
+            "--network_module networks.lora --network_train_text_encoder_only",
+            "network_train_text_encoder_only",
+        ),
+        (SdxlTrainOptions, "--train_text_encoder", "train_text_encoder"),
+    ],
+)
+def test_text_encoders_are_not_trained_on_outputs_that_are_there(
+    script: type[TrainingOptions], more: str, flag: str, family: SdxlFamily
+) -> None:
+    line = f"--pretrained_model_name_or_path a/b --output_dir o --resolution 64 --dataset_class {ENCODED} {more}"
+    options = parse(script, line.split())
+    with pytest.raises(UserError, match=f"--{flag} cannot be used: the batches of {ENCODED} bring text_encoder_outputs_list"):
+        open_dataset(options, class_definition(options.dataset), 1, family, 1)
 
 
 def changed(**fields: Any) -> dict[str, Any]:

@@ -74,6 +74,20 @@ def test_without_caches_everything_is_loaded(folder: Path) -> None:
     assert family.loaded == ["text encoders", "vae"]
 
 
+@pytest.mark.parametrize(
+    ("brings", "expected"),
+    [({"brings_texts"}, ["vae"]), ({"brings_latents"}, ["text encoders"]), ({"brings_texts", "brings_latents"}, [])],
+)
+def test_what_comes_with_the_batches_needs_no_model(folder: Path, brings: set[str], expected: list[str]) -> None:
+    family = LoadingFamily()
+    plain = setting(folder, family)
+    for name in brings:
+        setattr(plain.dataset, name, True)
+    assert (prepare_text(plain, [], FLOAT).encoders == [None, None]) == ("brings_texts" in brings)
+    assert (prepare_latents(plain, keep=False) is None) == ("brings_latents" in brings)
+    assert family.loaded == expected
+
+
 def test_only_text_encoders_that_stay_are_held_in_fewer_bits(folder: Path) -> None:
     dtypes = PartDTypes(torch.float32, torch.float32, hold_text_encoders=lambda owner, tensor, dtype: None)
     for caching, expected in (({}, "packed text encoders"), (MEMORY, "text encoders")):
