@@ -105,19 +105,20 @@ def test_going_on_from_a_word_with_templates_and_a_rate_of_its_own(
     assert all(torch.allclose(again[name], before[name], atol=1e-7) for name in before)
 
 
-def test_diffusers_reads_the_word(whole_run: tuple[Path, str], tiny_checkpoint: Path) -> None:
+def test_diffusers_reads_the_word_for_both_encoders(whole_run: tuple[Path, str], tiny_checkpoint: Path) -> None:
     learned = weights(whole_run[0] / "mychar.safetensors")
     vocabulary, merges = open_clip_vocabulary()
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=list(merges))
-    encoder = SdxlFamily.open(ModelSource(str(tiny_checkpoint))).load_text_encoders(torch.float32, torch.device("cpu"))[0]
-    pipeline = StableDiffusionXLPipeline(
-        vae=None, text_encoder=encoder, text_encoder_2=None, tokenizer=tokenizer, tokenizer_2=None, unet=None, scheduler=None
-    )
-    pipeline.load_textual_inversion(learned["clip_l"], token="mychar", text_encoder=encoder, tokenizer=tokenizer)
-    ids = tokenizer("mychar mychar_1 mychar_2", add_special_tokens=False)["input_ids"]
-    assert ids == [49408, 49409, 49410]
-    table = text_body(encoder).embeddings.token_embedding.weight
-    assert torch.equal(table[ids], learned["clip_l"])
+    family = SdxlFamily.open(ModelSource(str(tiny_checkpoint)))
+    for name, encoder in zip(("clip_l", "clip_g"), family.load_text_encoders(torch.float32, torch.device("cpu")), strict=True):
+        tokenizer = CLIPTokenizer(vocab=vocabulary, merges=list(merges))
+        pipeline = StableDiffusionXLPipeline(
+            vae=None, text_encoder=encoder, text_encoder_2=None, tokenizer=tokenizer, tokenizer_2=None, unet=None, scheduler=None
+        )
+        pipeline.load_textual_inversion(learned[name], token="mychar", text_encoder=encoder, tokenizer=tokenizer)
+        ids = tokenizer("mychar mychar_1 mychar_2", add_special_tokens=False)["input_ids"]
+        assert ids == [49408, 49409, 49410]
+        table = text_body(encoder).embeddings.token_embedding.weight
+        assert torch.equal(table[ids], learned[name])
 
 
 def test_mistakes_are_told_in_sentences(tiny_checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
