@@ -70,3 +70,8 @@ def _check_frozen_text_encoders(options: TrainingOptions) -> None:
                 f"--{flag} cannot be used: the batches of {options.dataset.dataset_class} bring text_encoder_outputs_list, which "
                 "freezes the text encoders. Leave the option out, or let the batches bring captions alone."
             )
+    if hasattr(options, "word"):
+        raise UserError(
+            f"--dataset_class: the batches of {options.dataset.dataset_class} bring text_encoder_outputs_list, but a new word is "
+            "learned from captions. Let them bring captions alone."
+        )

@@ -17,7 +17,13 @@ from library.options.dataset_class import class_definition
 from library.options.errors import UsageError, UserError
 from library.options.groups.dataset import DatasetOptions
 from library.options.parse import parse
-from library.options.scripts import CacheLatentsOptions, SdxlTrainNetworkOptions, SdxlTrainOptions, TrainingOptions
+from library.options.scripts import (
+    CacheLatentsOptions,
+    SdxlTrainNetworkOptions,
+    SdxlTrainOptions,
+    SdxlTrainTextualInversionOptions,
+    TrainingOptions,
+)
 from library.training.preflight import open_dataset
 from tests.cli.own_dataset import Encoded, Stripes
 from tests.cli.training_commands import FINETUNE, arguments, assert_same_bits, run_command, weights
@@ -105,23 +111,29 @@ def test_the_first_batch_decides_what_all_have_to_bring(family: SdxlFamily, monk
 
 
 @pytest.mark.parametrize(
-    ("script", "more", "flag"),
+    ("script", "more", "words"),
     [
         (
             SdxlTrainNetworkOptions,
             "--network_module networks.lora --network_train_text_encoder_only",
-            "network_train_text_encoder_only",
+            "--network_train_text_encoder_only cannot be used: the batches of",
         ),
-        (SdxlTrainOptions, "--train_text_encoder", "train_text_encoder"),
+        (SdxlTrainOptions, "--train_text_encoder", "--train_text_encoder cannot be used: the batches of"),
+        (
+            SdxlTrainTextualInversionOptions,
+            "--token_string word --init_word stripe --num_vectors_per_token 1",
+            "a new word is learned from captions",
+        ),
     ],
 )
 def test_text_encoders_are_not_trained_on_outputs_that_are_there(
-    script: type[TrainingOptions], more: str, flag: str, family: SdxlFamily
+    script: type[TrainingOptions], more: str, words: str, family: SdxlFamily
 ) -> None:
     line = f"--pretrained_model_name_or_path a/b --output_dir o --resolution 64 --dataset_class {ENCODED} {more}"
     options = parse(script, line.split())
-    with pytest.raises(UserError, match=f"--{flag} cannot be used: the batches of {ENCODED} bring text_encoder_outputs_list"):
+    with pytest.raises(UserError) as told:
         open_dataset(options, class_definition(options.dataset), 1, family, 1)
+    assert words in str(told.value) and f"{ENCODED} bring text_encoder_outputs_list" in str(told.value)
 
 
 def changed(**fields: Any) -> dict[str, Any]:
