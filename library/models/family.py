@@ -287,7 +287,10 @@ class Family(Protocol):
         """
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module, encoders: Sequence[nn.Module | None] = ()) -> None:
-        """Let the denoiser and these encoders compute activations again in the backward pass instead of keeping them."""
+        """Let the denoiser and these encoders compute activations again in the backward pass instead of keeping them.
+
+        Encoders are in training mode afterwards.
+        """
 
     def file_names(self, part: str, module: nn.Module) -> dict[str, str]:
         """Return, for each tensor name of the module of `part` (its short name, such as "unet" or "te1"), its name in files."""

@@ -1,7 +1,6 @@
 """How parts of a model are trained themselves: the recipe of `sdxl_train.py`."""
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,6 @@ from library.models.family import Family
 from library.options.errors import UserError
 from library.options.scripts import SdxlTrainOptions
 from library.training.modelspec import model_spec
-from library.training.position import Position
 from library.training.preparation import TextSide
 from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
 from library.training.trainable import ModelTrainable
@@ -78,13 +76,8 @@ class FinetuneRecipe:
         return Trained(trainable, list(groups.values()), list(groups), any(self.encoder_rates), options.output.extension)
 
     def metadata(self, setting: Setting, trained: Trained) -> MetadataAt:
-        """A whole model says what it is; how it was trained is for networks."""
-        spec = model_spec(setting, "Checkpoint")
-
-        def at(stem: str, position: Position) -> dict[str, str]:
-            return spec.at_save(time.time())
-
-        return at
+        """A whole model says what it is."""
+        return model_spec(setting, "Checkpoint").alone()
 
 
 def denoiser_groups(

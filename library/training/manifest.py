@@ -95,7 +95,7 @@ def run_facts(setting: Setting, trained: Trained, start: Position, identity: Ide
         identity: what states say of the run.
     """
     options, length = setting.options, setting.length
-    described = zip(trained.descriptions, trained.groups, strict=False)
+    described = zip(trained.descriptions, trained.groups, strict=True)
     return {
         "script": options.script,
         "arguments": command_without_secrets(type(options), sys.argv[1:]),

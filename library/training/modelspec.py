@@ -2,6 +2,7 @@
 
 import base64
 import mimetypes
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +13,7 @@ from library.options.errors import UserError
 from library.options.groups.modelspec import ModelSpecOptions
 from library.training.environment import source_revision
 from library.training.metadata import Metadata
-from library.training.setting import Setting
+from library.training.setting import MetadataAt, Setting
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class ModelSpec:
         if self.clip_skip is not None:
             spec["encoder_layer"] = str(self.clip_skip)
         return {f"modelspec.{key}": value for key, value in (spec | dict(self.fields)).items()}
+
+    def alone(self) -> MetadataAt:
+        """Return the metadata of files that say nothing else: how they were trained is for networks."""
+        return lambda stem, position: self.at_save(time.time())
 
 
 def model_spec(setting: Setting, kind: str, suffix: str = "") -> ModelSpec:

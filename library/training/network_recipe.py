@@ -78,8 +78,6 @@ class NetworkRecipe:
         if options.precision.gradient_checkpointing:
             network.enable_gradient_checkpointing()
             setting.family.enable_gradient_checkpointing(denoiser, encoders if trains_text else [])
-            for encoder in encoders if trains_text else []:
-                encoder.train()  # transformers checkpoint in training mode only; CLIP has no dropout that this would switch on
         network.to(device, setting.dtypes.trained)
         unet_rate = options.network.unet_lr if trains_denoiser else 0.0
         groups, descriptions = parameter_groups(network, rates, unet_rate, options.optimizer.learning_rate)
@@ -217,7 +215,8 @@ def parameter_groups(
     groups, descriptions = found if isinstance(found, tuple) else (found, [None] * len(found))
     asked = {rate for rate in (*encoder_rates, unet_rate) if rate}
     rated = [{**group, "params": list(group["params"]), "lr": _rate_of(network, group, asked)} for group in groups]
-    kept = [(group, described) for group, described in zip(rated, descriptions, strict=False) if group["params"] and group["lr"]]
+    told = [*descriptions, *[None] * len(rated)]  # a package may tell of fewer groups than it makes
+    kept = [(group, described) for group, described in zip(rated, told, strict=False) if group["params"] and group["lr"]]
     if not kept:
         raise UserError("Nothing is trained: all learning rates are 0. Raise --learning_rate, --unet_lr or --text_encoder_lr.")
     return [group for group, _ in kept], [described for _, described in kept]

@@ -28,7 +28,7 @@ from library.training.preview_plan import PreviewPlan
 from library.training.previews import Drawn, EncodedTexts, Previews, PromptFile
 from library.training.progress import Progress
 from library.training.saving import Saved, Saver
-from library.training.scalar_names import SCALAR_NAMES
+from library.training.scalar_names import SCALAR_NAMES, group_names
 from library.training.setting import Setting, Trained, beside_output
 from library.training.step import ModelParts
 from library.training.step_meter import StepMeter
@@ -103,8 +103,7 @@ def gauges(setting: Setting, trained: Trained, run: TrainingRun, saver: Saver) -
         return lambda: trained.trainable.norms
     groups = saver.live.optimizer.param_groups
     measuring = run.updater.gradient_norms = GradientNorms(groups)
-    described = [*trained.descriptions, *[None] * len(groups)]
-    names = [f"grad_norm/{part or f'group{number}'}" for number, part in zip(range(len(groups)), described, strict=False)]
+    names = [f"grad_norm/{name}" for name in group_names(trained.descriptions, len(groups))]
 
     def read() -> Gauges:
         norms = measuring.take()

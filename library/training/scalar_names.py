@@ -30,6 +30,17 @@ AVERAGE = "loss/average"
 """The running loss, in every script."""
 
 
+def group_names(descriptions: Sequence[str | None], count: int) -> list[str]:
+    """Name parameter groups for tables and trackers.
+
+    Args:
+        descriptions: what each group trains, such as "unet"; groups beyond the list, or described by None, go by number.
+        count: of groups.
+    """
+    described = [*descriptions, *[None] * count][:count]
+    return [name or f"group{number}" for number, name in enumerate(described)]
+
+
 def rate_scalars(
     groups: Sequence[Mapping[str, Any]],
     descriptions: Sequence[str | None],
@@ -41,16 +52,14 @@ def rate_scalars(
 
     Args:
         groups: the optimizer's parameter groups. Optimizers that find their own rate keep a factor `d` there, which multiplies it.
-        descriptions: what each group trains, such as "unet"; groups beyond the list, or described by None, go by number.
+        descriptions: see `group_names`.
         rates: see `ScalarNames`.
         trains_text: whether the first group is of a text encoder; by number it is called `textencoder` then.
     """
     if rates == "one":
         return _named(groups[0], "lr", "lr/d*lr")
     values: dict[str, float] = {}
-    for index, group in enumerate(groups):
-        described = descriptions[index] if index < len(descriptions) else None
-        name = described or f"group{index}"
+    for name, group in zip(group_names(descriptions, len(groups)), groups, strict=True):
         values |= _named(group, f"lr/{name}", f"lr/d*lr/{name}")
     if rates == "parts and numbers":
         for index, group in enumerate(groups):

@@ -9,6 +9,7 @@ from torch import nn
 
 from library.optim.rate_course import RateCourse, rate_courses
 from library.options.checks_optimizer import finds_its_rate, optimizer_name
+from library.training.scalar_names import group_names
 from library.training.setting import Setting, Trained
 
 log = logging.getLogger(__name__)
@@ -50,11 +51,11 @@ def group_table(trained: Trained, titles: Mapping[str, str], courses: Sequence[R
     """
     names = {id(parameter): name for name, parameter in trained.trainable.module.named_parameters()}
     rows = []
-    for number, group in enumerate(trained.groups):
-        described = trained.descriptions[number] if number < len(trained.descriptions) else None
+    labels = group_names(trained.descriptions, len(trained.groups))
+    for number, (label, group) in enumerate(zip(labels, trained.groups, strict=True)):
         parts = part_of_group([names.get(id(parameter), "") for parameter in group["params"]], titles)
         rates = ["auto"] * 3 if courses is None else [f"{rate:.3g}" for rate in _of(courses[number])]
-        rows.append([described or f"group{number}", parts, *_size(group["params"]), *rates])
+        rows.append([label, parts, *_size(group["params"]), *rates])
     everything = [parameter for group in trained.groups for parameter in group["params"]]
     return _aligned([list(_HEADINGS), *rows, ["all", "", *_size(everything), "", "", ""]])
 

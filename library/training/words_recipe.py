@@ -5,7 +5,6 @@ for each text encoder.
 """
 
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -62,19 +61,12 @@ class WordRecipe:
         groups = [{"params": [parameter.requires_grad_(True)], "lr": options.optimizer.learning_rate} for parameter in parameters]
         if options.precision.gradient_checkpointing:
             family.enable_gradient_checkpointing(denoiser, encoders)
-            for encoder in encoders:
-                encoder.train()  # transformers checkpoint in training mode only; CLIP has no dropout that this would switch on
         trainable = WordTrainable(family, parameters)
         return Trained(trainable, groups, list(family.encoder_names), trains_text=True, extension=options.output.extension)
 
     def metadata(self, setting: Setting, trained: Trained) -> MetadataAt:
-        """A word says what model it is for; how it was trained is for networks."""
-        spec = model_spec(setting, "TextualInversion", "/textual-inversion")
-
-        def at(stem: str, position: Position) -> dict[str, str]:
-            return spec.at_save(time.time())
-
-        return at
+        """A word says what model it is for."""
+        return model_spec(setting, "TextualInversion", "/textual-inversion").alone()
 
 
 class WordTrainable:

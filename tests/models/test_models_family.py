@@ -128,7 +128,7 @@ def test_checkpointing_is_switched_on_everywhere(family) -> None:
     family.enable_gradient_checkpointing(unet, encoders)
     assert unet.gradient_checkpointing
     assert unet.middle_block[1].gradient_checkpointing
-    assert all(encoder.is_gradient_checkpointing for encoder in encoders)
+    assert all(encoder.is_gradient_checkpointing and encoder.training for encoder in encoders)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,14 @@ def test_the_table_tells_part_size_and_rates_of_each_group() -> None:
     assert table(network, groups, [], None)[1][-3:] == ["auto"] * 3
 
 
+def test_a_group_that_its_package_says_nothing_of_is_trained_too() -> None:
+    network = Network()
+    both = network.prepare_optimizer_params(1e-5, 1e-4, 1.0)
+    network.prepare_optimizer_params = lambda *rates: (both, ["text"])  # type: ignore[method-assign]
+    groups, names = parameter_groups(network, [1e-5, 1e-5], 1e-4, 1.0)
+    assert ([group["lr"] for group in groups], names) == ([1e-5, 1e-4], ["text", None])
+
+
 def test_columns_stand_below_each_other() -> None:
     network = Network()
     groups, _ = parameter_groups(network, [1e-5, 1e-5], 1e-4, 1.0)

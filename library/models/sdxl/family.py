@@ -264,7 +264,7 @@ class SdxlFamily:
         cast(UNet, denoiser).set_attention(kind)
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module, encoders: Sequence[nn.Module | None] = ()) -> None:
-        """Keep only layer inputs for the backward pass. In text encoders it acts in training mode only."""
+        """Keep only layer inputs for the backward pass; puts the encoders in training mode."""
         cast(UNet, denoiser).enable_gradient_checkpointing()
         for encoder in encoders:
             if encoder is not None:
@@ -272,6 +272,7 @@ class SdxlFamily:
                 # Its name in newer versions of transformers, then the older one.
                 enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
                 enable({"use_reentrant": False})
+                model.train()  # transformers checkpoint in this mode only; CLIP has no dropout that it would switch on
 
     def file_names(self, part: str, module: nn.Module) -> dict[str, str]:
         """Return, for each tensor name of a part's module, its name in files."""
