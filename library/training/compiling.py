@@ -22,10 +22,8 @@ log = logging.getLogger(__name__)
 
 GRAPHS_PER_SHAPE = 32
 """Most variants of one kind of block: its widths, with adapters and without, and the settings that datasets may change."""
-
-
-UNKNOWN_SHAPES = 8
-"""For how many shapes there is room at least."""
+LEAST_SHAPES = 8
+"""For how many shapes there is room at least: those of a dataset class of the person's own are not known beforehand."""
 
 
 class CompiledBlocks:
@@ -84,7 +82,7 @@ def compile_denoiser(setting: Setting, run: TrainingRun, trained: Trained, denoi
     examples = batch_of_each_shape(setting)
     kinds = setting.family.large_modules
     modules = [module for module in denoiser.modules() if type(module).__name__ in kinds]
-    blocks = CompiledBlocks(modules, options.dynamo_backend, max(len(examples), UNKNOWN_SHAPES))
+    blocks = CompiledBlocks(modules, options.dynamo_backend, max(len(examples), LEAST_SHAPES))
     if trained.is_divided or not examples:  # every process would have to meet the same shapes in the same order
         log.info("The %d blocks of the denoiser are compiled by %s as they are met.", len(blocks), options.dynamo_backend)
         return

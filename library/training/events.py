@@ -58,10 +58,11 @@ class EventLog:
             kind: of event.
             fields: what JSON can hold; other objects become text, and numbers that are not finite become null.
         """
-        if self._file is None:
+        file = self._file
+        if file is None:
             return
         line = json.dumps(plain({"kind": kind, "time": round(time.time(), 3), **fields}), ensure_ascii=False)
-        self._attempt(lambda: self._append(line))
+        self._attempt(lambda: _append(file, line))
 
     def close(self) -> None:
         """Close the file; what is written afterwards is dropped."""
@@ -77,11 +78,6 @@ class EventLog:
         logging.getLogger().addHandler(self._complaints)
         if is_torn:
             self._file.write("\n")
-
-    def _append(self, line: str) -> None:
-        assert self._file is not None
-        self._file.write(line + "\n")
-        self._file.flush()
 
     def _attempt(self, action: Callable[[], object]) -> None:
         try:
@@ -132,6 +128,11 @@ def events_of_run(path: Path | None) -> Iterator[EventLog]:
         end("failed", message)
         raise
     end("complete")
+
+
+def _append(file: TextIO, line: str) -> None:
+    file.write(line + "\n")
+    file.flush()
 
 
 def _ends_within_a_line(path: Path) -> bool:

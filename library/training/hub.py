@@ -80,8 +80,7 @@ class Uploads:
             UserError: the hub refuses. If it cannot be reached, a warning tells, and the uploads try again.
         """
         try:
-            self.api.create_repo(self.repo_id, repo_type=self.repo_type, private=self.private, exist_ok=True)
-            self._has_repo = True
+            self._create_repo()
         except Exception as error:  # the client's many errors, and those of the network below it
             if getattr(getattr(error, "response", None), "status_code", None) in _REFUSALS:
                 raise UserError(
@@ -89,6 +88,10 @@ class Uploads:
                     f"write there. It says: {self._reason(error)}."
                 ) from error
             log.warning("The hub cannot be reached: %s. Training begins; uploads try again.", self._reason(error))
+
+    def _create_repo(self) -> None:
+        self.api.create_repo(self.repo_id, repo_type=self.repo_type, private=self.private, exist_ok=True)
+        self._has_repo = True
 
     def add(self, saved: Saved) -> None:
         """Send what was saved, with what could not be sent before."""
@@ -119,8 +122,7 @@ class Uploads:
         place = {"repo_id": self.repo_id, "repo_type": self.repo_type, "path_in_repo": self._path_in_repo(path)}
         try:
             if not self._has_repo:
-                self.api.create_repo(self.repo_id, repo_type=self.repo_type, private=self.private, exist_ok=True)
-                self._has_repo = True
+                self._create_repo()
             if path.is_dir():
                 self.api.upload_folder(folder_path=str(path), commit_message=f"Upload {path.name}", **place)
             else:

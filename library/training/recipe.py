@@ -130,6 +130,7 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
 
     parts = ModelParts(setting.family, denoiser, text.encoders, vae, options.cache.vae_batch_size, setting.caption_style)
     run, saver = build_run(recipe, setting, trained, parts)
+    report(setting)
     report_trained(setting, trained, saver.live.optimizer.defaults, start.update)
     compile_denoiser(setting, run, trained, denoiser)
     saver.identity = identity
@@ -193,7 +194,6 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
     options, accelerator = setting.options, setting.accelerator
     optimizer = make_optimizer(options.optimizer, trained.groups)
     schedule = make_schedule(options.scheduler, options.optimizer, optimizer, setting.length.total_updates)
-    report(setting)
     step = TrainStep(
         trained.trainable.module,
         parts,

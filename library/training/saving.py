@@ -110,8 +110,7 @@ class Saver:
     def save_interrupted(self, position: Position) -> Path:
         """Save model and state where a run was stopped, and return the state's folder; see `after_training`.
 
-        The state goes first: switching an optimizer to its averaged weights and back rounds them, and the state must continue
-        from weights that were not rounded.
+        The state goes first: a model can be made of it again, and no second Ctrl+C or full disk must cost the run's place.
         """
         written = [self.plan.state_path("step", position.update)]
 

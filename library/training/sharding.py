@@ -54,10 +54,8 @@ class Shards:
         for part in parts.values():
             part.to(memory_format=torch.contiguous_format)  # others cannot be divided
             for module in [module for module in part.modules() if module is not part and gathered(module)][::-1]:
-                fully_shard(module, mesh=mesh, reshard_after_forward=self._frees, mp_policy=policy)
-                self._units.append(_sharded(module))
-            fully_shard(part, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-            self._roots.append(_sharded(part))
+                self._units.append(fully_shard(module, mesh=mesh, reshard_after_forward=self._frees, mp_policy=policy))
+            self._roots.append(fully_shard(part, mesh=mesh, reshard_after_forward=False, mp_policy=policy))
 
     def sentence(self) -> str:
         """Say what is divided."""
@@ -150,8 +148,3 @@ def gathered_together(
             f"trained has. Leave the key out, or name some of {', '.join(sorted(set(units) & present))}."
         )
     return lambda module: type(module).__name__ in wanted
-
-
-def _sharded(module: nn.Module) -> FSDPModule:
-    assert isinstance(module, FSDPModule)  # fully_shard changes the class in place
-    return module

@@ -157,7 +157,7 @@ class Validation:
         values = {f"loss/validation/{kind}_average": measured.loss, f"loss/validation/{kind}_divergence": measured.loss - training}
         return values | of_datasets
 
-    def measure(self) -> "Measured":
+    def measure(self) -> Measured:
         """Measure the loss of all held-out images at all timesteps; nothing else is changed by it."""
         device = self.accelerator.device
         totals = torch.zeros(self.num_datasets, 2, dtype=torch.float64)
