@@ -122,9 +122,10 @@ class Saver:
             if self.writes:
                 displaced = self._write_anywhere(written[0], write_state, "The state")
                 model = self.plan.model_path("step", position.update)
-                displaced += self._write_anywhere(
-                    model, lambda path: self._write_model(path, "step", position), "The trained model"
-                )
+                with suppress(Exception):  # it was told, and the command that continues from the state is still to be printed
+                    displaced += self._write_anywhere(
+                        model, lambda path: self._write_model(path, "step", position), "The trained model"
+                    )
                 for told in displaced:
                     log.error("%s", told)
         return written[-1]

@@ -139,6 +139,19 @@ def test_a_stopped_run_saves_elsewhere_too_and_goes_on_from_there(tmp_path: Path
     assert (state.parent / "net-step00000001.pt").is_file()
 
 
+def test_a_stopped_run_has_its_state_even_where_no_folder_takes_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    saver = make_saver(FakeRun(dataset(5), updates=1), tmp_path / "out")
+    full_disk(saver, tmp_path)
+    state = saver.save_interrupted(Position(batch=1, update=1))
+    assert state == tmp_path / "out" / "net-step00000001-state"
+    assert read_place(state).position == Position(batch=1, update=1)
+    assert "The trained model could not be saved" in caplog.text
+
+
 def test_a_network_of_another_package_is_written_whole_or_not_at_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = FakeRun(dataset(5), updates=2)
     saver = make_saver(run, tmp_path, save_every_n_steps=1)
