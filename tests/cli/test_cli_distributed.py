@@ -79,20 +79,9 @@ def test_a_network_trained_in_two_processes_is_that_of_one(tiny_checkpoint: Path
     """Two epochs with uneven shares and windows, text encoders, saves, states, held-out images and sample images."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red house --s 1\na tree --s 1\na road --s 1\n", encoding="utf-8")
-    more = [
-        "--gradient_accumulation_steps",
-        "2",
-        "--network_dropout",
-        "0",
-        "--learning_rate",
-        "0.5",
-        "--max_train_epochs",
-        "2",
-        "--save_every_n_epochs",
-        "1",
-    ]
-    more += ["--save_state", "--sample_prompts", str(prompts), "--sample_every_n_epochs", "2", "--ddp_gradient_as_bucket_view"]
-    more += ["--loss_ledger"]
+    more = ["--gradient_accumulation_steps", "2", "--network_dropout", "0", "--learning_rate", "0.5", "--max_train_epochs", "2"]
+    more += ["--save_every_n_epochs", "1", "--save_state", "--sample_prompts", str(prompts), "--sample_every_n_epochs", "2"]
+    more += ["--ddp_gradient_as_bucket_view", "--loss_ledger"]
     said = run_both(tmp_path, arguments, tiny_checkpoint, photos, SCRIPT, *more)
     assert_same_run(tmp_path, "net.safetensors")
     one, two = (sorted(map(astuple, read_ledger(tmp_path / count / "net-losses.csv"))) for count in ("1", "2"))

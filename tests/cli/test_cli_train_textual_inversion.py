@@ -40,17 +40,9 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, d
     out = tmp_path_factory.mktemp("out")
     prompts = out / "prompts.txt"
     prompts.write_text("a mychar --w 64 --h 64 --s 1 --d 1\n", encoding="utf-8")
-    samples = (
-        "--sample_prompts",
-        prompts,
-        "--sample_every_n_steps",
-        "2",
-        "--gradient_checkpointing",
-        "--ema_decay",
-        "0.5",
-        "--fp8_base",
-    )
-    done = run_command(command(tiny_checkpoint, dataset, out, "--save_every_n_steps", "2", "--save_state", *samples), script=SCRIPT)
+    samples = ("--sample_prompts", prompts, "--sample_every_n_steps", "2")
+    more = ("--save_every_n_steps", "2", "--save_state", "--gradient_checkpointing", "--ema_decay", "0.5", "--fp8_base", *samples)
+    done = run_command(command(tiny_checkpoint, dataset, out, *more), script=SCRIPT)
     assert done.returncode == 0, done.stderr
     return out, done.stderr
 
