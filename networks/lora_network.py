@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from library.files.hashes import add_network_hashes
-from library.files.pickle_io import save_pickle_checkpoint
-from library.files.safetensors_io import save_safetensors
+from library.files.tensors import save_tensors, to_save
 from library.options.errors import UserError
 from networks.lora_args import LoRAArgs
 from networks.lora_blocks import block_index
@@ -152,15 +151,10 @@ class LoRANetwork(nn.Module):
         Raises:
             UserError: the disk is full or the folder not writable.
         """
-        tensors = {
-            name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in self.state_dict().items()
-        }
-        if Path(file).suffix.lower() != ".safetensors":
-            save_pickle_checkpoint(file, tensors)
-            return
-        if metadata is not None:
+        tensors = to_save(self.state_dict(), dtype)
+        if metadata is not None and Path(file).suffix.lower() == ".safetensors":
             add_network_hashes(metadata, tensors)
-        save_safetensors(file, tensors, metadata)
+        save_tensors(file, tensors, metadata)
 
     def prepare_optimizer_params_with_multiple_te_lrs(
         self, text_encoder_lrs: float | Sequence[float | None] | None, unet_lr: float | None, default_lr: float | None

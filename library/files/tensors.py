@@ -1,11 +1,13 @@
-"""Open a file of tensors whatever its format."""
+"""Open and write files of tensors whatever their format."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from library.files.pickle_io import load_pickle_checkpoint, metadata_of, state_dict_of
-from library.files.safetensors_io import TensorFile, open_safetensors
+from library.files.pickle_io import load_pickle_checkpoint, metadata_of, save_pickle_checkpoint, state_dict_of
+from library.files.safetensors_io import TensorFile, open_safetensors, save_safetensors
 from library.files.safetensors_layout import TensorInfo
 
 
@@ -33,3 +35,30 @@ def open_tensors(path: str | Path, mmap: bool = True) -> TensorFile:
     tensors = state_dict_of(content)
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     return TensorFile(path, infos, metadata_of(content), _Loaded(tensors))
+
+
+def to_save(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return tensors as files hold them: on the CPU, without gradient, contiguous.
+
+    Args:
+        tensors: by name.
+        dtype: of all of them; None keeps their own.
+    """
+    return {name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:
+    """Write tensors atomically.
+
+    Args:
+        path: `.safetensors`, in any case, or with any other extension a PyTorch pickle without metadata.
+        tensors: see `to_save`.
+        metadata: of a safetensors file.
+
+    Raises:
+        UserError: the disk is full or the folder not writable.
+    """
+    if Path(path).suffix.lower() == ".safetensors":
+        save_safetensors(path, tensors, metadata)
+    else:
+        save_pickle_checkpoint(path, tensors)

@@ -6,9 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from library.files.pickle_io import save_pickle_checkpoint
-from library.files.safetensors_io import save_safetensors
-from library.files.tensors import open_tensors
+from library.files.tensors import open_tensors, save_tensors, to_save
 from library.options.errors import UserError
 
 
@@ -50,8 +48,4 @@ def save_word(path: str | Path, rows: Mapping[str, Tensor], dtype: torch.dtype |
     Raises:
         UserError: the disk is full or the folder not writable.
     """
-    tensors = {key: row.detach().to("cpu", dtype or row.dtype).contiguous() for key, row in rows.items()}
-    if Path(path).suffix.lower() == ".safetensors":
-        save_safetensors(path, tensors, metadata)
-    else:
-        save_pickle_checkpoint(path, tensors)
+    save_tensors(path, to_save(rows, dtype), metadata)
