@@ -30,8 +30,7 @@ class GradientNorms:
             if parameter.grad is not None:
                 gradients.setdefault(self._group_of[id(parameter)], []).append(parameter.grad)
         for number, own in gradients.items():
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(own, 2, torch.float32)))
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of gradients that are spread over processes
+            norm = total_norm(own)
             square = (norm if scale is None else norm / scale.to(norm.device)).square()
             before = self._squares[number]
             self._squares[number] = square if before is None else before + square
@@ -40,3 +39,10 @@ class GradientNorms:
         """Return the norm of each group's gradient and forget it; 0 where a group had none."""
         taken, self._squares = self._squares, [None] * len(self._squares)
         return [0.0 if square is None else square.sqrt() for square in taken]
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the Euclidean norm () of gradients together, float32; at least one."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2, torch.float32)))
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of gradients that are spread over processes
+    return whole

@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from library.optim.finite import FiniteGate
 from library.optim.gradient_norms import GradientNorms
 from library.optim.parameter_steps import ParameterSteps
 from library.options.checks_optimizer import steps_alone
@@ -24,6 +25,8 @@ class Updater(Protocol):
 
     gradient_norms: GradientNorms | None
     """Measures the gradients before they are limited, where somebody wants to know."""
+    gate: FiniteGate | None
+    """Keeps what is not finite from the weights; a gradient scaler has done so already where there is one."""
     before_step: Callable[[], None]
     """Called when all gradients are there and limited, before they are used; never where they are used one by one."""
 
@@ -60,6 +63,7 @@ class UpdateAfterBackward:
         self._step = step
         self._seed = 0
         self.gradient_norms: GradientNorms | None = None
+        self.gate: FiniteGate | None = None
         self.before_step: Callable[[], None] = lambda: None
 
     def begin(self, seed: int) -> None:
@@ -71,10 +75,12 @@ class UpdateAfterBackward:
         if self.gradient_norms is not None:
             scaler = self._accelerator.scaler
             self.gradient_norms.add(self._parameters, None if scaler is None else scaler._scale)
+        norm: Tensor | None = None
         if self._max_grad_norm > 0:
-            self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm)
+            norm = self._accelerator.clip_grad_norm_(self._parameters, self._max_grad_norm)
         self.before_step()
-        self._step(self._seed)
+        if self.gate is None or self._accelerator.scaler is not None or self.gate.admits(self._parameters, norm):
+            self._step(self._seed)
         was_made = not self._accelerator.optimizer_step_was_skipped
         self._prepared.zero_grad(set_to_none=True)
         return was_made
@@ -98,6 +104,7 @@ class UpdateInBackward:
         self._max_grad_norm = max_grad_norm
         self._seed = 0
         self.gradient_norms: GradientNorms | None = None
+        self.gate: FiniteGate | None = None
         self.before_step: Callable[[], None] = lambda: None
         self._arrived = [0] * len(self._groups)
         for number, group in enumerate(self._groups):
@@ -130,7 +137,8 @@ class UpdateInBackward:
     def _step(self, number: int) -> None:
         self._arrived[number] = 0
         for chunk in chunked([parameter for parameter in self._groups[number] if parameter.grad is not None], _CHUNK):
-            self._steps.step(chunk, self._seed)
+            if self.gate is None or self.gate.admits(chunk):
+                self._steps.step(chunk, self._seed)
             for parameter in chunk:
                 parameter.grad = None
 

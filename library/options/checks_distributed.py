@@ -83,6 +83,8 @@ def _deepspeed_problems(options: TrainingOptions, zero: DistributedOptions) -> I
         yield "--fp16_master_weights_and_gradients is not built: weights are kept in float32 under DeepSpeed. Leave it out."
     if options.compile.torch_compile:
         yield "--deepspeed has not been tried with --torch_compile. Leave one of them out."
+    if options.optimizer.on_non_finite == "skip":
+        yield "--on_non_finite skip leaves out updates, which --deepspeed cannot. Leave one of them out."
     if options.logging.log_grad_norm:
         yield "--log_grad_norm measures whole gradients, which --deepspeed divides over the processes. Leave one of them out."
     precision = options.precision

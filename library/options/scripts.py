@@ -108,6 +108,7 @@ _TRAINING_ADDITIONS = frozenset(
         "logit_std",
         "loss_ledger",
         "masked_loss_normalize",
+        "on_non_finite",
         "resume_changed",
         "strict_config",
         "cache_latents_posterior",

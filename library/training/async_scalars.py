@@ -41,9 +41,9 @@ class AsyncScalars:
             tag, value, _ = self._pending.popleft()
             yield tag, value.tolist()
 
-    def drain(self) -> Iterator[tuple[Any, Any]]:
-        """Yield everything sent off, waiting for what is still on its way."""
-        while self._pending:
+    def drain(self, keep: int = 0) -> Iterator[tuple[Any, Any]]:
+        """Yield what was sent off but for the `keep` latest, waiting for what is still on its way."""
+        while len(self._pending) > keep:
             tag, value, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()

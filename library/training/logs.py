@@ -3,6 +3,7 @@
 The loop never waits for a number: losses are copied off the device in the background (`AsyncScalars`) and shown when they arrive.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ class LossRecorder:
         self._count = 0
 
     def add(self, epoch: int, index: int, loss: float) -> None:
-        """Take the loss of a batch.
+        """Take the loss of a batch; one that is not finite does not count.
 
         Args:
             epoch: 1-based.
@@ -44,6 +45,8 @@ class LossRecorder:
             index = len(self._losses) - 1
         elif index >= len(self._losses):
             self._losses.extend([None] * (index + 1 - len(self._losses)))
+        if not math.isfinite(loss):
+            return
         old = self._losses[index]
         self._losses[index] = loss
         self._total += loss - (old or 0.0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from library.dataset.batch import Batch
 from library.optim.updates import Updater
 from library.training.interrupt import StopRequest
+from library.training.non_finite import Unguarded
 from library.training.position import Position, window_size
 from library.training.trainable import Trainable
 
@@ -52,6 +53,8 @@ class TrainingRun:
     observe_loss: Callable[[Tensor], None] = lambda loss: None
     """Receives each batch's loss, the mean over the images of all processes, still on the device; once its update is complete."""
     observers: Sequence[Observer] = field(default_factory=list)
+    guard: Unguarded = field(default_factory=Unguarded)
+    """Is told what the updates are made of, and keeps what is not finite from the weights."""
 
     def __post_init__(self) -> None:
         self.updater.before_step = self.trainable.before_step
@@ -88,6 +91,7 @@ def train_epoch(run: TrainingRun, position: Position, stop: StopRequest) -> Posi
         if not is_last_of_window:
             continue
         for loss in mean_over_processes(run.accelerator, losses):
+            run.guard.add_loss(loss)
             run.observe_loss(loss)
         losses.clear()
         update_parameters(run)
@@ -107,6 +111,7 @@ def accumulate_gradient(run: TrainingRun, batch: Batch, epoch: int, index: int, 
     run.trainable.on_batch_start()
     with contextlib.nullcontext() if synchronise else run.accelerator.no_sync(run.step):
         loss: Tensor = run.step(batch.to(run.accelerator.device)).mean()
+        run.guard.begin_batch(batch, epoch, index, loss.detach())
         run.accelerator.backward(loss / window)
     return loss.detach()
 
@@ -124,7 +129,9 @@ def mean_over_processes(accelerator: Any, losses: Sequence[Tensor]) -> Sequence[
 
 def update_parameters(run: TrainingRun) -> None:
     """Bring the update to its end, and step the schedule unless a float16 overflow made the update void."""
-    if run.updater.finish():
+    was_made = run.updater.finish()
+    run.guard.finish_update(was_made)
+    if was_made:
         run.schedule.step()
     run.trainable.after_update()
 

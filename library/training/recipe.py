@@ -47,6 +47,7 @@ from library.training.sharding import divided
 from library.training.state import Resumable, SavedPlace, load_state
 from library.training.step import ModelParts, NanWatch, TrainStep
 from library.training.trained_table import report_trained
+from library.training.trouble import add_guard
 
 log = logging.getLogger(__name__)
 
@@ -227,6 +228,7 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
         seed=setting.seed,
         batches_per_epoch=setting.batches_per_epoch,
     )
+    add_guard(run, saver, setting, trained, optimizer)
     return run, saver
 
 

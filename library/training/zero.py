@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from library.optim.finite import FiniteGate
 from library.optim.gradient_norms import GradientNorms
 from library.options.groups.distributed import DistributedOptions
 
@@ -90,6 +91,7 @@ class ZeroUpdater:
     """Lets the engine clip, step and drop the gradients, which nobody else sees whole; see `library.optim.updates.Updater`."""
 
     gradient_norms: GradientNorms | None = None
+    gate: FiniteGate | None = None
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
@@ -100,8 +102,9 @@ class ZeroUpdater:
         """Nothing is drawn in an update."""
 
     def finish(self) -> bool:
-        """Make the update."""
-        self._engine.step()
+        """Make the update, unless a loss was not finite: DeepSpeed keeps the gradients to itself, so the loss is waited for."""
+        if self.gate is None or self.gate.is_open():
+            self._engine.step()
         return True
 
 

@@ -1,6 +1,6 @@
 """Options about the optimizer."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from library.options.declare import OptionGroup, SameAsUnset, flag, option
 
@@ -24,6 +24,10 @@ class OptimizerOptions(OptionGroup):
         "Largest norm of all gradients together, or of each tensor's gradient where a fused option steps it in the backward pass; "
         "larger ones are scaled down. 0 switches it off.",
         ge=0,
+    )
+    on_non_finite: Literal["stop", "skip"] = option(
+        "stop",
+        "What to do when a loss or a gradient is not finite: stop and tell why, or tell, leave out that update and go on.",
     )
     fused_backward_pass: bool = flag("Step each parameter inside the backward pass and free its gradient at once.")
     fused_optimizer_groups: Annotated[int | None, SameAsUnset(0)] = option(
