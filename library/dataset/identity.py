@@ -16,6 +16,9 @@ from library.options.dataset_config import SubsetConfig
 _PLACES = frozenset({"image_dir", "metadata_file", "conditioning_data_dir", "captions"})
 _COMPARED_BY_RESULT = frozenset({"cache_info", "class_tokens", "caption_extension", "validation_split", "validation_seed"})
 """Keys that are compared by the images and captions they lead to."""
+_FILE_NAMES, _CAPTIONS, _GEOMETRY = "file names", "captions", "sizes, buckets and uses of the images"
+DIGESTS = frozenset({_FILE_NAMES, _CAPTIONS, _GEOMETRY})
+"""What is described by digests, which tell a person nothing but that they differ."""
 
 
 def dataset_identity(dataset: Dataset, num_processes: int) -> dict[str, dict[str, Any]]:
@@ -57,9 +60,9 @@ def _images(section: Section, position: int) -> dict[str, Any]:
     columns = np.column_stack([items.sizes[own], items.buckets[own], items.repeats[own]])
     return {
         "number of images": int(own.sum()),
-        "file names": _digest(_short(path, folder) for path in _of(items.paths(), own)),
-        "captions": _digest(_of(items.captions(), own)),
-        "sizes, buckets and uses of the images": hashlib.blake2b(columns.astype("<i4").tobytes(), digest_size=16).hexdigest(),
+        _FILE_NAMES: _digest(_short(path, folder) for path in _of(items.paths(), own)),
+        _CAPTIONS: _digest(_of(items.captions(), own)),
+        _GEOMETRY: hashlib.blake2b(columns.astype("<i4").tobytes(), digest_size=16).hexdigest(),
     }
 
 

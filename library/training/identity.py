@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from library.dataset.identity import dataset_identity
+from library.dataset.identity import DIGESTS, dataset_identity
 from library.files.hashes import sampled_hash
 from library.options.errors import UserError
 from library.options.resuming import DECIDES, ROUNDS, compared_options, defaults
@@ -110,14 +110,10 @@ def _data_changes(before: Mapping[str, Mapping[str, Any]], now: Mapping[str, Map
         old, new = before[place], now[place]
         changed = [key for key in new if old.get(key) != new[key]]
         for key in changed:
-            if not _is_digest(key):
+            if key not in DIGESTS:
                 yield f"{key} of {place} was {_shown(old.get(key))} and is {_shown(new[key])}"
-        if digests := [key for key in changed if _is_digest(key)]:
+        if digests := [key for key in changed if key in DIGESTS]:
             yield f"{place} has other {', '.join(digests)}"
-
-
-def _is_digest(key: str) -> bool:
-    return key in ("file names", "captions", "sizes, buckets and uses of the images")
 
 
 def _file_identity(path: Path) -> str:

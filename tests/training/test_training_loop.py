@@ -288,17 +288,7 @@ def test_the_command_that_continues_starts_as_this_one_was_started(monkeypatch: 
     machines = "--nnodes 2 --node_rank 0 --master_addr 10.0.0.1 --master_port 29500"
     assert launcher(4) == ["torchrun", *machines.split(), "--nproc_per_node", "2"]
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    words = [
-        "train.py",
-        "--resume",
-        "old",
-        "--resume_from_huggingface",
-        "--seed",
-        "1",
-        "--resume=older",
-        "--huggingface_token",
-        "hf_x",
-    ]
-    monkeypatch.setattr("sys.argv", [*words, "--wandb_api=secret"])
+    words = "train.py --resume old --resume_from_huggingface --seed 1 --resume=older --huggingface_token hf_x --wandb_api=secret"
+    monkeypatch.setattr("sys.argv", words.split())
     assert resume_command(SdxlTrainOptions, "new", 1) == ["python", "train.py", "--seed", "1", "--resume", "new"]
     assert secrets_given(SdxlTrainOptions) == ["--wandb_api_key", "--huggingface_token"]
