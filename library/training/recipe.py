@@ -35,6 +35,7 @@ from library.training.logs import RunSummary, TrainingLog
 from library.training.looking import look, only_looks
 from library.training.loop import TrainingRun, train
 from library.training.observing import add_observers, tell_start
+from library.training.out_of_memory import Resident, telling_of_memory
 from library.training.outputs import RunLength, SavePlan
 from library.training.position import Position
 from library.training.preflight import open_dataset
@@ -99,11 +100,14 @@ def run_recipe(
     if only_looks(options):
         look(open_family, options, data, saved.seed if saved else None)
         return
-    with events_of_run(options.logging.log_events) as events:
-        carry_out(recipe, make_setting(open_family, options, data, saved.seed if saved else None, events), saved, requests)
+    with events_of_run(options.logging.log_events) as events, telling_of_memory(options) as resident:
+        setting = make_setting(open_family, options, data, saved.seed if saved else None, events)
+        carry_out(recipe, setting, saved, requests, resident)
 
 
-def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, requests: Sequence[ImageRequest]) -> None:
+def carry_out(
+    recipe: Recipe, setting: Setting, saved: SavedPlace | None, requests: Sequence[ImageRequest], resident: Resident
+) -> None:
     """Load the model, make its parts trainable, and train; see `run_recipe`.
 
     Args:
@@ -111,6 +115,7 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
         setting: of the run.
         saved: where the resumed state stood, if any.
         requests: sample prompts.
+        resident: learns what lies in memory.
     """
     options = setting.options
     accelerator, length = setting.accelerator, setting.length
@@ -131,6 +136,8 @@ def carry_out(recipe: Recipe, setting: Setting, saved: SavedPlace | None, reques
 
     parts = ModelParts(setting.family, denoiser, text.encoders, vae, options.cache.vae_batch_size, setting.caption_style)
     run, saver = build_run(recipe, setting, trained, parts)
+    resident.parts, resident.saver = parts, saver
+    resident.batch_size = max(section.config.batch_size for section in setting.dataset.sections)
     report(setting)
     report_trained(setting, trained, saver.live.optimizer.defaults, start.update)
     compile_denoiser(setting, run, trained, denoiser)

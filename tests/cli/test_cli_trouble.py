@@ -1,4 +1,4 @@
-"""What the training scripts do about losses that are not finite, as a person sees it."""
+"""What the training scripts do about losses that are not finite and about full memory, as a person sees it."""
 
 import json
 from dataclasses import replace
@@ -46,6 +46,31 @@ def test_a_network_stops_at_a_spoiled_batch_and_goes_on_from_what_was_saved(
     assert any(each["kind"] == "error" and "The loss of step 3" in each["message"] for each in told)
     went_on = run_command([*args, "--resume", str(state)])
     assert went_on.returncode == 0 and (tmp_path / "out" / "net.safetensors").is_file(), went_on.stderr
+
+
+def run_out_of_memory(number: int) -> None:
+    """Leave no memory for one batch."""
+    from library.training import loop
+
+    calls, train_on = count(), loop.accumulate_gradient
+
+    def crowded(*arguments: Any) -> Any:
+        if next(calls) == number:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        return train_on(*arguments)
+
+    loop.accumulate_gradient = crowded
+
+
+def test_full_memory_tells_what_was_in_it_and_leaves_what_was_saved(tmp_path: Path, photos: Path, tiny_checkpoint: Path) -> None:
+    args = arguments(tiny_checkpoint, write_dataset(tmp_path, photos), tmp_path / "out", "--save_every_n_steps", "1")
+    done = run_command(args, prepare=partial(run_out_of_memory, 1))
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "Memory is full: it happened while it trained." in done.stderr and "Tried to allocate 20.00 GiB" in done.stderr
+    for part in ("trained weights: ", "frozen weights of the U-Net: ", "weights of the VAE: ", "optimizer state: "):
+        assert part in done.stderr
+    assert "--gradient_checkpointing: " in done.stderr and "a smaller batch size than 2" in done.stderr
+    assert load_file(tmp_path / "out" / "net-step00000001.safetensors")
 
 
 def test_several_processes_leave_out_the_same_update(tmp_path: Path, photos: Path, tiny_checkpoint: Path) -> None:

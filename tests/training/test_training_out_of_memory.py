@@ -1,0 +1,74 @@
+"""Memory that is full: what is said to have been in it, and what is advised."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from library.options.errors import UserError
+from library.options.scripts import SdxlTrainNetworkOptions, SdxlTrainOptions
+from library.training.out_of_memory import Resident, Sizes, remedies, telling_of_memory
+
+MIB = 2**20
+
+
+def fill(resident: Resident) -> None:
+    """Put a denoiser of 2 MiB, encoders of 1 MiB and a trained layer of 4 MiB with its state there."""
+    trained: Any = nn.Linear(1024, 1024, bias=False)
+    trained(torch.ones(1, 1024)).sum().backward()
+    optimizer = torch.optim.Adam(trained.parameters())
+    optimizer.step()
+    denoiser = nn.Linear(512, 1024, bias=False).requires_grad_(False)
+    encoder = nn.Linear(512, 512, bias=False).requires_grad_(False)
+    parts: Any = SimpleNamespace(denoiser=denoiser, text_encoders=[encoder, None], vae=None)
+    saver: Any = SimpleNamespace(live=SimpleNamespace(module=trained, optimizer=optimizer))
+    resident.parts, resident.saver = parts, saver
+
+
+def run_out(error: Exception) -> None:
+    with telling_of_memory(SdxlTrainNetworkOptions()) as resident:
+        fill(resident)
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes."),
+        MemoryError("no room"),
+    ],
+)
+def test_full_memory_tells_what_was_in_it_and_what_makes_room(error: Exception) -> None:
+    with pytest.raises(UserError) as told:
+        run_out(error)
+    text = str(told.value)
+    assert told.value.exit_status == 1 and str(error) in text and "while it trained" in text
+    for line in (
+        "trained weights: 4.0 MiB", "U-Net: 2.0 MiB", "text encoders: 1.0 MiB", "gradients: 4.0 MiB", "optimizer state: 8.0 MiB",
+        "--optimizer_type AdamW8bit: three quarters of the optimizer's state (6.0 MiB)", "--fp8_base: ", "(1.0 MiB)",
+    ):  # fmt: skip
+        assert line in text
+    assert "VAE:" not in text
+
+
+def test_full_memory_before_training_is_told_so_and_other_errors_pass() -> None:
+    with pytest.raises(UserError, match="before training"), telling_of_memory(SdxlTrainNetworkOptions()):
+        raise MemoryError
+    with pytest.raises(RuntimeError, match="another"), telling_of_memory(SdxlTrainNetworkOptions()):
+        raise RuntimeError("another")
+
+
+def test_only_what_was_not_given_is_advised_and_each_script_its_own() -> None:
+    sizes = Sizes(trained=4 * MIB, peak=100 * MIB)
+    network, whole = SdxlTrainNetworkOptions(), SdxlTrainOptions()
+    assert "  activations and the rest, at the peak: 96.0 MiB" in sizes.lines()
+    assert not any("fused_backward_pass" in each or "full_bf16" in each for each in remedies(network, sizes))
+    assert not any("fp8_base" in each for each in remedies(whole, sizes))
+    assert "--fused_backward_pass: nearly all gradients (4.0 MiB)" in remedies(whole, sizes)
+    assert any(each.startswith("--cache_latents") for each in remedies(network, sizes))
+    cached = network.cache.model_copy(update={"cache_latents": True, "cache_text_encoder_outputs": True})
+    given = SdxlTrainNetworkOptions(cache=cached)
+    assert not any(each.startswith("--cache") for each in remedies(given, sizes))
