@@ -21,6 +21,7 @@ from library.options.groups.network import NetworkOptions
 from library.options.groups.precision import StepPrecisionOptions, WorkingPrecisionOptions
 from library.options.groups.sample import SampleOptions
 from library.options.groups.textual_inversion import TextualInversionOptions
+from library.options.idle import idle_notes
 from library.options.scripts import (
     CacheLatentsOptions,
     CacheTextEncoderOutputsOptions,
@@ -97,7 +98,8 @@ def precision_problems(precision: WorkingPrecisionOptions) -> Iterator[str]:
         if getattr(precision, name) and precision.mixed_precision != half:
             yield f"--{name} keeps weights in the type of the computation, so it needs --mixed_precision {half}."
     if precision.wants_xformers and find_spec("xformers") is None:
-        yield "--xformers needs the package xformers: pip install xformers, or leave it out, since PyTorch's attention is as fast."
+        name = "xformers" if precision.xformers else "diffusers_xformers"
+        yield f"--{name} needs the package xformers: pip install xformers, or leave it out, since PyTorch's attention is as fast."
 
 
 def offload_problems(precision: StepPrecisionOptions) -> Iterator[str]:
@@ -261,6 +263,7 @@ def _training_notes(options: TrainingOptions) -> Iterator[str]:
     ):
         yield "--skip_until_initial_step has no effect without --initial_step, --initial_epoch or --resume."
     yield from hub_notes(options.state, options.hub)
+    yield from idle_notes(options)
 
 
 def _generation_problems(options: SdxlGenImgOptions) -> Iterator[str]:

@@ -25,11 +25,17 @@ def rate_problems(optimizer: OptimizerOptions, rates: Collection[float]) -> list
 
 
 def rate_notes(options: SdxlTrainNetworkOptions) -> Iterator[str]:
-    """Yield a sentence where a part is left to the default rate while others were given theirs."""
+    """Yield a sentence where a part is left to the default rate while others were given theirs, or a rate is of a frozen part."""
     network, optimizer = options.network, options.optimizer
     own = {"unet_lr": network.unet_lr}
     own |= {f"text_encoder_lr{number}": rate for number, rate in enumerate(network.text_encoder_rates(), start=1)}
-    without = [name for name in network_rates(options) if own[name] is None]
+    trained = network_rates(options)
+    given = {name: bool(getattr(network, name)) for name in ("unet_lr", "text_encoder_lr1", "text_encoder_lr2")}
+    given["text_encoder_lr"] = any(network.text_encoder_lr or ())
+    for name in sorted(name for name, is_given in given.items() if is_given):
+        if not any(part.startswith(name) for part in trained):
+            yield f"--{name} has no effect, because that part is not trained here."
+    without = [name for name in trained if own[name] is None]
     if without and any(own.values()) and "learning_rate" not in optimizer.model_fields_set:
         yield (
             f"--{' and --'.join(without)} and --learning_rate are not given, so what they stand for trains at the default rate of "

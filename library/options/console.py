@@ -6,6 +6,7 @@ import logging.handlers
 import os
 import sys
 
+from library.options.errors import UsageError
 from library.options.groups.console import ConsoleOptions
 
 _CHATTY = ("bitsandbytes",)
@@ -23,7 +24,10 @@ def set_up_logging(console: ConsoleOptions) -> None:
     """Send messages where `--console_log_*` says, those that were held before included.
 
     Without such options they go to standard error: coloured on a terminal that has the `rich` package, plain lines otherwise. Of
-    several processes only the first shows messages below errors.
+    several processes only the first shows messages below errors, and has the file.
+
+    Raises:
+        UsageError: `--console_log_file` cannot be written.
     """
     level = logging.getLevelNamesMapping()[console.console_log_level or "INFO"]
     if int(os.environ.get("RANK", "0")) > 0:
@@ -54,8 +58,14 @@ def say(text: str) -> None:
 
 def _handler(console: ConsoleOptions) -> logging.Handler:
     handler: logging.Handler
-    if console.console_log_file:
-        handler = logging.FileHandler(console.console_log_file, mode="w", encoding="utf-8")
+    if console.console_log_file and os.environ.get("RANK", "0") == "0":
+        try:
+            handler = logging.FileHandler(console.console_log_file, mode="w", encoding="utf-8")
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(
+                [f"--console_log_file {console.console_log_file} cannot be written ({reason}). Choose another one."]
+            ) from None
     elif console.console_log_simple:
         handler = logging.StreamHandler(sys.stdout)
     elif sys.stderr.isatty() and importlib.util.find_spec("rich"):

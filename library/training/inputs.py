@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from library.generation.request import ImageRequest
@@ -15,6 +16,7 @@ from library.options.scripts import CacheLatentsOptions, CacheTextEncoderOutputs
 from library.training.data_terms import check_data_terms
 from library.training.outputs import file_problems, folder_problems, output_problems
 from library.training.preview_plan import PreviewPlan
+from library.training.trackers import tracker_arguments
 
 Options = TypeVar("Options", bound=TrainingOptions)
 
@@ -37,10 +39,16 @@ def input_problems(options: Options, *further: Callable[[Options], Any], trains_
         problems += folder_problems("--dataset_report", options.preflight.dataset_report)
     if options.logging.log_events is not None:
         problems += file_problems("--log_events", options.logging.log_events)
-    readers: tuple[Callable[[Options], Any], ...] = (check_data, sample_requests, *further)
+    if options.logging.logging_dir:
+        problems += folder_problems("--logging_dir", Path(options.logging.logging_dir))
+    readers: tuple[Callable[[Options], Any], ...] = (check_data, sample_requests, _check_tracker_file, *further)
     for read in readers:
         problems += problems_of(partial(read, options))
     return problems
+
+
+def _check_tracker_file(options: TrainingOptions) -> None:
+    tracker_arguments(options.logging.log_tracker_config)
 
 
 def dataset_definition(

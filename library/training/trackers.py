@@ -127,7 +127,7 @@ class RunLog:
             UserError: a tracker's package or `--logging_dir` is missing, or the tracker file cannot be read.
         """
         folder = run_folder(options, started_at)
-        arguments = _tracker_arguments(options.log_tracker_config)
+        arguments = tracker_arguments(options.log_tracker_config)
 
         def settings(kind: str) -> TrackerSettings:
             name = options.log_tracker_name or project
@@ -179,7 +179,12 @@ def run_folder(options: LoggingOptions, started_at: datetime) -> Path | None:
     return Path(options.logging_dir) / f"{options.log_prefix or ''}{started_at:%Y%m%d%H%M%S}"
 
 
-def _tracker_arguments(path: str | None) -> dict[str, dict[str, Any]]:
+def tracker_arguments(path: str | None) -> dict[str, dict[str, Any]]:
+    """Read the tables of `--log_tracker_config`, by tracker.
+
+    Raises:
+        UserError: the file cannot be read, or has other tables.
+    """
     if path is None:
         return {}
     try:

@@ -169,9 +169,14 @@ def test_an_output_folder_that_cannot_be_made_is_told_before_anything_is_loaded(
     assert loaded == []
 
 
-def test_a_report_folder_below_a_file_is_told_with_the_other_mistakes(dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_places_for_reports_and_logs_that_cannot_be_used_are_told_with_the_other_mistakes(
+    dataset: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     (tmp_path / "file").touch()
-    report = ["--dataset_report", str(tmp_path / "file" / "report"), "--optimizer_type", "Adamw9"]
+    below, settings = str(tmp_path / "file" / "below"), str(tmp_path / "none.toml")
+    given = ["--dataset_report", below, "--logging_dir", below, "--log_tracker_config", settings, "--optimizer_type", "Adamw9"]
     with pytest.raises(UsageError, match="Adamw9") as told:
-        sdxl_train_network.main(arguments(tiny_checkpoint, dataset, tmp_path / "out", *report))
-    assert f"--dataset_report {report[1]} cannot be made, because {tmp_path / 'file'} is a file." in told.value.problems
+        sdxl_train_network.main(arguments(tiny_checkpoint, dataset, tmp_path / "out", *given))
+    for option in ("--dataset_report", "--logging_dir"):
+        assert f"{option} {below} cannot be made, because {tmp_path / 'file'} is a file." in told.value.problems
+    assert f"--log_tracker_config {settings} cannot be read (No such file or directory): check the path." in told.value.problems

@@ -79,6 +79,9 @@ ODD = [
     ("--ip_noise_gamma_random_strength", "--ip_noise_gamma_random_strength has no effect without --ip_noise_gamma"),
     ("--multires_noise_discount 0.5", "--multires_noise_discount has no effect without"),
     ("--skip_until_initial_step", "--skip_until_initial_step has no effect"),
+    ("--network_train_unet_only --text_encoder_lr 1e-4 --learning_rate 1e-4", "--text_encoder_lr has no effect"),
+    ("--cache_text_encoder_outputs --text_encoder_lr2 1e-4 --learning_rate 1e-4", "--text_encoder_lr2 has no effect"),
+    ("--network_train_text_encoder_only --unet_lr 1e-4 --learning_rate 1e-4", "--unet_lr has no effect"),
 ]
 
 FUSED = "--fused_backward_pass --optimizer_type Adafactor --optimizer_args relative_step=False"

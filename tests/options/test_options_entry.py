@@ -91,6 +91,20 @@ def test_messages_before_the_options_are_known_go_where_the_options_say(tmp_path
     assert capsys.readouterr().err == ""
 
 
+def test_a_message_file_that_cannot_be_made_is_told_in_a_sentence(tmp_path):
+    with pytest.raises(UsageError, match=r"--console_log_file .*none/run.log cannot be written \(No such file or directory\)"):
+        set_up_logging(ConsoleOptions(console_log_file=str(tmp_path / "none" / "run.log")))
+
+
+def test_only_the_first_process_has_the_message_file(monkeypatch, tmp_path, capsys):
+    (tmp_path / "run.log").write_text("of the first\n")
+    monkeypatch.setenv("RANK", "1")
+    set_up_logging(ConsoleOptions(console_log_file=str(tmp_path / "run.log")))
+    logging.getLogger("library").error("of the second")
+    assert (tmp_path / "run.log").read_text() == "of the first\n"
+    assert "of the second" in capsys.readouterr().err
+
+
 def test_held_messages_are_shown_when_the_run_ends_early(capsys):
     hold_messages()
     logging.getLogger("library").warning("odd")
