@@ -16,13 +16,11 @@ ZERO_OPTIMIZERS = tuple(path for path in SHARDED_OPTIMIZERS if path != "torch.op
 _OF_DEEPSPEED = {
     name: field for name, field in DistributedOptions.model_fields.items() if name not in ProcessGroupOptions.model_fields
 }
-_OF_STAGE_3 = (
-    "offload_optimizer_nvme_path",
-    "offload_param_device",
-    "offload_param_nvme_path",
-    "zero3_init_flag",
-    "zero3_save_16bit_model",
-)
+_ZERO3_FLAGS = {
+    "zero3_init_flag": "models are read a tensor at a time from memory-mapped files",
+    "zero3_save_16bit_model": "models are always saved whole, in the type that --save_precision says",
+}
+"""Flags of stage 3 that bring nothing here, and why."""
 
 
 def wants_sharding(environment: Mapping[str, str] = os.environ) -> bool:
@@ -41,6 +39,7 @@ def distributed_problems(options: TrainingOptions) -> Iterator[str]:
         yield from _sharding_problems(options)
     if options.distributed.deepspeed:
         yield from _deepspeed_problems(options, options.distributed)
+        yield from _place_problems(options.distributed)
 
 
 def distributed_notes(options: TrainingOptions) -> Iterator[str]:
@@ -53,6 +52,9 @@ def distributed_notes(options: TrainingOptions) -> Iterator[str]:
     for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
         if getattr(options.distributed, name):
             yield f"--{name} has no effect with --deepspeed."
+    for name, why in _ZERO3_FLAGS.items():
+        if getattr(options.distributed, name):
+            yield f"--{name} has no effect: {why}."
 
 
 def _deepspeed_problems(options: TrainingOptions, zero: DistributedOptions) -> Iterator[str]:
@@ -67,20 +69,11 @@ def _deepspeed_problems(options: TrainingOptions, zero: DistributedOptions) -> I
         )
     elif os.environ.get("WORLD_SIZE", "1") == "1":
         yield "--deepspeed divides the work over processes, and this is the only one. Launch at least two, or leave it out."
-    if zero.zero_stage == 0:
-        yield "--zero_stage 0 divides nothing. Leave out --deepspeed, or choose 1 or 2."
-    if zero.zero_stage == 3:
-        yield (
-            "--zero_stage 3 is not built: weights are divided by FSDP2 (examples/accelerate/fsdp2.yaml, sdxl_train.py). "
-            "--zero_stage 2 divides gradients and optimizer state."
-        )
-    if zero.offload_optimizer_device == "nvme":
-        yield "--offload_optimizer_device nvme is not built. Use cpu, which keeps optimizer state in main memory."
-    for name in _OF_STAGE_3:
-        if getattr(zero, name) != _OF_DEEPSPEED[name].default:
-            yield f"--{name} belongs to --zero_stage 3 or to nvme, which are not built. Leave it out."
     if zero.fp16_master_weights_and_gradients:
-        yield "--fp16_master_weights_and_gradients is not built: weights are kept in float32 under DeepSpeed. Leave it out."
+        yield (
+            "--fp16_master_weights_and_gradients belongs to DeepSpeed's own float16 training with its own Adam: here weights are "
+            "kept in float32 and --optimizer_type steps them. Leave it out."
+        )
     if options.compile.torch_compile:
         yield "--deepspeed has not been tried with --torch_compile. Leave one of them out."
     if options.optimizer.on_non_finite == "skip":
@@ -93,6 +86,23 @@ def _deepspeed_problems(options: TrainingOptions, zero: DistributedOptions) -> I
         yield f"--deepspeed excludes {given}: weights are kept in float32. Use --mixed_precision bf16 or no."
     if class_path(options.optimizer) not in ZERO_OPTIMIZERS:
         yield f"--deepspeed steps shares of parameters, {_not_known(options, ZERO_OPTIMIZERS)}"
+
+
+def _place_problems(zero: DistributedOptions) -> Iterator[str]:
+    """Yield what cannot be kept where DeepSpeed was asked to."""
+    if zero.zero_stage == 3:
+        yield (
+            "--zero_stage 3 is refused: it has not been shown to be right with gradient checkpointing, networks and weights in "
+            "main memory. FSDP2 divides weights too (examples/accelerate/fsdp2.yaml, sdxl_train.py)."
+        )
+    if zero.offload_param_device is not None or zero.offload_param_nvme_path is not None:
+        name = "offload_param_device" if zero.offload_param_device is not None else "offload_param_nvme_path"
+        yield f"--{name} is about divided weights (--zero_stage 3), and with --zero_stage 0, 1 and 2 they are whole. Leave it out."
+    if zero.offload_optimizer_device is not None and zero.zero_stage == 0:
+        yield "--offload_optimizer_device needs --zero_stage 1 or 2: stage 0 divides nothing. Leave it out."
+    if zero.offload_optimizer_device == "nvme" or zero.offload_optimizer_nvme_path is not None:
+        name = "offload_optimizer_device nvme" if zero.offload_optimizer_device == "nvme" else "offload_optimizer_nvme_path"
+        yield f"--{name}: with stages 1 and 2 DeepSpeed keeps it in main memory all the same. Give --offload_optimizer_device cpu."
 
 
 def _not_known(options: TrainingOptions, known: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
 """Optimizer state and gradients divided over processes by DeepSpeed (ZeRO stages 1 and 2), in main memory if that is wanted.
 
-Every process has the whole model in the type it is trained in; after each update the processes exchange what they updated. The
-package is optional and is asked for the division alone: precision, schedules, batches and files are those of every other run.
+Every process has the whole model in the type it is trained in; after each update the processes exchange what they updated. With
+stage 0 DeepSpeed only averages the gradients. The package is optional and is asked for the division alone: precision, schedules,
+batches and files are those of every other run.
 """
 
 import contextlib
@@ -60,7 +61,8 @@ class ZeroRun:
         self.accelerator = ZeroAccelerator(accelerator, engine)
         self.step: nn.Module = engine
         self.updater = ZeroUpdater(engine)
-        self.optimizer = ZeroOptimizer(optimizer, inner, groups)
+        divides = config["zero_optimization"]["stage"] > 0
+        self.optimizer = ZeroOptimizer(optimizer, inner, groups) if divides else optimizer
 
 
 class ZeroAccelerator:
@@ -130,6 +132,11 @@ class ZeroOptimizer:
         """The groups as they are now, with whole parameters."""
         groups = zip(self.optimizer.param_groups, self._parameters, strict=True)
         return [{**group, "params": list(parameters)} for group, parameters in groups]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The settings of a group that says nothing else."""
+        return self.optimizer.defaults
 
     def gather(self) -> None:
         """Gather the state of every parameter in main memory; every process calls it."""

@@ -154,7 +154,7 @@ def test_two_processes_draw_what_they_would_have_drawn_after_one_of_them_was_sto
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is optional")
-@pytest.mark.parametrize("stage", ["1", "2", "2 --offload_optimizer_device cpu"])
+@pytest.mark.parametrize("stage", ["0", "1", "2", "1 --offload_optimizer_device cpu", "2 --offload_optimizer_device cpu"])
 def test_deepspeed_divides_the_work_of_two_processes_and_goes_on_from_its_state(
     stage: str, tiny_checkpoint: Path, photos: Path, tmp_path: Path
 ) -> None:

@@ -74,15 +74,13 @@ def zero(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        ("--zero_stage 0", "divides nothing"),
-        ("--zero_stage 3", "weights are divided by FSDP2"),
-        ("--offload_optimizer_device nvme", "Use cpu"),
-        ("--offload_param_device cpu", "--offload_param_device belongs to --zero_stage 3"),
-        ("--offload_param_nvme_path p", "--offload_param_nvme_path belongs to"),
-        ("--offload_optimizer_nvme_path p", "--offload_optimizer_nvme_path belongs to"),
-        ("--zero3_init_flag", "--zero3_init_flag belongs to"),
-        ("--zero3_save_16bit_model", "--zero3_save_16bit_model belongs to"),
-        ("--fp16_master_weights_and_gradients", "weights are kept in float32"),
+        ("--zero_stage 0 --offload_optimizer_device cpu", "stage 0 divides nothing"),
+        ("--zero_stage 3", "FSDP2 divides weights too"),
+        ("--offload_optimizer_device nvme", "--offload_optimizer_device nvme: with stages 1 and 2"),
+        ("--offload_param_device cpu", "--offload_param_device is about divided weights"),
+        ("--offload_param_nvme_path p", "--offload_param_nvme_path is about divided weights"),
+        ("--offload_optimizer_nvme_path p", "--offload_optimizer_nvme_path: with stages 1 and 2"),
+        ("--fp16_master_weights_and_gradients", "--optimizer_type steps them"),
         ("--mixed_precision bf16 --full_bf16", "--deepspeed excludes --full_bf16"),
         ("--torch_compile", "has not been tried with --torch_compile"),
         ("--log_grad_norm", "--log_grad_norm measures whole gradients"),
@@ -111,7 +109,15 @@ def test_deepspeed_needs_its_package_several_processes_and_the_launcher_to_leave
 def test_options_without_effect_are_told(zero: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     parse(SdxlTrainOptions, f"{BASE} --zero_stage 1".split())
     parse(SdxlTrainOptions, f"{BASE} --deepspeed --ddp_static_graph".split())
-    assert [record.getMessage().partition(" has")[0] for record in caplog.records] == ["--zero_stage", "--ddp_static_graph"]
+    parse(SdxlTrainOptions, f"{BASE} --deepspeed --zero3_init_flag --zero3_save_16bit_model".split())
+    told = [record.getMessage() for record in caplog.records]
+    assert [line.partition(" has")[0] for line in told] == [
+        "--zero_stage",
+        "--ddp_static_graph",
+        "--zero3_init_flag",
+        "--zero3_save_16bit_model",
+    ]
+    assert "memory-mapped" in told[2] and "--save_precision" in told[3]
 
 
 def test_stage_and_place_reach_deepspeed() -> None:
@@ -120,4 +126,5 @@ def test_stage_and_place_reach_deepspeed() -> None:
     asked = zero_config(DistributedOptions(deepspeed=True, zero_stage=1, offload_optimizer_device="cpu"), 0.5, 4, 2)
     assert asked["zero_optimization"] == {"stage": 1, "offload_optimizer": {"device": "cpu"}}
     assert (asked["gradient_clipping"], asked["train_batch_size"]) == (0.5, 8)
+    assert zero_config(DistributedOptions(deepspeed=True, zero_stage=0), 0.0, 1, 2)["zero_optimization"] == {"stage": 0}
     assert zero_config(DistributedOptions(deepspeed=True), 0.0, 1, 2)["zero_optimization"] == {"stage": 2}
