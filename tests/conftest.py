@@ -23,6 +23,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import pytest  # noqa: E402  (the environment above must be set before a plugin imports torch)
 from filelock import FileLock  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("steady", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")

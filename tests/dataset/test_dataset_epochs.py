@@ -35,7 +35,7 @@ def dataset_of(
     return Dataset(config(section(*parts, enable_bucket=True, **changes)), seed=3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(SIZES, min_size=1, max_size=3),
     repeats=st.lists(st.integers(1, 4), min_size=3, max_size=3),
@@ -58,7 +58,7 @@ def test_each_repeat_of_each_image_is_planned_once(
         assert len(share.uses) <= batch_size
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=SIZES,
     processes=st.integers(1, 2),

@@ -136,7 +136,7 @@ TABLES = st.lists(st.sampled_from([(row[0], row[1]) for row in TABLE]), max_size
 
 
 @given(TABLES, st.lists(st.tuples(TABLES, st.lists(TABLES, min_size=1, max_size=3)), min_size=1, max_size=3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_line_of_a_key_holds_the_key(
     general: dict[str, object], datasets: list[tuple[dict[str, object], list[object]]]
 ) -> None:

@@ -33,7 +33,7 @@ ENTRIES = st.dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(ENTRIES)
 def test_entries_come_back_as_they_were_and_training_reads_their_texts(entries: Entries) -> None:
     with TemporaryDirectory() as folder:
@@ -49,7 +49,7 @@ def test_entries_come_back_as_they_were_and_training_reads_their_texts(entries: 
     assert texts == {key: (said.get("caption", "").strip(), said.get("tags", "").strip()) for key, said in entries.items()}
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(ENTRIES)
 def test_json_lines_hold_the_same(entries: Entries) -> None:
     with TemporaryDirectory() as folder:
@@ -59,7 +59,7 @@ def test_json_lines_hold_the_same(entries: Entries) -> None:
         assert read_entries(str(path)) == entries
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(caption=st.text(), tags=st.text(), name=st.text("ab.[]'é 名", min_size=1, max_size=9).filter(lambda name: name[0] != "."))
 def test_text_files_arrive_in_training_through_the_merging_tools(caption: str, tags: str, name: str) -> None:
     with TemporaryDirectory() as folder:

@@ -96,7 +96,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(keys_of_a_table(), st.lists(DATASETS, min_size=0, max_size=2))
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example({}, [({"class_tokens": "x"}, [SOURCES["metadata"]])])
 @example({"class_tokens": "x"}, [({}, [SOURCES["metadata"]])])
 @example({}, [({}, [SOURCES["folder"], SOURCES["control"]])])
