@@ -227,14 +227,14 @@ def test_wandb_receives_positions_as_fields_and_pictures_uncommitted(wandb: Wand
     config = tmp_path / "trackers.toml"
     config.write_text('[wandb]\ntags = ["cat"]\n', encoding="utf-8")
     options = LoggingOptions(log_with="wandb", wandb_api_key="k", wandb_run_name="run", log_tracker_config=str(config))
-    log = RunLog.open(options, "network_train", None, STARTED)
+    log = RunLog.open(options, "network_train", {"seed": 7}, STARTED)
     log.step({"loss/current": 0.5}, step=3, epoch=2)
     picture = tmp_path / "picture.png"
     picture.touch()
     log.sample(0, picture, "a cat")
     log.sample(1, tmp_path / "on another machine.png", "a dog")
     log.close()
-    arguments = {"project": "network_train", "config": None, "tags": ["cat"], "name": "run"}
+    arguments = {"project": "network_train", "config": {"seed": 7}, "tags": ["cat"], "name": "run"}
     assert wandb.told == [
         ("login", "k"),
         ("init", arguments),
