@@ -17,7 +17,9 @@ from library.files.safetensors_io import open_safetensors, save_safetensors
 from library.options.errors import UserError
 from networks.lllite_module import LLLiteModule
 
-_TARGET = re.compile(r"(?:input_blocks\.(\d+)\.|middle_block\.).*\.(?:attn1\.to_[qkv]|attn2\.to_q)")
+_TARGET = re.compile(r"(?:input_blocks|middle_block)\..*\.(?:attn1\.to_[qkv]|attn2\.to_q)")
+_HALVES = re.compile(r"input_blocks\.\d+\.0\.op")
+"""The convolutions from which on tokens are twice as far apart."""
 
 
 class Widths(NamedTuple):
@@ -57,6 +59,10 @@ class ControlNetLLLite(nn.Module):
         """Put the modules into the layers' forward passes."""
         for adapter in self.adapters.values():
             adapter.apply_to()
+
+    def on_epoch_start(self, text_encoders: Any, unet: Any) -> None:
+        """Switch to training mode."""
+        self.train()
 
     def see(self, images: Tensor | None) -> None:
         """Take the control images that the next calls of the U-Net follow.
@@ -159,9 +165,9 @@ def widths_of(weights: Mapping[str, Any], file: str) -> Widths:
 
 def _targets(unet: nn.Module) -> Iterator[tuple[str, nn.Linear, int]]:
     """Yield name in files, layer and depth of every layer that gets a module."""
+    depth = 1
     for path, layer in unet.named_modules():
-        found = _TARGET.fullmatch(path)
-        if found and isinstance(layer, nn.Linear):
-            block = found.group(1)
-            depth = 3 if block is None else min(int(block) // 3 + 1, 3)
+        if _HALVES.fullmatch(path):
+            depth += 1
+        elif _TARGET.fullmatch(path) and isinstance(layer, nn.Linear):
             yield f"lllite_unet_{path.replace('.', '_')}", layer, depth

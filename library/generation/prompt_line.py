@@ -7,7 +7,7 @@ one blank and a value; case does not matter. What cannot be used is told, with t
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from library.generation.request import clamped_steps
@@ -116,6 +116,11 @@ SAMPLES = LineGrammar(
     },
 )
 """Lines of `--sample_prompts` files."""
+
+GUIDED_SAMPLES = replace(
+    SAMPLES, options={**SAMPLES.options, "cn": LineOption("controlnet_image", _TEXT, str.strip, "the name of an image file")}
+)
+"""The same where pictures follow an image."""
 
 
 def parse_prompt_line(line: str, grammar: LineGrammar, where: str) -> PromptLine:

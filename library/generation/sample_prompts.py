@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 from library.generation.prompt_file import prompt_lines, read_prompt_text
-from library.generation.prompt_line import SAMPLES, parse_prompt_line
+from library.generation.prompt_line import GUIDED_SAMPLES, SAMPLES, LineGrammar, parse_prompt_line
 from library.generation.request import ImageRequest, clamped_steps, with_rounded_size
 from library.options.errors import UsageError, UserError
 from library.options.groups.sample import SamplerName
 
 logger = logging.getLogger(__name__)
 
-_TEXT_KEYS = ("prompt", "negative_prompt", "sample_sampler")
+_TEXT_KEYS = ("prompt", "negative_prompt", "sample_sampler", "controlnet_image")
 _WHOLE_KEYS = ("width", "height", "sample_steps", "seed")
 _DECIMAL_KEYS = ("scale",)
-_IGNORED_KEYS = frozenset({"controlnet_image", "guidance_scale", "cfg_trunc_ratio", "renorm_cfg", "flow_shift", "enum"})
+_GUIDE = "controlnet_image"
+_IGNORED_KEYS = frozenset({_GUIDE, "guidance_scale", "cfg_trunc_ratio", "renorm_cfg", "flow_shift", "enum"})
 _KNOWN_KEYS = (*_TEXT_KEYS, *_WHOLE_KEYS, *_DECIMAL_KEYS)
 
 
@@ -40,6 +41,8 @@ class SampleDefaults:
     steps: int = 30
     cfg_scale: float = 7.5
     sampler: str = "ddim"
+    guided: bool = False
+    """Whether every picture follows an image, which its prompt then has to name."""
 
 
 def read_sample_prompts(path: str, defaults: SampleDefaults) -> list[ImageRequest]:
@@ -63,9 +66,10 @@ def read_sample_prompts(path: str, defaults: SampleDefaults) -> list[ImageReques
     if reader is None:
         raise UserError(f"{path}: sample prompts are read from .txt, .toml or .json files; rename the file or choose another.")
     problems: list[str] = []
+    grammar = GUIDED_SAMPLES if defaults.guided else SAMPLES
     requests = [
         _request(values, where, defaults, problems)
-        for where, values in reader(path, read_prompt_text(path, "--sample_prompts"), problems)
+        for where, values in reader(path, read_prompt_text(path, "--sample_prompts"), grammar, problems)
     ]
     if not requests and not problems:
         problems.append(f"{path}: there is no prompt in this file; write one per line, or leave out --sample_prompts.")
@@ -78,11 +82,11 @@ _Values = dict[str, Any]
 _Located = list[tuple[str, _Values]]
 
 
-def _from_txt(path: str, text: str, problems: list[str]) -> _Located:
-    return [(where, _line_values(line, where, problems)) for where, line in prompt_lines(path, text)]
+def _from_txt(path: str, text: str, grammar: LineGrammar, problems: list[str]) -> _Located:
+    return [(where, _line_values(line, where, grammar, problems)) for where, line in prompt_lines(path, text)]
 
 
-def _from_toml(path: str, text: str, problems: list[str]) -> _Located:
+def _from_toml(path: str, text: str, grammar: LineGrammar, problems: list[str]) -> _Located:
     try:
         table = tomllib.loads(text).get("prompt")
     except tomllib.TOMLDecodeError as error:
@@ -99,7 +103,7 @@ def _from_toml(path: str, text: str, problems: list[str]) -> _Located:
     ]
 
 
-def _from_json(path: str, text: str, problems: list[str]) -> _Located:
+def _from_json(path: str, text: str, grammar: LineGrammar, problems: list[str]) -> _Located:
     try:
         entries = json.loads(text)
     except json.JSONDecodeError as error:
@@ -109,7 +113,7 @@ def _from_json(path: str, text: str, problems: list[str]) -> _Located:
         problems.append(f"{path}: a list of prompts is expected, [ … ], not {type(entries).__name__}.")
         return []
     return [
-        (where, _line_values(entry, where, problems) if isinstance(entry, str) else _object_values(entry, where, problems))
+        (where, _line_values(entry, where, grammar, problems) if isinstance(entry, str) else _object_values(entry, where, problems))
         for number, entry in enumerate(entries, 1)
         for where in [f"{path}, prompt {number}"]
     ]
@@ -118,8 +122,8 @@ def _from_json(path: str, text: str, problems: list[str]) -> _Located:
 _READERS = {".txt": _from_txt, ".toml": _from_toml, ".json": _from_json}
 
 
-def _line_values(line: str, where: str, problems: list[str]) -> _Values:
-    parsed = parse_prompt_line(line, SAMPLES, where)
+def _line_values(line: str, where: str, grammar: LineGrammar, problems: list[str]) -> _Values:
+    parsed = parse_prompt_line(line, grammar, where)
     for note in parsed.notes:
         logger.warning(note)
     problems.extend(parsed.refusals)
@@ -135,8 +139,10 @@ def _object_values(entry: object, where: str, problems: list[str]) -> _Values:
 
 def _request(values: Mapping[str, Any], where: str, defaults: SampleDefaults, problems: list[str]) -> ImageRequest:
     """Make the request; whatever is wrong goes to `problems`, and a default stands in for it."""
-    checked = {key: _checked(key, value, where, problems) for key, value in values.items() if key not in _IGNORED_KEYS}
-    if ignored := sorted(_IGNORED_KEYS & values.keys()):
+    used = {_GUIDE} if defaults.guided else set()
+    ignored_keys = _IGNORED_KEYS - used
+    checked = {key: _checked(key, value, where, problems) for key, value in values.items() if key not in ignored_keys}
+    if ignored := sorted(ignored_keys & values.keys()):
         logger.warning(f"{where}: {', '.join(ignored)} change nothing here.")
     given = {key: value for key, value in checked.items() if value is not None}
     if "prompt" not in values:
@@ -154,9 +160,20 @@ def _request(values: Mapping[str, Any], where: str, defaults: SampleDefaults, pr
             cfg_scale=given.get("scale", defaults.cfg_scale),
             seed=given.get("seed"),
             sampler=sampler,
+            guides=_guides(given.get(_GUIDE), where, problems) if defaults.guided else (),
             raw_prompt=given.get("prompt", ""),
         )
     )
+
+
+def _guides(path: str | None, where: str, problems: list[str]) -> tuple[str, ...]:
+    """Return the image that the picture follows; noted where there is none."""
+    if path is None:
+        problems.append(f"{where}: there is no image that the picture is to follow. Add --cn IMAGE (in tables {_GUIDE}).")
+        return ()
+    if not Path(path).is_file():
+        problems.append(f"{where}: there is no image {path} (--cn). Check the path.")
+    return (path,)
 
 
 def _checked(key: str, value: object, where: str, problems: list[str]) -> Any:

@@ -13,6 +13,7 @@ from library.options.checks_rates import network_rates, rate_notes, rate_problem
 from library.options.dataset_class import class_notes, class_problems
 from library.options.groups.cache import CacheOptions
 from library.options.groups.compile import GONE_BACKENDS, CompileOptions
+from library.options.groups.control_net import ControlNetLLLiteOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.generation import GenModelOptions, GenNetworkOptions, PictureOptions, PromptOptions
 from library.options.groups.logging import LoggingOptions
@@ -27,6 +28,7 @@ from library.options.scripts import (
     CacheTextEncoderOutputsOptions,
     ScriptOptions,
     SdxlGenImgOptions,
+    SdxlTrainControlNetLLLiteOptions,
     SdxlTrainNetworkOptions,
     SdxlTrainOptions,
     SdxlTrainTextualInversionOptions,
@@ -47,6 +49,9 @@ def find_problems(options: ScriptOptions) -> list[str]:
             return [*_training_problems(options), *_finetune_problems(options)]
         case SdxlTrainTextualInversionOptions():
             return [*_training_problems(options), *_word_problems(options.word)]
+        case SdxlTrainControlNetLLLiteOptions():
+            rates = rate_problems(options.optimizer, [options.optimizer.learning_rate])
+            return [*_training_problems(options), *_control_problems(options.control), *rates]
         case CacheLatentsOptions() | CacheTextEncoderOutputsOptions():
             return [*_model_problems(options.model), *_source_problems(options.dataset), *_tool_problems(options.dataset)]
         case SdxlGenImgOptions():
@@ -189,6 +194,17 @@ def _word_problems(word: TextualInversionOptions) -> Iterator[str]:
         yield f"--weights: there is no file {word.weights}."
     if word.use_object_template and word.use_style_template:
         yield "--use_object_template and --use_style_template exclude each other. Choose one."
+
+
+def _control_problems(control: ControlNetLLLiteOptions) -> Iterator[str]:
+    if control.cond_emb_dim is None:
+        yield "--cond_emb_dim is missing. Give the width of what each module sees of the control image, for example 32."
+    elif control.cond_emb_dim % 2:
+        yield f"--cond_emb_dim is {control.cond_emb_dim}, but it must be even. Give {control.cond_emb_dim + 1}."
+    if control.network_dim is None:
+        yield "--network_dim is missing. Give the inner width of each module, for example 64."
+    if control.network_weights is not None and not Path(control.network_weights).is_file():
+        yield f"--network_weights: there is no file {control.network_weights}."
 
 
 def _finetune_problems(options: SdxlTrainOptions) -> Iterator[str]:

@@ -77,7 +77,7 @@ def mask_problems(sections: Sequence[SectionConfig], source: str, masked_loss: b
     if conditioned and not masked_loss:
         return [
             f"{source}: conditioning_data_dir of {', '.join(conditioned)} holds masks, which are used with --masked_loss only. "
-            "Give --masked_loss, or leave the folder out."
+            "Give --masked_loss, or leave the folder out; what follows images is trained by sdxl_train_control_net_lllite.py."
         ]
     if masked_loss and not conditioned and not any(subset.alpha_mask for subset in subsets):
         return [
@@ -85,3 +85,22 @@ def mask_problems(sections: Sequence[SectionConfig], source: str, masked_loss: b
             "to take the transparency of the images as mask; or leave --masked_loss out."
         ]
     return []
+
+
+def control_problems(sections: Sequence[SectionConfig], source: str) -> list[str]:
+    """Return what keeps a network from learning to follow control images.
+
+    Args:
+        sections: all datasets of the run.
+        source: the dataset file, or words for the command line.
+    """
+    subsets = [subset for section in sections for subset in section.subsets]
+    problems = []
+    if without := [subset.source for subset in subsets if not subset.conditioning_data_dir]:
+        problems.append(
+            f"{source}: there are no control images for {', '.join(without)}. Name a conditioning_data_dir with an image of the "
+            "same name for every image; regularisation images and metadata files cannot be used here."
+        )
+    if cropped := [subset.source for subset in subsets if subset.random_crop]:
+        problems.append(f"{source}: random_crop of {', '.join(cropped)} cannot be used with control images. Switch it off.")
+    return problems

@@ -7,7 +7,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from library.options.dataset_checks import bucket_limits, latent_cache_problems, mask_problems, section_problems, section_warnings
+from library.options.dataset_checks import (
+    bucket_limits,
+    control_problems,
+    latent_cache_problems,
+    mask_problems,
+    section_problems,
+    section_warnings,
+)
 from library.options.dataset_file import Place, read_dataset_file
 from library.options.dataset_folders import SOURCE_OPTIONS, command_line_subsets
 from library.options.dataset_keys import KEYS, DatasetKind, Key, subset_kind
@@ -33,6 +40,7 @@ def load_dataset_config(
     *,
     validation: ValidationOptions | None = None,
     masked_loss: bool = False,
+    follows_images: bool | None = False,
     size_multiple: int = 32,
 ) -> DatasetConfig:
     """Read `--dataset_config`, or the folders of `--train_data_dir` and `--reg_data_dir`, and check everything.
@@ -43,7 +51,8 @@ def load_dataset_config(
         image: fallbacks of size and augmentation keys.
         cache: what is cached, which some augmentation excludes.
         validation: fallbacks of the validation keys.
-        masked_loss: whether the loss is weighted by masks; only then has a dataset a use for conditioning images.
+        masked_loss: whether the loss is weighted by masks, which conditioning images then are.
+        follows_images: whether conditioning images are what a control network learns to follow; None where that is not known.
         size_multiple: sides of training images must be multiples of this many pixels.
 
     Raises:
@@ -60,9 +69,14 @@ def load_dataset_config(
         if cache.cache_latents:
             reader.problems += latent_cache_problems(section, place.at())
     if image.alpha_mask and any(subset.conditioning_data_dir for section in sections for subset in section.subsets):
-        reader.warnings.append("--alpha_mask is not used for images with a conditioning_data_dir, whose images are the masks.")
+        instead = "which are seen whole" if follows_images else "whose images are the masks"
+        reader.warnings.append(f"--alpha_mask is not used for images with a conditioning_data_dir, {instead}.")
     if is_sound:
-        reader.problems += mask_problems(sections, str(dataset.dataset_config or COMMAND_LINE), masked_loss)
+        source = str(dataset.dataset_config or COMMAND_LINE)
+        if follows_images:
+            reader.problems += control_problems(sections, source)
+        elif follows_images is not None or masked_loss:
+            reader.problems += mask_problems(sections, source, masked_loss)
     if reader.problems:
         raise UsageError(list(dict.fromkeys(reader.problems)))
     return DatasetConfig(

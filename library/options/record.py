@@ -75,12 +75,15 @@ def options_of(script: type[ScriptOptions]) -> dict[str, Option]:
         name: _option(name, attribute, group, info)
         for attribute, group in script.groups().items()
         for name, info in group.model_fields.items()
+        if name not in script.lacks
     }
 
 
 def option_values(options: ScriptOptions) -> dict[str, Any]:
     """Return the value of every option by name."""
-    return {name: value for attribute in options.groups() for name, value in getattr(options, attribute)}
+    return {
+        name: value for attribute in options.groups() for name, value in getattr(options, attribute) if name not in options.lacks
+    }
 
 
 def _option(name: str, attribute: str, group: type[OptionGroup], info: FieldInfo) -> Option:

@@ -10,6 +10,7 @@ from library.options.groups.caption import CaptionOptions, CaptionTextOptions
 from library.options.groups.compile import CompileOptions
 from library.options.groups.config import ConfigOptions
 from library.options.groups.console import ConsoleOptions
+from library.options.groups.control_net import ControlNetLLLiteOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.distributed import DistributedOptions, ProcessGroupOptions
 from library.options.groups.ema import EmaOptions
@@ -59,6 +60,8 @@ class ScriptOptions:
     """One sentence for the head of `--help`."""
     additions: ClassVar[frozenset[str]] = frozenset()
     """Options that sd-scripts does not have there; they make no abbreviation ambiguous that is clear without them."""
+    lacks: ClassVar[frozenset[str]] = frozenset()
+    """Options of its groups that the script does not take; they stay at their defaults."""
 
     @classmethod
     def groups(cls) -> dict[str, type[OptionGroup]]:
@@ -70,6 +73,9 @@ class ScriptOptions:
 @dataclass(frozen=True)
 class TrainingOptions(ScriptOptions):
     """What every training script takes; this is all that the training loop and its verbs know of the options."""
+
+    follows_images: ClassVar[bool] = False
+    """Whether the images of conditioning_data_dir are what a model learns to follow; elsewhere they are masks of the loss."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
@@ -169,6 +175,25 @@ class SdxlTrainTextualInversionOptions(TrainingOptions):
 
 
 @dataclass(frozen=True)
+class SdxlTrainControlNetLLLiteOptions(TrainingOptions):
+    """Options of `sdxl_train_control_net_lllite.py`."""
+
+    script: ClassVar[str] = "sdxl_train_control_net_lllite.py"
+    purpose: ClassVar[str] = "Train a ControlNet-LLLite, with which an SDXL model follows images such as outlines."
+    follows_images: ClassVar[bool] = True
+    lacks: ClassVar[frozenset[str]] = frozenset({"masked_loss", "masked_loss_normalize", "prior_loss_weight", "reg_data_dir"})
+    additions: ClassVar[frozenset[str]] = (
+        (_TRAINING_ADDITIONS - lacks)
+        | {"cpu_offload_checkpointing", "fused_optimizer_groups", "initial_epoch", "initial_step", "skip_until_initial_step"}
+        | ValidationOptions.model_fields.keys()
+    )
+
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    control: ControlNetLLLiteOptions = field(default_factory=ControlNetLLLiteOptions)
+
+
+@dataclass(frozen=True)
 class _CachingOptions(ScriptOptions):
     """What both caching tools take: the options of training, most of them without effect there."""
 
@@ -250,6 +275,7 @@ SCRIPTS: tuple[type[ScriptOptions], ...] = (
     SdxlTrainOptions,
     SdxlTrainNetworkOptions,
     SdxlTrainTextualInversionOptions,
+    SdxlTrainControlNetLLLiteOptions,
     SdxlGenImgOptions,
     CacheLatentsOptions,
     CacheTextEncoderOutputsOptions,

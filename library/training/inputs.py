@@ -72,6 +72,7 @@ def dataset_definition(
         options.cache if cache is None else cache,
         validation=options.validation,
         masked_loss=options.loss.masked_loss,
+        follows_images=options.follows_images if isinstance(options, TrainingOptions) else None,
     )
 
 
@@ -79,5 +80,5 @@ def sample_requests(options: TrainingOptions, size: tuple[int, int] = (1024, 102
     """Read the sample prompts where sample images are wanted; pictures have `size` (width, height) unless they say otherwise."""
     if PreviewPlan.of(options.sample).is_empty or options.sample.sample_prompts is None:
         return []
-    defaults = SampleDefaults(width=size[0], height=size[1], sampler=options.sample.sample_sampler)
+    defaults = SampleDefaults(width=size[0], height=size[1], sampler=options.sample.sample_sampler, guided=options.follows_images)
     return read_sample_prompts(options.sample.sample_prompts, defaults)

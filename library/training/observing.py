@@ -8,6 +8,8 @@ from typing import Any
 
 from accelerate.utils import gather_object
 
+from library.generation.additions import ControlFile
+from library.generation.controls import Controls
 from library.generation.pipeline import Pipeline
 from library.generation.request import ImageRequest
 from library.models.family import Components
@@ -234,6 +236,7 @@ def previews(
         zero_terminal_snr=setting.objective.zero_terminal_snr,
         style=setting.prompt_style,
         autocast_dtype=setting.autocast_dtype,
+        controls=None if trained.control is None else Controls([trained.control], [ControlFile("")]),
     )
     return [
         Previews(

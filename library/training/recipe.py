@@ -209,6 +209,7 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
         train_text=trained.trains_text,
         set_strength=trained.trainable.set_strength,
         masks_from_control=options.loss.masked_loss,
+        see=trained.control and trained.control.see,
     )
     engine = make_engine(setting, trained, step, optimizer)
     run = TrainingRun(

@@ -19,6 +19,7 @@ from library.training.events import EventLog
 from library.training.outputs import RunLength, save_stem
 from library.training.position import Position
 from library.training.trainable import Trainable
+from networks.control_net_lllite import ControlNetLLLite
 
 MetadataAt = Callable[[str, Position], dict[str, str]]
 """(file stem, place) to the metadata of a model saved there."""
@@ -87,6 +88,8 @@ class Trained:
     """Whether a batch may leave trained parameters without a gradient, which several processes then have to look for."""
     is_divided: bool = False
     """Whether each process has a share of every parameter; see `library.training.sharding`."""
+    control: ControlNetLLLite | None = None
+    """The network that makes the model follow control images, where one is trained."""
 
 
 def beside_output(setting: Setting, ending: str) -> Path:

@@ -18,6 +18,7 @@ from library.models.caption_encoding import encode_captions
 from library.models.family import Family, SizeConditioning, TextCond
 from library.models.prompt_weights import PromptStyle
 from library.options.dataset_keys import PRESERVE
+from library.options.errors import UserError
 from library.training.position import Position
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class TrainStep(nn.Module):
         train_text: whether gradients flow through the text encoders.
         set_strength: sets how strongly a network acts on the model; None where the model itself is trained.
         masks_from_control: whether control images are masks of the loss (`--masked_loss`).
+        see: takes the control images that the model is to follow; None where it follows none.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class TrainStep(nn.Module):
         train_text: bool,
         set_strength: Callable[[float], None] | None = None,
         masks_from_control: bool = False,
+        see: Callable[[Tensor], None] | None = None,
     ) -> None:
         super().__init__()
         self.trained = trained
@@ -67,6 +70,7 @@ class TrainStep(nn.Module):
         self.train_text = train_text
         self.set_strength = set_strength
         self.masks_from_control = masks_from_control
+        self.see = see
         self.num_nan_images: Tensor | None = None
         """Images so far whose latents had a NaN, as a scalar on the device; None before the first encoded batch."""
         self.observe: Callable[[Batch, Tensor, Tensor], None] | None = None
@@ -75,6 +79,7 @@ class TrainStep(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return the weighted loss of each image, float32 (B,), for a batch on the denoiser's device."""
         self._act_as(batch)
+        self._see(batch)
         latents = self.parts.family.to_model_units(self.cached_or_encoded_latents(batch))
         sample = self.objective.sample(latents, batch.draw_seeds)
         losses = self._losses(batch, latents, self.conditioning(batch), sample)
@@ -95,6 +100,7 @@ class TrainStep(nn.Module):
         """
         batch = replace(batch, draw_seeds=list(posterior_seeds))
         self._act_as(batch)
+        self._see(batch)
         latents = self.parts.family.to_model_units(self.cached_or_encoded_latents(batch))
         cond = self.conditioning(batch)
         samples = (self.objective.sample(latents, own, timestep) for timestep, own in zip(timesteps, seeds, strict=True))
@@ -110,6 +116,20 @@ class TrainStep(nn.Module):
         """Give a network its strength for a batch, and leave it: checkpointed parts need it in the backward pass too."""
         if self.set_strength is not None:
             self.set_strength(batch.network_multiplier)
+
+    def _see(self, batch: Batch) -> None:
+        """Show a control network the batch's images, and leave them: checkpointed parts need them in the backward pass too.
+
+        Raises:
+            UserError: the batch has none.
+        """
+        if self.see is None:
+            return
+        if batch.conditioning is None:
+            raise UserError(
+                "A batch has no control images, which the network is to follow. Add conditioning_images to every batch."
+            )
+        self.see(batch.conditioning)
 
     def _masks(self, batch: Batch) -> Tensor | None:
         """Return the masks (B, 1, H, W) in [0, 1] of a batch: the red of its control images, else its alpha channels."""

@@ -92,3 +92,32 @@ def test_control_images_of_another_size_are_refused_in_a_sentence(tiny, unet_inp
     network.see(torch.zeros(2, 3, 32, 64))
     with pytest.raises(ValueError, match="pictures' size"):
         tiny[1](*unet_inputs)
+
+
+def test_dropout_acts_in_training_alone():
+    torch.manual_seed(0)
+    module = LLLiteModule(nn.Linear(8, 4), 1, cond_emb_dim=4, mlp_dim=32, dropout=0.5)
+    nn.init.ones_(module.up[0].weight)
+    module.see(torch.zeros(1, 3, 8, 8))
+    x = torch.randn(1, 1, 8)
+    assert not torch.equal(module.train().shift(x), module.shift(x))
+    assert torch.equal(module.eval().shift(x), module.shift(x))
+
+
+def test_gradients_reach_what_sees_the_image_through_checkpointed_blocks(tiny, unet_inputs):
+    unet = tiny[1].requires_grad_(False)
+    network = ControlNetLLLite(unet, Widths(8, 4))
+    network.apply_to()
+    shaken(network)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for recompute in (False, True):
+        unet.enable_gradient_checkpointing(recompute)
+        network.see(images)
+        unet(*unet_inputs).square().mean().backward()
+        found.append({name: parameter.grad for name, parameter in network.named_parameters()})
+        network.zero_grad(set_to_none=True)
+    plain, recomputed = found
+    assert all(gradient is not None and gradient.any() for name, gradient in plain.items() if ".conditioning1.0." in name)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, msg=name)
