@@ -94,13 +94,16 @@ class Saver:
             raise UserError("\n".join(displaced))
 
     def _write_final(self, position: Position, with_state: bool) -> list[str]:
-        displaced = self._write_anywhere(
-            self.plan.model_path("final"), lambda path: self._write_model(path, "final", position), "The trained model"
-        )
-        if with_state:
+        displaced: list[str] = []
+        try:
             displaced += self._write_anywhere(
-                self.plan.state_path("final"), lambda folder: self._write_state(folder, "final", position), "The state"
+                self.plan.model_path("final"), lambda path: self._write_model(path, "final", position), "The trained model"
             )
+        finally:  # a model can be made of the state again, so that nothing is lost where only the state finds a place
+            if with_state:
+                displaced += self._write_anywhere(
+                    self.plan.state_path("final"), lambda folder: self._write_state(folder, "final", position), "The state"
+                )
         return displaced
 
     def _gathered(self, with_state: bool) -> AbstractContextManager[None]:
@@ -170,6 +173,8 @@ class Saver:
                     return [
                         f"{error} {what} is in {folder / path.name}: move it to a disk with space before that folder is emptied."
                     ]
+                with suppress(OSError):  # it holds what was written before, or was never made
+                    folder.rmdir()
             raise
 
     def _save(self, kind: SaveKind, number: int, position: Position) -> None:

@@ -125,6 +125,8 @@ def test_a_model_that_no_folder_takes_is_told(tmp_path: Path, monkeypatch: pytes
     full_disk(saver, tmp_path)
     with pytest.raises(UserError, match=r"out/net\.pt could not be written: the disk is full"):
         saver.after_training(Position(update=1))
+    assert not list(tmp_path.glob("atelier-*")) and not list(tmp_path.glob("temporary/*")), "no empty folder is left"
+    assert read_place(tmp_path / "out" / "net-state").update == 1, "the state is saved although the model is not"
 
 
 def test_a_stopped_run_saves_elsewhere_too_and_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
