@@ -6,14 +6,13 @@ transformers of the U-Net's input blocks and its middle block.
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from library.files.pickle_io import save_pickle_checkpoint
-from library.files.safetensors_io import open_safetensors, save_safetensors
+from library.files.safetensors_io import open_safetensors
+from library.files.tensors import save_tensors, to_save
 from library.options.errors import UserError
 from networks.lllite_module import LLLiteModule
 
@@ -85,7 +84,10 @@ class ControlNetLLLite(nn.Module):
         Raises:
             UserError: the file cannot be read, or is of another model or of other sizes.
         """
-        weights, own = read_lllite(file), self.state_dict()
+        self._load(read_lllite(file), file)
+
+    def _load(self, weights: Mapping[str, Tensor], file: str) -> None:
+        own = self.state_dict()
         for name in sorted(own.keys() ^ weights.keys()):
             raise UserError(f"{file} does not fit this model: {name} is only in one of the two. Is it for another model?")
         for name, tensor in weights.items():
@@ -109,13 +111,7 @@ class ControlNetLLLite(nn.Module):
         Raises:
             UserError: the disk is full or the folder not writable.
         """
-        tensors = {
-            name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous() for name, tensor in self.state_dict().items()
-        }
-        if Path(file).suffix.lower() == ".safetensors":
-            save_safetensors(file, tensors, metadata)
-        else:
-            save_pickle_checkpoint(file, tensors)
+        save_tensors(file, to_save(self.state_dict(), dtype), metadata)
 
 
 def from_file(unet: nn.Module, file: str, multiplier: float = 1.0) -> ControlNetLLLite:
@@ -129,8 +125,9 @@ def from_file(unet: nn.Module, file: str, multiplier: float = 1.0) -> ControlNet
     Raises:
         UserError: the file is no LLLite file, or is of another model.
     """
-    network = ControlNetLLLite(unet, widths_of(read_lllite(file), file), multiplier=multiplier)
-    network.load_weights(file)
+    weights = read_lllite(file)
+    network = ControlNetLLLite(unet, widths_of(weights, file), multiplier=multiplier)
+    network._load(weights, file)
     return network
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from library.generation.network_files import nth_or
 from library.generation.request import ImageRequest
 from library.options.errors import UsageError
 from library.options.groups.generation import GenNetworkOptions
@@ -58,7 +59,9 @@ def planned_controls(options: GenNetworkOptions) -> list[ControlFile]:
     problems += _image_problems(options)
     if problems:
         raise UsageError(problems)
-    return [ControlFile(path, *(_nth(values or (), index) for values in numbers.values())) for index, path in enumerate(paths)]
+    return [
+        ControlFile(path, *(nth_or(values or (), index, 1.0) for values in numbers.values())) for index, path in enumerate(paths)
+    ]
 
 
 def with_guide_images(
@@ -125,7 +128,3 @@ def _missing_files(option: str, paths: Sequence[str]) -> Iterator[str]:
     for path in paths:
         if not Path(path).is_file():
             yield f"--{option} {path}: there is no such file; check the path."
-
-
-def _nth(values: Sequence[float], index: int) -> float:
-    return values[index] if index < len(values) else 1.0

@@ -48,12 +48,13 @@ def planned_networks(options: GenNetworkOptions) -> list[NetworkFile]:
         raise UsageError(problems)
     num_merged = len(paths) if options.network_merge else options.network_merge_n_models or 0
     return [
-        NetworkFile(module, path, _nth(options.network_mul or (), i, 1.0), _nth(arguments, i, {}), merge=i < num_merged)
+        NetworkFile(module, path, nth_or(options.network_mul or (), i, 1.0), nth_or(arguments, i, {}), merge=i < num_merged)
         for i, (module, path) in enumerate(zip(modules, paths, strict=False))
     ]
 
 
-def _nth(values: Sequence[Value], index: int, default: Value) -> Value:
+def nth_or(values: Sequence[Value], index: int, default: Value) -> Value:
+    """Return the value at a position, or the default where the list is shorter."""
     return values[index] if index < len(values) else default
 
 

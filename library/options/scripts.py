@@ -125,17 +125,19 @@ _TRAINING_ADDITIONS = frozenset(
 )
 
 
+_BEYOND_NETWORKS = frozenset(
+    {"cpu_offload_checkpointing", "initial_epoch", "initial_step", "skip_until_initial_step", *ValidationOptions.model_fields}
+)
+"""What sd-scripts has for networks only, and every training script has here."""
+
+
 @dataclass(frozen=True)
 class SdxlTrainOptions(TrainingOptions):
     """Options of `sdxl_train.py`."""
 
     script: ClassVar[str] = "sdxl_train.py"
     purpose: ClassVar[str] = "Fine-tune a whole SDXL model: the U-Net, and the text encoders if wanted."
-    additions: ClassVar[frozenset[str]] = (
-        _TRAINING_ADDITIONS
-        | {"cpu_offload_checkpointing", "initial_epoch", "initial_step", "prior_loss_weight", "skip_until_initial_step"}
-        | ValidationOptions.model_fields.keys()
-    )
+    additions: ClassVar[frozenset[str]] = _TRAINING_ADDITIONS | _BEYOND_NETWORKS | {"prior_loss_weight"}
 
     cache: CacheOptions = field(default_factory=CacheOptions)
     precision: FinetunePrecisionOptions = field(default_factory=FinetunePrecisionOptions)
@@ -166,8 +168,8 @@ class SdxlTrainTextualInversionOptions(TrainingOptions):
     additions: ClassVar[frozenset[str]] = (
         (_TRAINING_ADDITIONS - {"text_cache_variants"})
         | {"caption_dropout_every_n_epochs", "caption_dropout_rate", "caption_tag_dropout_rate", "weighted_captions"}
-        | {"cpu_offload_checkpointing", "fused_optimizer_groups", "initial_epoch", "initial_step", "skip_until_initial_step"}
-        | ValidationOptions.model_fields.keys()
+        | _BEYOND_NETWORKS
+        | {"fused_optimizer_groups"}
     )
 
     output: WordOutputOptions = field(default_factory=WordOutputOptions)
@@ -182,11 +184,7 @@ class SdxlTrainControlNetLLLiteOptions(TrainingOptions):
     purpose: ClassVar[str] = "Train a ControlNet-LLLite, with which an SDXL model follows images such as outlines."
     follows_images: ClassVar[bool] = True
     lacks: ClassVar[frozenset[str]] = frozenset({"masked_loss", "masked_loss_normalize", "prior_loss_weight", "reg_data_dir"})
-    additions: ClassVar[frozenset[str]] = (
-        (_TRAINING_ADDITIONS - lacks)
-        | {"cpu_offload_checkpointing", "fused_optimizer_groups", "initial_epoch", "initial_step", "skip_until_initial_step"}
-        | ValidationOptions.model_fields.keys()
-    )
+    additions: ClassVar[frozenset[str]] = (_TRAINING_ADDITIONS - lacks) | _BEYOND_NETWORKS | {"fused_optimizer_groups"}
 
     cache: CacheOptions = field(default_factory=CacheOptions)
     output: OutputOptions = field(default_factory=OutputOptions)

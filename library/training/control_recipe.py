@@ -1,16 +1,12 @@
 """How a network learns to make a frozen model follow control images: the recipe of `sdxl_train_control_net_lllite.py`."""
 
 import logging
-import time
 from dataclasses import dataclass
 
 from torch import nn
 
-from library.memory.fp8 import SCALED_FLOAT8
-from library.memory.packed import hold_packed
 from library.options.scripts import SdxlTrainControlNetLLLiteOptions
 from library.training.modelspec import model_spec
-from library.training.position import Position
 from library.training.preparation import TextSide
 from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
 from library.training.trainable import NetworkTrainable
@@ -32,9 +28,7 @@ class ControlRecipe:
 
     def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
         """Load everything in the type of the computation or in fewer bits, as nothing of the model itself is trained."""
-        compute = setting.dtypes.compute
-        hold = hold_packed(SCALED_FLOAT8) if self.options.precision.fp8_base else None
-        return PartDTypes(compute, compute, hold, hold)
+        return PartDTypes.frozen(self.options.precision, setting.dtypes.compute)
 
     def make_trainable(self, setting: Setting, denoiser: nn.Module, text: TextSide, vae: nn.Module | None) -> Trained:
         """Put the network's modules before the U-Net's layers, and load their weights."""
@@ -56,9 +50,4 @@ class ControlRecipe:
 
     def metadata(self, setting: Setting, trained: Trained) -> MetadataAt:
         """A control network says what model it is for; how it was trained is for other networks."""
-        spec = model_spec(setting, "ControlNet", "/control-net-lllite")
-
-        def at(stem: str, position: Position) -> dict[str, str]:
-            return spec.at_save(time.time())
-
-        return at
+        return model_spec(setting, "ControlNet", "/control-net-lllite").alone()

@@ -10,8 +10,6 @@ from typing import Any
 from torch import nn
 
 from library.dataset.facts import metadata_facts
-from library.memory.fp8 import SCALED_FLOAT8
-from library.memory.packed import hold_packed
 from library.models.family import Family
 from library.optim.optimizers import describe_optimizer
 from library.options.errors import UserError
@@ -54,9 +52,7 @@ class NetworkRecipe:
 
     def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
         """Load everything in the type of the computation or in fewer bits, as nothing of the model itself is trained."""
-        precision, compute = self.options.precision, setting.dtypes.compute
-        hold = hold_packed(SCALED_FLOAT8)
-        return PartDTypes(compute, compute, hold if precision.packs_denoiser else None, hold if precision.fp8_base else None)
+        return PartDTypes.frozen(self.options.precision, setting.dtypes.compute)
 
     def make_trainable(self, setting: Setting, denoiser: nn.Module, text: TextSide, vae: nn.Module | None) -> Trained:
         """Make the network, attach it to the denoiser and to the text encoders that are trained, and load its weights."""

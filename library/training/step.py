@@ -79,7 +79,6 @@ class TrainStep(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return the weighted loss of each image, float32 (B,), for a batch on the denoiser's device."""
         self._act_as(batch)
-        self._see(batch)
         latents = self.parts.family.to_model_units(self.cached_or_encoded_latents(batch))
         sample = self.objective.sample(latents, batch.draw_seeds)
         losses = self._losses(batch, latents, self.conditioning(batch), sample)
@@ -100,7 +99,6 @@ class TrainStep(nn.Module):
         """
         batch = replace(batch, draw_seeds=list(posterior_seeds))
         self._act_as(batch)
-        self._see(batch)
         latents = self.parts.family.to_model_units(self.cached_or_encoded_latents(batch))
         cond = self.conditioning(batch)
         samples = (self.objective.sample(latents, own, timestep) for timestep, own in zip(timesteps, seeds, strict=True))
@@ -113,16 +111,13 @@ class TrainStep(nn.Module):
         return self.objective.weighted(prediction, target, sample.timesteps, batch.loss_weights, self._masks(batch))
 
     def _act_as(self, batch: Batch) -> None:
-        """Give a network its strength for a batch, and leave it: checkpointed parts need it in the backward pass too."""
-        if self.set_strength is not None:
-            self.set_strength(batch.network_multiplier)
-
-    def _see(self, batch: Batch) -> None:
-        """Show a control network the batch's images, and leave them: checkpointed parts need them in the backward pass too.
+        """Give a network its strength and control images for a batch, and leave them: checkpointed parts need them in backward too.
 
         Raises:
-            UserError: the batch has none.
+            UserError: the batch has no control images, and the network follows some.
         """
+        if self.set_strength is not None:
+            self.set_strength(batch.network_multiplier)
         if self.see is None:
             return
         if batch.conditioning is None:

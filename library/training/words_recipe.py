@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from library.dataset.dataset import Dataset
 from library.dataset.token_counts import longest_captions
-from library.memory.fp8 import SCALED_FLOAT8
-from library.memory.packed import hold_packed
 from library.models.family import Family
 from library.models.new_words import mentions
 from library.options.errors import UserError
@@ -48,9 +46,7 @@ class WordRecipe:
 
     def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
         """Load everything in the type of the computation or in fewer bits, as nothing of the model itself is trained."""
-        compute = setting.dtypes.compute
-        hold = hold_packed(SCALED_FLOAT8) if self.options.precision.fp8_base else None
-        return PartDTypes(compute, compute, hold, hold)
+        return PartDTypes.frozen(self.options.precision, setting.dtypes.compute)
 
     def make_trainable(self, setting: Setting, denoiser: nn.Module, text: TextSide, vae: nn.Module | None) -> Trained:
         """Put the word's vectors behind the text encoders' tables."""
