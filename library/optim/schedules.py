@@ -25,6 +25,7 @@ from library.options.checks_optimizer import (
     sets_its_own_rate,
     step_rules,
 )
+from library.options.effects import without_effect
 from library.options.errors import UsageError
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.scheduler import SchedulerOptions
@@ -252,10 +253,12 @@ def _log_advice(options: SchedulerOptions, optimizer_options: OptimizerOptions, 
 def _warn_unused(options: SchedulerOptions, who: str) -> None:
     unset = SchedulerOptions()
     given = [
-        name for name in ("lr_scheduler", "lr_scheduler_type", "lr_warmup_steps") if getattr(options, name) != getattr(unset, name)
+        f"--{name}"
+        for name in ("lr_scheduler", "lr_scheduler_type", "lr_warmup_steps")
+        if getattr(options, name) != getattr(unset, name)
     ]
     if given and not options.lr_scheduler.startswith("adafactor"):
-        logger.warning("%s sets its own rate; --%s has no effect.", who, ", --".join(given))
+        logger.warning("%s sets its own rate; %s.", who, without_effect(given))
 
 
 def _schedule_of_class(path: str, optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]) -> LRScheduler:

@@ -1,5 +1,6 @@
 """Combinations of options that exclude each other, and those that are only odd; nothing here needs torch."""
 
+import os
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -22,7 +23,7 @@ from library.options.groups.network import NetworkOptions
 from library.options.groups.precision import StepPrecisionOptions, WorkingPrecisionOptions
 from library.options.groups.sample import SampleOptions
 from library.options.groups.textual_inversion import TextualInversionOptions
-from library.options.idle import idle_notes
+from library.options.idle import folder_notes, idle_notes, network_notes
 from library.options.scripts import (
     CacheLatentsOptions,
     CacheTextEncoderOutputsOptions,
@@ -65,7 +66,7 @@ def find_notes(options: ScriptOptions) -> list[str]:
         case SdxlTrainOptions():
             return [*_training_notes(options), *_finetune_notes(options)]
         case SdxlTrainNetworkOptions():
-            return [*_training_notes(options), *rate_notes(options)]
+            return [*_training_notes(options), *rate_notes(options), *network_notes(options.network)]
         case TrainingOptions():
             return list(_training_notes(options))
         case SdxlGenImgOptions():
@@ -139,6 +140,9 @@ def _model_problems(model: ModelOptions) -> Iterator[str]:
     for name, path in (("pretrained_model_name_or_path", model.pretrained_model_name_or_path), ("vae", model.vae)):
         if path is not None and not Path(path).exists() and not _HUB_NAME.fullmatch(path):
             yield f"--{name}: there is no file or folder {path}."
+    folder = model.tokenizer_cache_dir
+    if folder is not None and os.path.exists(folder) and not (os.path.isdir(folder) and os.access(folder, os.R_OK | os.X_OK)):
+        yield f"--tokenizer_cache_dir: {folder} is not a folder that can be read. Leave it out: it is not needed."
     if model.v2:
         yield "--v2 is for Stable Diffusion 2.x, but this script is for SDXL. Leave it out."
 
@@ -226,8 +230,7 @@ def _finetune_notes(options: SdxlTrainOptions) -> Iterator[str]:
             yield f"--{name} has no effect without --train_text_encoder."
     if finetune.block_lr is not None and options.optimizer.learning_rate == 0:
         yield "--learning_rate 0 freezes the whole U-Net, so --block_lr has no effect."
-    if options.output.use_safetensors and options.output.save_model_as == "ckpt":
-        yield "--use_safetensors has no effect with --save_model_as ckpt."
+    yield from folder_notes(options.output)
 
 
 def _ema_problems(options: TrainingOptions) -> Iterator[str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from library.options.effects import without_effect
 from library.options.errors import UserError, problems_of
 from library.options.groups.hub import HubOptions
 from library.options.groups.state import StateFileOptions
@@ -74,7 +75,7 @@ def hub_notes(state: StateFileOptions, hub: HubOptions) -> Iterator[str]:
     """Yield what is odd about uploads."""
     given = [f"--{name}" for name in _OF_UPLOADS if getattr(hub, name)]
     if given and hub.huggingface_repo_id is None:
-        yield f"Nothing is uploaded without --huggingface_repo_id: {', '.join(given)} has no effect."
+        yield f"Nothing is uploaded without --huggingface_repo_id: {without_effect(given)}."
     elif hub.save_state_to_huggingface and not (state.save_state or state.save_state_on_train_end):
         yield "--save_state_to_huggingface uploads no states: none are saved without --save_state or --save_state_on_train_end."
 

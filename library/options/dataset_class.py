@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from library.options.dataset_records import DatasetConfig, SectionConfig
 from library.options.declare import OptionGroup
+from library.options.effects import without_effect
 from library.options.groups.dataset import DatasetOptions
 from library.options.scripts import TrainingOptions
 
@@ -29,7 +30,8 @@ def class_problems(options: TrainingOptions) -> Iterator[str]:
     if "." not in name.strip("."):
         yield f"--dataset_class {name} must be a dotted path such as package.module.Class."
     if sources := [f"--{source}" for source in _SOURCES if getattr(options.dataset, source)]:
-        yield f"--dataset_class makes the batches itself, so {', '.join(sources)} would name images nobody reads. Leave it out."
+        which, them = " and ".join(sources), "it" if len(sources) == 1 else "them"
+        yield f"--dataset_class makes the batches itself, so {which} would name images nobody reads. Leave {them} out."
     groups = (options.dataset, options.cache, options.validation, options.preflight)
     for option in (option for option in _ONLY_OURS if any(getattr(group, option, None) for group in groups)):
         yield f"--{option} cannot be used with --dataset_class: {_ONLY_OURS[option]}. Leave it out."
@@ -42,8 +44,8 @@ def class_notes(options: TrainingOptions) -> Iterator[str]:
     told = {*_SOURCES, *_ONLY_OURS, *_READ}
     idle = [name for group in (options.dataset, options.caption, options.image) for name in _changed(group) if name not in told]
     if idle:
-        names = ", ".join(f"--{name}" for name in idle)
-        yield f"The batches are made by {options.dataset.dataset_class}, so these have no effect: {names}."
+        names = without_effect([f"--{name}" for name in idle])
+        yield f"The batches are made by {options.dataset.dataset_class}, so {names}."
 
 
 def class_definition(dataset: DatasetOptions) -> DatasetConfig:

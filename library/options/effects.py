@@ -3,6 +3,8 @@
 The caching tools accept the options of training, so that a training command line can be reused; most do nothing there.
 """
 
+from collections.abc import Sequence
+
 from library.options.record import options_of
 from library.options.scripts import CacheLatentsOptions, CacheTextEncoderOutputsOptions, ScriptOptions
 
@@ -89,6 +91,17 @@ _EFFECTIVE: dict[type[ScriptOptions], frozenset[str]] = {
         }
     ),
 }
+
+
+def without_effect(flags: Sequence[str]) -> str:
+    """Say of options that they do nothing: `--a has no effect`, `--a, --b and --c have no effect`.
+
+    Args:
+        flags: at least one, with their hyphens.
+    """
+    if len(flags) == 1:
+        return f"{flags[0]} has no effect"
+    return f"{', '.join(flags[:-1])} and {flags[-1]} have no effect"
 
 
 def effective_options(script: type[ScriptOptions]) -> frozenset[str]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from library.options.checks_optimizer import is_schedule_free
 from library.options.declare import OptionGroup
+from library.options.groups.network import NetworkOptions
+from library.options.groups.output import ModelOutputOptions
 from library.options.scripts import TrainingOptions
 
 _SCHEDULES_OF = {
@@ -89,7 +91,23 @@ def idle_notes(options: TrainingOptions) -> Iterator[str]:
         yield "--save_every_n_epochs has no effect beside --save_n_epoch_ratio, which replaces it."
     if min(options.sample.sample_every_n_steps or 0, options.sample.sample_every_n_epochs or 0) > 0:
         yield "--sample_every_n_steps has no effect beside --sample_every_n_epochs, which replaces it."
+    if options.length.max_train_epochs is not None and _differs(options.length, "max_train_steps"):
+        yield "--max_train_steps has no effect beside --max_train_epochs, which replaces it."
     yield from _schedule_notes(options)
+
+
+def network_notes(network: NetworkOptions) -> Iterator[str]:
+    """Yield a sentence for each option of a network that another one replaces."""
+    if network.dim_from_weights:
+        for name in ("network_dim", "network_alpha"):
+            if _differs(network, name):
+                yield f"--{name} has no effect beside --dim_from_weights, which takes it from the file."
+
+
+def folder_notes(output: ModelOutputOptions) -> Iterator[str]:
+    """Yield that `--use_safetensors` says nothing where no diffusers folder is written that could have other files."""
+    if output.use_safetensors and output.save_model_as != "diffusers":
+        yield f"--use_safetensors has no effect: it is for --save_model_as diffusers, and models are saved as {output.layout}."
 
 
 def _schedule_notes(options: TrainingOptions) -> Iterator[str]:

@@ -14,7 +14,7 @@ from accelerate import Accelerator, AutocastKwargs, DistributedDataParallelKwarg
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from library.options.errors import UserError
+from library.options.errors import UsageError
 from library.options.groups.distributed import ProcessGroupOptions
 from library.options.groups.precision import WorkingPrecisionOptions
 
@@ -55,7 +55,7 @@ def make_accelerator(precision: WorkingPrecisionOptions, distributed: ProcessGro
     Gradients are accumulated by the loop, not by accelerate.
 
     Raises:
-        UserError: if the device cannot compute in the wanted precision.
+        UsageError: if the device cannot compute in the wanted precision.
     """
     handlers: list[Any] = [
         DistributedDataParallelKwargs(
@@ -68,7 +68,7 @@ def make_accelerator(precision: WorkingPrecisionOptions, distributed: ProcessGro
     if distributed.ddp_timeout:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(minutes=distributed.ddp_timeout)))
     if precision.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("--mixed_precision fp16 needs a GPU, and none is visible to PyTorch; use bf16 or no.")
+        raise UsageError(["--mixed_precision fp16 needs a GPU, and none is visible to PyTorch; use bf16 or no."])
     # Told so, accelerate joins several processes on CPUs too; left to itself it takes each for the only one.
     has_no_device = not torch.accelerator.is_available()
     with _dividing_is_ours():

@@ -43,6 +43,8 @@ MINIMAL_KEYS = frozenset(
 )
 """What stays with `--no_metadata`: without these a file is hidden or taken for another model's by user interfaces."""
 
+_COMMENT = "ss_training_comment"
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -148,8 +150,9 @@ def at_save(metadata: Mapping[str, str], stem: str, steps: int, epochs_finished:
 
 
 def minimal(metadata: Mapping[str, str]) -> Metadata:
-    """Keep what `--no_metadata` keeps."""
-    return {key: value for key, value in metadata.items() if key in MINIMAL_KEYS}
+    """Keep what `--no_metadata` keeps: what other programs need, and a comment, which is there because somebody wrote it."""
+    has_comment = metadata.get(_COMMENT, "None") != "None"
+    return {key: value for key, value in metadata.items() if key in MINIMAL_KEYS or (has_comment and key == _COMMENT)}
 
 
 def network_record(tensors: Mapping[str, Any], options: NetworkOptions) -> NetworkRecord:

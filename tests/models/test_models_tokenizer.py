@@ -72,3 +72,9 @@ def test_a_damaged_tokenizer_folder_is_named(tmp_path: Path) -> None:
     (folder / "vocab.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="openai_clip-vit-large-patch14 cannot be read"):
         load_bpe(str(tmp_path))
+
+
+def test_a_folder_without_tokenizers_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert load_bpe(str(tmp_path)).encode("a cat") == load_bpe().encode("a cat")
+    assert f"There is no folder {tmp_path / 'openai_clip-vit-large-patch14'}" in caplog.text

@@ -34,6 +34,7 @@ REFUSED = [
     ("--logit_mean 0.5", "but they are drawn uniformly"),
     ("--scale_v_pred_loss_like_noise_pred", "needs --v_parameterization"),
     ("--v_pred_like_loss 0.1 --v_parameterization", "excludes --v_parameterization"),
+    (f"--tokenizer_cache_dir {__file__}", "is not a folder that can be read"),
     ("--vae missing.safetensors", "there is no file or folder missing.safetensors"),
     ("--vae models/missing.safetensors", "there is no file or folder models/missing.safetensors"),
     ("--dim_from_weights", "needs --network_weights"),
@@ -61,6 +62,9 @@ ACCEPTED = [
     "--text_encoder_lr 1e-4 2e-4 --learning_rate 1e-4",
     "--unet_lr 0 --text_encoder_lr1 1e-5 --text_encoder_lr2 1e-5",
     "--vae madebyollin/sdxl-vae-fp16-fix",
+    "--tokenizer_cache_dir made_by_others",
+    f"--dim_from_weights --network_weights {__file__}",
+    "--max_train_epochs 2",
     "--network_args conv_dim=4 rank_dropout=0.1",
     "--sample_every_n_steps 0 --sample_every_n_epochs 0",
     "--log_with tensorboard --logging_dir logs",
@@ -82,6 +86,8 @@ ODD = [
     ("--network_train_unet_only --text_encoder_lr 1e-4 --learning_rate 1e-4", "--text_encoder_lr has no effect"),
     ("--cache_text_encoder_outputs --text_encoder_lr2 1e-4 --learning_rate 1e-4", "--text_encoder_lr2 has no effect"),
     ("--network_train_text_encoder_only --unet_lr 1e-4 --learning_rate 1e-4", "--unet_lr has no effect"),
+    (f"--dim_from_weights --network_weights {__file__} --network_dim 8", "--network_dim has no effect beside --dim_from_weights"),
+    (f"--dim_from_weights --network_weights {__file__} --network_alpha 8", "--network_alpha has no effect beside"),
 ]
 
 FUSED = "--fused_backward_pass --optimizer_type Adafactor --optimizer_args relative_step=False"
@@ -124,6 +130,7 @@ FINETUNE_ACCEPTED = [
 FINETUNE_ODD = [
     ("--learning_rate_te1 1e-6", "--learning_rate_te1 has no effect without --train_text_encoder"),
     ("--use_safetensors --save_model_as ckpt", "--use_safetensors has no effect"),
+    ("--use_safetensors", "models are saved as safetensors"),
 ]
 
 GENERATION_REFUSED = [

@@ -53,7 +53,7 @@ def test_a_folder_on_this_machine_is_taken_before_one_on_the_hub(tmp_path, monke
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--async_upload --huggingface_path_in_repo x", "--huggingface_path_in_repo, --async_upload has no effect"),
+        ("--async_upload --huggingface_path_in_repo x", "--huggingface_path_in_repo and --async_upload have no effect"),
         (
             f"{UPLOAD} --huggingface_token t --save_state_to_huggingface",
             "uploads no states: none are saved without --save_state",

@@ -40,6 +40,7 @@ REPLACED = [
         "--sample_every_n_steps 1 --sample_every_n_epochs 1 --sample_prompts {file}",
         "--sample_every_n_steps has no effect beside --sample_every_n_epochs",
     ),
+    ("--max_train_steps 5 --max_train_epochs 2", "--max_train_steps has no effect beside --max_train_epochs"),
     ("--lr_scheduler cosine --lr_scheduler_type ConstantLR", "--lr_scheduler has no effect beside --lr_scheduler_type"),
     ("--lr_scheduler_power 2 --lr_scheduler_type ConstantLR", "--lr_scheduler_power has no effect beside --lr_scheduler_type"),
 ]

@@ -103,6 +103,8 @@ def test_no_metadata_keeps_what_user_interfaces_need() -> None:
     with_args = network_metadata(values(), RUN, NetworkRecord("8", "4.0", {"conv_dim": "4"}, "None"), FACTS, FAMILY)
     assert set(minimal(with_args)) == set(KEYS["minimum_with_no_metadata"]) == MINIMAL_KEYS
     assert minimal(with_args)["ss_base_model_version"] == "sdxl_base_v1-0"
+    commented = metadata(network=NetworkOptions(training_comment="for the wall"))
+    assert minimal(commented).items() - minimal(metadata()).items() == {("ss_training_comment", "for the wall")}
 
 
 def lora(name: str, rank: int, alpha: float, kernel: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:

@@ -9,11 +9,18 @@ from accelerate import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from library.models.family import ModelSource
 from library.models.sdxl.family import SdxlFamily
+from library.options.errors import UsageError
 from library.options.groups.distributed import ProcessGroupOptions
 from library.options.groups.network import NetworkOptions
 from library.options.groups.precision import WorkingPrecisionOptions
 from library.training import accelerator
 from library.training.network_recipe import freeze_unused, make_network
+
+
+def test_fp16_without_a_gpu_is_a_mistake_of_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match="fp16 needs a GPU"):
+        accelerator.make_accelerator(WorkingPrecisionOptions(mixed_precision="fp16"), ProcessGroupOptions())
 
 
 @pytest.mark.parametrize("given", [{}, {"ddp_timeout": 7, "ddp_gradient_as_bucket_view": True, "ddp_static_graph": True}], ids=str)

@@ -6,6 +6,7 @@ Both encoders share one vocabulary; they differ in what fills a row after its en
 import gzip
 import importlib.util
 import json
+import logging
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,6 +20,8 @@ from transformers import CLIPTokenizer
 from library.models.new_words import NewWord, WordFinder, taken_names
 from library.models.sdxl.text_encoders import BEGIN_ID, END_ID
 from library.options.errors import UserError
+
+log = logging.getLogger(__name__)
 
 ROW_LENGTH = 77
 _ROW_TOKENS = ROW_LENGTH - 2
@@ -96,6 +99,8 @@ def load_bpe(cache_dir: str | None = None) -> ClipBpe:
     """
     folder = Path(cache_dir) / _CACHE_FOLDER if cache_dir else None
     if folder is None or not folder.is_dir():
+        if folder is not None:
+            log.info("There is no folder %s: the vocabulary that comes with open_clip is used; nothing is kept there.", folder)
         return ClipBpe(*open_clip_vocabulary())
     try:
         return ClipBpe(*_folder_vocabulary(folder))

@@ -38,8 +38,8 @@ class NetworkOptions(OptionGroup):
     scale_weight_norms: Annotated[float | None, SameAsUnset(0)] = option(
         None, "After each step scale every module whose norm exceeds this down to it; 1 is a good start.", gt=0
     )
-    training_comment: str | None = option(None, "Comment stored in the metadata.")
-    no_metadata: bool = flag("Store only the metadata that is needed to use the file.")
+    training_comment: str | None = option(None, "Comment stored in the metadata, also with --no_metadata.")
+    no_metadata: bool = flag("Store only the metadata that is needed to use the file, and what you say of it yourself.")
 
     def text_encoder_rates(self) -> tuple[float | None, float | None]:
         """Return the rates asked for encoder 1 (CLIP ViT-L) and encoder 2 (OpenCLIP bigG); None means `--learning_rate`."""
