@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from library.generation.additions import ControlFile, planned_controls, planned_words, with_guide_images
+from library.generation.additions import ControlFile, guide_images, planned_controls, planned_words, with_guide_images
 from library.generation.network_files import NetworkFile, planned_networks
 from library.generation.plan import (
     PictureSettings,
@@ -71,7 +71,8 @@ def main(argv: Sequence[str]) -> None:
     networks, words, controls = planned_networks(options.network), planned_words(options.network), planned_controls(options.network)
     settings, prompts = PictureSettings.of(options), read_prompts(options.prompt)
     log_notes(prompts, settings)
-    requests = with_guide_images(plan_pictures(prompts, settings), options.network, len(controls))
+    guides = guide_images(options.network)
+    requests = with_guide_images(plan_pictures(prompts, settings), guides, len(controls))
 
     # The model, its words and networks, the folder.
     pipeline = load_pipeline(checkpoint, words, options)
@@ -84,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
     if options.prompt.interactive:
         drawn = len(requests)
         for typed in typed_prompts(settings):
-            typed = with_guide_images(typed, options.network, len(controls), drawn)
+            typed = with_guide_images(typed, guides, len(controls), drawn)
             drawn += len(typed)
             draw_all(typed, options.prompt.batch_size, pipeline, attached, files)
     if pipeline.num_not_finite:

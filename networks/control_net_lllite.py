@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from library.files.safetensors_io import open_safetensors
-from library.files.tensors import save_tensors, to_save
+from library.files.tensors import open_tensors, save_tensors, to_save
 from library.options.errors import UserError
 from networks.lllite_module import LLLiteModule
 
@@ -137,7 +136,7 @@ def read_lllite(file: str) -> dict[str, Tensor]:
     Raises:
         UserError: it cannot be read, or is none.
     """
-    weights = dict(open_safetensors(file))
+    weights = dict(open_tensors(file))
     if not weights or not all(name.startswith("lllite_unet_") for name in weights):
         raise UserError(f"{file} is no ControlNet-LLLite file: its tensors are not called lllite_unet_…. Give another file.")
     return weights

@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, the project's folder is not on the path
 
+from library.dataset.formats import is_image_name, list_images, teach_pillow, without_package
 from library.files.atomic import atomic_write, make_folder
-from library.generation.additions import IMAGE_SUFFIXES
 from library.options.console import say
 from library.options.entry import run_script
 from library.options.errors import UsageError, UserError
@@ -35,8 +35,7 @@ def main(argv: Sequence[str]) -> None:
     source, target = Path(arguments.input), Path(arguments.output)
     pairs = [(source, target)]
     if source.is_dir():
-        pictures = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-        pairs = [(path, target / f"{path.stem}.png") for path in pictures]
+        pairs = [(Path(path), target / f"{Path(path).stem}.png") for path in list_images(str(source))]
     make_folder(target if source.is_dir() else target.parent)
     problems = []
     for picture, edges in pairs:
@@ -74,8 +73,10 @@ def read_command_line(argv: Sequence[str]) -> argparse.Namespace:
         problems.append(f"--input {source}: there is no file or folder of that name; check the path.")
     elif source.is_dir() and target.is_file():
         problems.append(f"--output {target} is a file, and --input is a folder; give a folder for the edges of its pictures.")
-    elif not source.is_dir() and target.suffix.lower() not in IMAGE_SUFFIXES:
+    elif not source.is_dir() and not is_image_name(target.name):
         problems.append(f"--output {target} must end in .png or the ending of another image format.")
+    elif not source.is_dir():
+        problems += [f"--output {target} would be {which}" for which in without_package([str(target)])]
     if source.exists() and target.exists() and source.samefile(target):
         problems.append("--input and --output are the same, and the pictures would be lost; give another --output.")
     if problems:
@@ -99,6 +100,7 @@ def draw_edges(picture: Path, edges: Path, low: int, high: int) -> None:
     import numpy as np
     from PIL import Image, ImageOps
 
+    teach_pillow(str(picture))
     try:
         with Image.open(picture) as image:
             grey = np.asarray(ImageOps.exif_transpose(image).convert("RGB").convert("L"))

@@ -5,12 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from library.dataset.formats import list_images, teach_pillow
 from library.generation.network_files import nth_or
 from library.generation.request import ImageRequest
 from library.options.errors import UsageError
 from library.options.groups.generation import GenNetworkOptions
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 
 @dataclass(frozen=True)
@@ -65,19 +64,18 @@ def planned_controls(options: GenNetworkOptions) -> list[ControlFile]:
 
 
 def with_guide_images(
-    requests: Sequence[ImageRequest], options: GenNetworkOptions, num_controls: int, first: int = 0
+    requests: Sequence[ImageRequest], images: Sequence[str], num_controls: int, first: int = 0
 ) -> list[ImageRequest]:
     """Give each picture one guide image for each control network; the images are used in order, over and over.
 
     Args:
         requests: in the order they are drawn.
-        options: name the images.
+        images: files, as `guide_images` lists them.
         num_controls: how many control networks there are.
         first: pictures drawn before these.
     """
     if not num_controls:
         return list(requests)
-    images = guide_images(options)
     turns = [tuple(images[start : start + num_controls]) for start in range(0, len(images), num_controls)]
     return [replace(request, guides=turns[(first + index) % len(turns)]) for index, request in enumerate(requests)]
 
@@ -88,9 +86,7 @@ def guide_images(options: GenNetworkOptions) -> list[str]:
 
 
 def _images_at(path: Path) -> list[str]:
-    if not path.is_dir():
-        return [str(path)]
-    return [str(file) for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES]
+    return list_images(str(path)) if path.is_dir() else [str(path)]
 
 
 def _image_problems(options: GenNetworkOptions) -> Iterator[str]:
@@ -117,6 +113,7 @@ def _image_problems(options: GenNetworkOptions) -> Iterator[str]:
 def _is_no_image(path: str) -> bool:
     from PIL import Image
 
+    teach_pillow(path)
     try:
         with Image.open(path):
             return False

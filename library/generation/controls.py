@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from library.dataset.formats import teach_pillow
 from library.generation.additions import ControlFile
 from library.generation.request import ImageRequest
 from library.options.errors import UserError
@@ -78,6 +79,7 @@ def read_guide(path: str, size: tuple[int, int]) -> Tensor:
     Raises:
         UserError: it cannot be read.
     """
+    teach_pillow(path)
     try:
         with Image.open(path) as image:
             picture: Any = ImageOps.exif_transpose(image).convert("RGB")

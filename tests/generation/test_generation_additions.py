@@ -1,6 +1,7 @@
 """Learned words and control networks while drawing."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from PIL import Image
 from tiny_pipeline import CPU, difference, load_components
 
-from library.generation.additions import ControlFile, planned_controls, planned_words, with_guide_images
+from library.dataset.formats import IMAGE_EXTENSIONS
+from library.generation.additions import ControlFile, guide_images, planned_controls, planned_words, with_guide_images
 from library.generation.controls import Controls, read_guide
 from library.generation.pipeline import Pipeline
 from library.generation.request import ImageRequest
@@ -80,9 +82,17 @@ def options(**values):
 def test_images_are_handed_out_in_order_over_and_over(guides, control_file):
     given = options(control_net_lllite_models=(control_file,), guide_image_path=(str(guides),))
     assert planned_controls(given) == [ControlFile(control_file)]
-    names = [request.guides[0][-5] for request in with_guide_images([REQUEST] * 4, given, 1, first=2)]
+    images = guide_images(given)
+    names = [request.guides[0][-5] for request in with_guide_images([REQUEST] * 4, images, 1, first=2)]
     assert names == ["2", "0", "1", "2"]
-    assert with_guide_images([REQUEST], options(), 0) == [REQUEST]
+    assert with_guide_images([REQUEST], [], 0) == [REQUEST]
+
+
+def test_folders_of_guide_images_have_what_folders_of_datasets_have(tmp_path):
+    for ending in (*IMAGE_EXTENSIONS, ".txt"):
+        (tmp_path / f"a{ending}").touch()
+    (tmp_path / ".a.png").touch()
+    assert [Path(file).suffix for file in guide_images(options(guide_image_path=(str(tmp_path),)))] == sorted(IMAGE_EXTENSIONS)
 
 
 def test_numbers_stand_for_networks_by_position(control_file, guides):

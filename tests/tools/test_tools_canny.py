@@ -57,6 +57,7 @@ def test_a_broken_picture_is_named_and_the_others_are_done(pictures: Path, tmp_p
         ([], "--input is missing.*--output is missing"),
         (["--input", "nowhere.png", "--output", "x.png"], "nowhere.png: there is no file or folder"),
         (["--input", "in/a.png", "--output", "edges"], "must end in .png"),
+        (["--input", "in/a.png", "--output", "edges.jxl"], "edges.jxl would be JPEG XL, which needs another package"),
         (["--input", "in", "--output", "in"], "are the same"),
         (["--input", "in", "--output", "in/a.png"], "is a file, and --input is a folder"),
     ],
@@ -64,6 +65,7 @@ def test_a_broken_picture_is_named_and_the_others_are_done(pictures: Path, tmp_p
 def test_mistakes_are_told(
     arguments: list[str], told: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("library.dataset.formats._can_read", lambda ending: ending != ".jxl")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=f"(?s){told}"):
         main(arguments)
