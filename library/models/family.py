@@ -295,6 +295,12 @@ class Family(Protocol):
     def file_names(self, part: str, module: nn.Module) -> dict[str, str]:
         """Return, for each tensor name of the module of `part` (its short name, such as "unet" or "te1"), its name in files."""
 
+    def blocks(self, denoiser: nn.Module) -> Mapping[str, nn.Module]:
+        """Return the modules that hold nearly all of the denoiser, by name, in the order in which its forward pass runs them.
+
+        Each is called once in a forward pass, and none is a part of another.
+        """
+
     def denoiser_blocks(self, denoiser: nn.Module) -> list[list[nn.Parameter]]:
         """Return the denoiser's parameters in the blocks that can have learning rates of their own, in their fixed order."""
 

@@ -10,6 +10,7 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from torch import Tensor, nn
 
 from library.models.sdxl.build import build_unet
+from library.models.sdxl.family import SdxlFamily
 from library.models.sdxl.layers import BasicTransformerBlock, Downsample2D, GroupNorm, LayerNorm, ResnetBlock2D, Transformer2DModel
 from library.models.sdxl.sizes import plan_unet, unet_sizes
 from library.models.sdxl.unet import UNet
@@ -125,6 +126,20 @@ def test_a_level_of_real_width_equals_diffusers() -> None:
             x = transformer(resnet(x, emb), context)
         ours = downsample(x)
     assert relative(ours, expected) < 1e-4
+
+
+def test_blocks_are_named_in_the_order_of_the_forward_pass(unet, inputs) -> None:
+    names, called = {block: name for name, block in unet.blocks().items()}, []
+    hooks = [block.register_forward_hook(lambda block, *_: called.append(names[block])) for block in names]
+    unet(**inputs)
+    for hook in hooks:
+        hook.remove()
+    assert called == list(unet.blocks())
+    outside = sum(parameter.numel() for parameter in unet.parameters()) - sum(
+        parameter.numel() for block in names for parameter in block.parameters()
+    )
+    large = {module for module in unet.modules() if type(module).__name__ in SdxlFamily.large_modules}
+    assert outside > 0 and large < set(names)
 
 
 def test_gradients_with_checkpointing_equal_those_without(unet, inputs) -> None:

@@ -278,6 +278,10 @@ class SdxlFamily:
         """Return, for each tensor name of a part's module, its name in files."""
         return file_names(module)
 
+    def blocks(self, denoiser: nn.Module) -> Mapping[str, nn.Module]:
+        """Return the U-Net's residual blocks, basic transformer blocks and samplers; see `Family.blocks`."""
+        return cast(UNet, denoiser).blocks()
+
     def denoiser_blocks(self, denoiser: nn.Module) -> list[list[nn.Parameter]]:
         """Return the U-Net's parameters in the 23 blocks of `--block_lr`.
 

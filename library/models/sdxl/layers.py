@@ -40,7 +40,14 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
-class ResnetBlock2D(nn.Module):
+class Block(nn.Module):
+    """A layer of the U-Net that its backward pass can have computed again, at the price of its forward pass."""
+
+    recompute = False
+    """Keep only its inputs for the backward pass."""
+
+
+class ResnetBlock2D(Block):
     """skip(x) + conv(SiLU(GN(conv(SiLU(GN(x))) + Linear(SiLU(emb)))))."""
 
     def __init__(self, in_channels: int, out_channels: int, time_dim: int, norm_groups: int) -> None:
@@ -64,7 +71,7 @@ class ResnetBlock2D(nn.Module):
         return out
 
 
-class Downsample2D(nn.Module):
+class Downsample2D(Block):
     """Halve height and width with a strided convolution, padded on all sides."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -77,7 +84,7 @@ class Downsample2D(nn.Module):
         return out
 
 
-class Upsample2D(nn.Module):
+class Upsample2D(Block):
     """Double height and width by repetition, then convolve."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -138,7 +145,7 @@ class FeedForward(nn.Module):
         return out
 
 
-class BasicTransformerBlock(nn.Module):
+class BasicTransformerBlock(Block):
     """Self-attention, cross-attention and feed-forward, each pre-normalised and added to its input."""
 
     def __init__(self, dim: int, context_dim: int, head_dim: int, inner_dim: int) -> None:
@@ -163,7 +170,6 @@ class Transformer2DModel(nn.Module):
 
     def __init__(self, channels: int, depth: int, context_dim: int, head_dim: int, inner_dim: int, norm_groups: int) -> None:
         super().__init__()
-        self.gradient_checkpointing = False
         self.norm = GroupNorm(norm_groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.transformer_blocks = nn.ModuleList(
@@ -177,13 +183,14 @@ class Transformer2DModel(nn.Module):
         h = self.norm(x).permute(0, 2, 3, 1).reshape(-1, height * width, channels)
         h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = run_layer(self.gradient_checkpointing, block, h, context)
+            h = run_block(block, h, context)
         h = self.proj_out(h)
         out: Tensor = x + h.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
         return out
 
 
-def run_layer(recompute: bool, layer: nn.Module, *inputs: Tensor) -> Tensor:
-    """Call a layer; with `recompute`, keep only its inputs for the backward pass and compute it again there."""
-    out: Tensor = checkpoint(layer, *inputs, use_reentrant=False) if recompute and torch.is_grad_enabled() else layer(*inputs)
+def run_block(block: nn.Module, *inputs: Tensor) -> Tensor:
+    """Call a block; one that is to be computed again keeps only its inputs for the backward pass."""
+    recompute = block.recompute and torch.is_grad_enabled()
+    out: Tensor = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
     return out

@@ -13,12 +13,13 @@ from library.models.sdxl.attention import load_attention
 from library.models.sdxl.embeddings import sinusoid
 from library.models.sdxl.layers import (
     Attention,
+    Block,
     Downsample2D,
     GroupNorm,
     ResnetBlock2D,
     Transformer2DModel,
     Upsample2D,
-    run_layer,
+    run_block,
 )
 from library.models.sdxl.sizes import (
     BlockSizes,
@@ -35,14 +36,13 @@ from library.models.sdxl.sizes import (
 class UNet(nn.Module):
     """Predicts the noise (or velocity) in latents from a timestep, a text context and a vector of pooled text and sizes.
 
-    Runs in the dtype of its weights, or in autocast's. `gradient_checkpointing` makes each residual block, basic transformer
-    block and sampler keep only its inputs for the backward pass; it acts whenever gradients are recorded.
+    Runs in the dtype of its weights, or in autocast's. Each residual block, basic transformer block and sampler can be made to keep
+    only its inputs for the backward pass; that acts whenever gradients are recorded.
     """
 
     def __init__(self, sizes: UNetSizes) -> None:
         super().__init__()
         self.sizes = sizes
-        self.gradient_checkpointing = False
         self.time_embed = _two_linears(sizes.model_channels, sizes.time_dim)
         self.label_emb = nn.Sequential(_two_linears(sizes.vector_dim, sizes.time_dim))
         self.input_blocks = nn.ModuleList(_make_block(block, sizes) for block in sizes.input_blocks)
@@ -86,12 +86,14 @@ class UNet(nn.Module):
         out: Tensor = self.out(h)
         return out
 
+    def blocks(self) -> dict[str, Block]:
+        """Return residual blocks, basic transformer blocks and samplers by name, in the order of the forward pass."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Block)}
+
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         """Switch gradient checkpointing on (or off) everywhere."""
-        self.gradient_checkpointing = enabled
-        for module in self.modules():
-            if isinstance(module, Transformer2DModel):
-                module.gradient_checkpointing = enabled
+        for block in self.blocks().values():
+            block.recompute = enabled
 
     def set_attention(self, kind: str) -> None:
         """Choose how attention is computed.
@@ -110,13 +112,13 @@ class UNet(nn.Module):
     def _run_block(self, block: nn.Module, h: Tensor, emb: Tensor, context: Tensor) -> Tensor:
         for layer in block.children():
             if isinstance(layer, ResnetBlock2D):
-                h = run_layer(self.gradient_checkpointing, layer, h, emb)
+                h = run_block(layer, h, emb)
             elif isinstance(layer, Transformer2DModel):
                 h = layer(h, context)
             elif isinstance(layer, nn.Conv2d):
                 h = layer(h)
             else:
-                h = run_layer(self.gradient_checkpointing, layer, h)
+                h = run_block(layer, h)
         return h
 
 
