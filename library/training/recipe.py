@@ -145,10 +145,10 @@ def carry_out(
     training_log = add_observers(run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, start=start)
     if uploads is not None:
         saver.after_save.append(uploads.add)
-    if saved is not None:
-        load_saved(saved, saver, training_log)
-    tell_start(setting, start)
     try:
+        if saved is not None:
+            load_saved(saved, saver, training_log)
+        tell_start(setting, start)
         with uploads or nullcontext(), StopRequest() as stop:  # what is uploaded in the end, one Ctrl+C interrupts
             if uploads is not None:
                 uploads.is_stopping = lambda: stop.signal is not None

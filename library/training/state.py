@@ -14,7 +14,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +31,7 @@ from library.training.full_tensors import (
     shares_of_optimizer_state,
 )
 from library.training.position import Position
+from library.training.state_files import check_files, check_present, load_part, refuse_damaged, sizes_of_files
 
 TRAIN_STATE = "train_state.json"
 
@@ -116,6 +116,7 @@ def save_state(
             torch.save(live.schedule.state_dict(), unfinished / "scheduler.bin")
             if live.scaler is not None:
                 torch.save(live.scaler.state_dict(), unfinished / "scaler.pt")
+            place["files"] = sizes_of_files(unfinished)
             (unfinished / TRAIN_STATE).write_text(json.dumps(place), encoding="utf-8")
     except (OSError, RuntimeError, UserError) as error:  # torch.save reports a full disk as RuntimeError
         reason = error.__cause__ if isinstance(error, UserError) else error
@@ -132,31 +133,24 @@ def read_place(folder: Path) -> SavedPlace:
         raise UserError(
             f"--resume: there is no folder {folder}. Give a folder that --save_state wrote, such as NAME-step00000100-state."
         )
-    missing = [
-        name for name in ("model.safetensors", "optimizer.bin", "scheduler.bin", TRAIN_STATE) if not (folder / name).is_file()
-    ]
-    if missing:
-        raise UserError(
-            f"--resume: {folder} is not a complete training state, it has no {', '.join(missing)}. Choose another state folder."
-        )
+    check_present(folder, [TRAIN_STATE])
     try:
         saved = json.loads((folder / TRAIN_STATE).read_text(encoding="utf-8"))
-        epoch, update = int(saved["current_epoch"]), int(saved["current_step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--resume: {folder / TRAIN_STATE} cannot be read ({error!r}). Choose another state folder.") from error
+        place = _place(folder, saved)
+        sizes = {str(name): int(size) for name, size in saved["files"].items()} if "files" in saved else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        refuse_damaged(folder / TRAIN_STATE, f"it cannot be read ({error!r})")
+    check_files(folder, sizes)
+    return place
+
+
+def _place(folder: Path, saved: Mapping[str, Any]) -> SavedPlace:
+    epoch, update = int(saved["current_epoch"]), int(saved["current_step"])
     if "current_batch" not in saved:
         return SavedPlace(folder, position=None, epoch=epoch, update=update)
     position = Position(epoch=epoch, batch=int(saved["current_batch"]), update=update)
-    return SavedPlace(
-        folder,
-        position,
-        epoch,
-        update,
-        int(saved["seed"]),
-        int(saved["batches_per_epoch"]),
-        saved.get("losses", {}),
-        saved.get("identity"),
-    )
+    seed, batches = int(saved["seed"]), int(saved["batches_per_epoch"])
+    return SavedPlace(folder, position, epoch, update, seed, batches, dict(saved.get("losses", {})), saved.get("identity"))
 
 
 def load_state(folder: Path, live: Resumable) -> None:
@@ -178,14 +172,14 @@ def load_state(folder: Path, live: Resumable) -> None:
     if live.scaler is not None and (folder / "scaler.pt").is_file():
         parts.append(("scaler.pt", live.scaler))
     for name, part in parts:
+        saved = load_part(folder / name)
         try:
-            saved = torch.load(folder / name, map_location="cpu", weights_only=True)
             if part is live.optimizer:
                 _check_settings(part, saved)
                 load_optimizer_state(part, shares_of_optimizer_state(saved, part))
             else:
                 part.load_state_dict(saved)
-        except (ValueError, KeyError, RuntimeError, AttributeError, EOFError, UnpicklingError) as error:
+        except (ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise UserError(
                 f"--resume: {folder / name} does not fit this run ({error}). Use the same --optimizer_type and --lr_scheduler "
                 "as the run that saved it."

@@ -109,6 +109,10 @@ def test_a_run_stopped_killed_and_resumed_twice_ends_with_the_same_bits(
     other = [*args, "--learning_rate", "1e-4", "--output_dir", str(tmp_path / "other")]
     refused = run_command([*other, "--resume", str(tmp_path / "net-step00000004-state")])
     assert refused.returncode == 1 and "- --learning_rate was 0.001 and is 0.0001\nUse what it was saved with" in refused.stderr
+    wider = [*args, "--network_dim", "8", "--output_dir", str(tmp_path / "other"), "--resume_changed"]
+    refused = run_command([*wider, "--resume", str(tmp_path / "net-step00000004-state")])
+    said = [line for line in refused.stderr.splitlines() if "was saved while something else was trained" in line]
+    assert refused.returncode == 1 and said[0].startswith("--resume: "), "a line of its own, not behind the progress bar"
 
 
 def test_sample_images_and_both_caches(dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -178,20 +179,47 @@ def test_saving_a_state_again_replaces_it_and_leaves_nothing_else(tmp_path: Path
     assert read_place(state_folder(tmp_path)).losses == {"losses": [0.1]}
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def forget_sizes(folder: Path) -> None:
+    saved = json.loads((folder / "train_state.json").read_text())
+    (folder / "train_state.json").write_text(json.dumps({key: value for key, value in saved.items() if key != "files"}))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        (lambda folder: (folder / "train_state.json").unlink(), "has no train_state.json"),
         (lambda folder: (folder / "optimizer.bin").unlink(), "has no optimizer.bin"),
-        (lambda folder: (folder / "train_state.json").write_text("{"), "cannot be read"),
-        (lambda folder: [path.unlink() for path in folder.iterdir()] and folder.rmdir(), "there is no folder"),
+        (lambda folder: (folder / "extras" / "average.safetensors").unlink(), r"has no extras/average\.safetensors"),
+        (lambda folder: (folder / "train_state.json").write_text("{"), r"train_state\.json is damaged: it cannot be read"),
+        (lambda folder: cut(folder / "scheduler.bin"), r"scheduler\.bin is damaged: it has [\d,]+ bytes and was written with"),
+        (lambda folder: (forget_sizes(folder), cut(folder / "optimizer.bin")), r"optimizer\.bin is damaged: it has no end"),
+        (lambda folder: (forget_sizes(folder), cut(folder / "model.safetensors")), r"model\.safetensors is damaged: .* cut short"),
+        (shutil.rmtree, "there is no folder"),
     ],
 )
-def test_a_damaged_state_is_refused_with_a_sentence(tmp_path: Path, damage: object, words: str) -> None:
+def test_a_damaged_state_is_refused_with_a_sentence_before_a_model_is_loaded(
+    tmp_path: Path, damage: Callable[[Path], object], words: str
+) -> None:
+    run = FakeRun(dataset(5), updates=1)
+    run.live.extras["average"] = torch.nn.BatchNorm1d(3)
+    save_state(state_folder(tmp_path), run.live, run.train(), SEED, 5, {})
+    damage(state_folder(tmp_path))
+    with pytest.raises(UserError, match=f"{words}.*(another state|such as)"):
+        read_place(state_folder(tmp_path))
+
+
+def test_a_file_of_a_state_that_was_damaged_without_getting_shorter_is_named(tmp_path: Path) -> None:
     run = FakeRun(dataset(5), updates=1)
     save_state(state_folder(tmp_path), run.live, run.train(), SEED, 5, {})
-    damage(state_folder(tmp_path))  # type: ignore[operator]
-    with pytest.raises(UserError, match=words):
-        read_place(state_folder(tmp_path))
+    damaged = state_folder(tmp_path) / "optimizer.bin"
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    read_place(state_folder(tmp_path))
+    with pytest.raises(UserError, match=r"optimizer\.bin is damaged: .* choose another state folder"):
+        load_state(state_folder(tmp_path), run.live)
 
 
 def test_the_state_of_another_network_is_refused(tmp_path: Path) -> None:
