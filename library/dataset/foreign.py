@@ -37,19 +37,29 @@ class ForeignDataset(Dataset):
         family: of the model the batches are for.
         arguments: the class is made of: tokenizer, longest caption, size, whether only to look.
         has_network: whether a network is trained, which a batch may set the strength of.
+        follows_images: whether that network learns to follow the batches' control images.
 
     Raises:
         UserError: there is no such class, it is no dataset with numbered batches, or its first batch cannot be trained on.
     """
 
     def __init__(
-        self, name: str, config: DatasetConfig, seed: int, family: Family, arguments: Sequence[Any], *, has_network: bool
+        self,
+        name: str,
+        config: DatasetConfig,
+        seed: int,
+        family: Family,
+        arguments: Sequence[Any],
+        *,
+        has_network: bool,
+        follows_images: bool = False,
     ) -> None:
         # nothing of the base class's index: there are no files
         self.name = name
         self.seed = seed
         self.family = family
         self.has_network = has_network
+        self.follows_images = follows_images
         self.own = made(name, imported(name), arguments)
         self.items = ()
         self.held_out = ()
@@ -107,7 +117,7 @@ def load_foreign_batch(dataset: ForeignDataset, epoch: int, share: Share, *, upd
         dataset.tell("set_max_train_steps", total_updates)
         given = dataset.own[number]
     (place,) = dataset.names_of([number])
-    batch = read_batch(given, place, dataset.family, has_network=dataset.has_network)
+    batch = read_batch(given, place, dataset.family, has_network=dataset.has_network, follows_images=dataset.follows_images)
     for key, is_lacking in (
         ("latents", dataset.brings_latents and batch.latents is None),
         ("text_encoder_outputs_list", dataset.brings_texts and batch.text_cond is None),

@@ -14,7 +14,7 @@ _NEAR_ONE = 1.01
 """Resampling may go a little beyond the range."""
 
 
-def read_batch(given: Any, place: str, family: Family, *, has_network: bool) -> Batch:
+def read_batch(given: Any, place: str, family: Family, *, has_network: bool, follows_images: bool = False) -> Batch:
     """Turn a batch of a foreign dataset into ours; its draw seeds are left empty.
 
     Args:
@@ -22,13 +22,14 @@ def read_batch(given: Any, place: str, family: Family, *, has_network: bool) -> 
         place: what the batch is called in messages.
         family: of the model the batch is for.
         has_network: whether a network is trained, which a batch may set the strength of.
+        follows_images: whether that network learns to follow the batch's control images.
 
     Raises:
         UserError: a key is missing or its value cannot be used; batch and key are named.
     """
     if not isinstance(given, Mapping):
         raise UserError(f"--dataset_class: {place} must be a dictionary, but it is a {type(given).__name__}.")
-    return _Reading(given, place, family).batch(has_network)
+    return _Reading(given, place, family).batch(has_network, follows_images)
 
 
 class _Reading:
@@ -40,7 +41,7 @@ class _Reading:
         self.family = family
         self.size = 0
 
-    def batch(self, has_network: bool) -> Batch:
+    def batch(self, has_network: bool, follows_images: bool) -> Batch:
         images, latents = self._pictures()
         cond = self._text_cond()
         return Batch(
@@ -53,7 +54,7 @@ class _Reading:
             draw_seeds=[],
             image_keys=[str(key) for key in self._listed("image_keys") or ()],
             masks=self._tensor("alpha_masks", "(B, H, W)", (None, None)),
-            conditioning=self._tensor("conditioning_images", "(B, 3, H, W)", (3, None, None)),
+            conditioning=self._conditioning(None if not follows_images else self._size_of(images, latents)),
             network_multiplier=self._strength(has_network),
             custom_attributes=self._attributes(),
         )
@@ -77,6 +78,21 @@ class _Reading:
         self.size = len(found)
         return images, latents
 
+    def _size_of(self, images: Tensor | None, latents: Tensor | None) -> tuple[int, int]:
+        """Return height and width in pixels."""
+        found, stride = (images, 1) if latents is None else (latents, self.family.latent_stride)
+        height, width = (0, 0) if found is None else found.shape[-2:]
+        return height * stride, width * stride
+
+    def _conditioning(self, followed: tuple[int, int] | None) -> Tensor | None:
+        """Read control images or masks; where control images are followed, they must be there in this height and width."""
+        found = self._tensor("conditioning_images", "(B, 3, H, W)", (3, None, None))
+        if followed is not None and found is None:
+            self._fail("conditioning_images", "is missing; it has the control images that the network is to follow")
+        if followed is not None and found is not None and tuple(found.shape[-2:]) != followed:
+            self._fail("conditioning_images", f"must be as large as the pictures, {followed}, not {tuple(found.shape[-2:])}")
+        return found
+
     def _text_cond(self) -> TextCond | None:
         listed = self._present("text_encoder_outputs_list")
         if listed is None:
@@ -87,7 +103,19 @@ class _Reading:
         for name, tensor in zip(keys, listed, strict=True):
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or len(tensor) != self.size:
                 self._fail("text_encoder_outputs_list", f"must have a float tensor of {self.size} rows for {name}")
-        return self.family.text_cache.unpack({name: each.float().numpy() for name, each in zip(keys, listed, strict=True)})
+        arrays = {name: each.detach().cpu().float().numpy() for name, each in zip(keys, listed, strict=True)}
+        cond = self.family.text_cache.unpack(arrays)
+        self._check_shapes(cond)
+        return cond
+
+    def _check_shapes(self, cond: TextCond) -> None:
+        """See that texts are as wide as the denoiser wants them, and have the same number of tokens."""
+        tokens = next((tensor.shape[1] for tensor in cond.values() if tensor.dim() == 3), 0)
+        wanted = {name: (self.size, *shape) for name, shape in self.family.text_shapes(tokens).items()}
+        found = {name: tuple(tensor.shape) for name, tensor in cond.items()}
+        if found != wanted:
+            told = [", ".join(f"{name} {shape}" for name, shape in shapes.items()) for shapes in (wanted, found)]
+            self._fail("text_encoder_outputs_list", f"must have the shapes {told[0]} for this model, not {told[1]}")
 
     def _captions(self, *, needed: bool) -> list[str]:
         captions = self._listed("captions")

@@ -295,6 +295,13 @@ class Family(Protocol):
     def file_names(self, part: str, module: nn.Module) -> dict[str, str]:
         """Return, for each tensor name of the module of `part` (its short name, such as "unet" or "te1"), its name in files."""
 
+    def text_shapes(self, tokens: int) -> Mapping[str, tuple[int, ...]]:
+        """Return the shape of each part of a text's `TextCond` as the denoiser wants it, without the batch axis.
+
+        Args:
+            tokens: of the text.
+        """
+
     def blocks(self, denoiser: nn.Module) -> Mapping[str, nn.Module]:
         """Return the modules that hold nearly all of the denoiser, by name, in the order in which its forward pass runs them.
 

@@ -34,7 +34,15 @@ def open_dataset(options: TrainingOptions, data: DatasetConfig, seed: int, famil
     if options.dataset.dataset_class is not None:
         arguments = (None, options.model.max_token_length, options.dataset.size, options.dataset.debug_dataset)
         has_network = hasattr(options, "network") or options.follows_images
-        dataset = ForeignDataset(options.dataset.dataset_class, data, seed, family, arguments, has_network=has_network)
+        dataset = ForeignDataset(
+            options.dataset.dataset_class,
+            data,
+            seed,
+            family,
+            arguments,
+            has_network=has_network,
+            follows_images=options.follows_images,
+        )
         if dataset.brings_texts:
             _check_frozen_text_encoders(options)
         return dataset

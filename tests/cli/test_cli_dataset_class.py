@@ -48,7 +48,7 @@ def test_a_network_and_a_model_are_trained_on_the_batches_of_a_class(tiny_checkp
     del args[at : at + 2]
     done = run_command([*args, "--max_train_steps", "4", "--save_every_n_steps", "2", "--save_state"])
     assert done.returncode == 0, done.stderr
-    assert f"The batches are made by {NAME}, so these have no effect: --flip_aug." in done.stderr
+    assert f"The batches are made by {NAME}, so --flip_aug has no effect." in done.stderr
     assert "training images × repeats: 6" in done.stderr
     resume = ["--resume", str(tmp_path / "out" / "net-step00000002-state"), "--output_dir", str(tmp_path / "more")]
     done = run_command([*args, "--max_train_steps", "4", *resume])
@@ -141,7 +141,7 @@ def changed(**fields: Any) -> dict[str, Any]:
 
 
 def test_latents_texts_masks_and_attributes_are_handed_on(family: SdxlFamily) -> None:
-    texts = [torch.ones(2, 77, 768, dtype=torch.float16), torch.ones(2, 77, 1280), torch.ones(2, 1280)]
+    texts = [torch.ones(2, 77, 64, dtype=torch.float16), torch.ones(2, 77, 128), torch.ones(2, 128)]
     attributes = [{"diff_output_preservation": True}, {}]
     given = changed(
         images=...,
@@ -156,9 +156,9 @@ def test_latents_texts_masks_and_attributes_are_handed_on(family: SdxlFamily) ->
     batch = read_batch(given, "b", family, has_network=True)
     assert batch.images is None and batch.latents is not None and batch.masks is not None and batch.text_cond is not None
     assert {name: tuple(tensor.shape[1:]) for name, tensor in batch.text_cond.items()} == {
-        "hidden1": (77, 768),
-        "hidden2": (77, 1280),
-        "pool2": (1280,),
+        "hidden1": (77, 64),
+        "hidden2": (77, 128),
+        "pool2": (128,),
     }
     assert batch.custom_attributes == attributes and batch.network_multiplier == 0.5
     assert batch.sizes.original_hw.tolist() == [[10, 20], [30, 40]]
@@ -169,7 +169,13 @@ WRONG = {
     "images": [..., torch.zeros(2, 3, 60, 64), torch.full((2, 3, 64, 64), 255.0), torch.zeros(2, 64, 64, 3), "a.png"],
     "latents": [torch.zeros(2, 3, 8, 8), torch.zeros(2, 4, 6, 8)],
     "captions": [..., ["one"], [1, 2]],
-    "text_encoder_outputs_list": [[torch.zeros(2, 77, 768)], [torch.zeros(1, 77, 768)] * 3],
+    "text_encoder_outputs_list": [
+        [torch.zeros(2, 77, 64)],
+        [torch.zeros(1, 77, 64)] * 3,
+        [torch.zeros(2, 77, 768), torch.zeros(2, 77, 1280), torch.zeros(2, 1280)],
+        [torch.zeros(2, 77, 64), torch.zeros(2, 154, 128), torch.zeros(2, 128)],
+        [torch.zeros(2, 77, 64), torch.zeros(2, 77, 128), torch.zeros(2, 1, 128)],
+    ],
     "loss_weights": [torch.ones(3), "heavy"],
     "original_sizes_hw": [..., torch.zeros(2)],
     "target_sizes_hw": [None],
@@ -183,6 +189,21 @@ WRONG = {
 def test_a_batch_that_cannot_be_trained_on_is_told_with_its_key(key: str, value: Any, family: SdxlFamily) -> None:
     with pytest.raises(UserError, match=f"--dataset_class: {key} of batch 7 of {NAME} "):
         read_batch(changed(**{key: value}), f"batch 7 of {NAME}", family, has_network=False)
+
+
+def test_control_images_that_are_followed_are_there_and_as_large_as_the_pictures(family: SdxlFamily) -> None:
+    latents = {"images": ..., "latents": torch.zeros(2, 4, 8, 8)}
+    for pictures in ({}, latents):
+        fitting = changed(conditioning_images=torch.zeros(2, 3, 64, 64), **pictures)
+        assert read_batch(fitting, "b", family, has_network=True, follows_images=True).conditioning is not None
+        other = changed(conditioning_images=torch.zeros(2, 3, 64, 96), **pictures)
+        assert read_batch(other, "b", family, has_network=True).conditioning is not None, "masks are resized"
+        with pytest.raises(
+            UserError, match=r"conditioning_images of b must be as large as the pictures, \(64, 64\), not \(64, 96\)"
+        ):
+            read_batch(other, "b", family, has_network=True, follows_images=True)
+        with pytest.raises(UserError, match="conditioning_images of b is missing"):
+            read_batch(changed(**pictures), "b", family, has_network=True, follows_images=True)
 
 
 class WithoutLength:
@@ -221,7 +242,7 @@ def test_a_class_that_cannot_be_used_is_told(name: str, words: str, family: Sdxl
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ("--dataset_config d.toml --train_data_dir d", "so --dataset_config, --train_data_dir would name images nobody reads"),
+        ("--dataset_config d.toml --train_data_dir d", "so --dataset_config and --train_data_dir would name images nobody reads"),
         ("--cache_latents", "--cache_latents cannot be used with --dataset_class"),
         ("--cache_text_encoder_outputs", "--cache_text_encoder_outputs cannot be used with --dataset_class"),
         ("--validation_split 0.1", "--validation_split cannot be used with --dataset_class"),

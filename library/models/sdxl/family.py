@@ -129,6 +129,11 @@ class SdxlFamily:
             cast(Any, text_body(encoder).embeddings).token_embedding = extended[-1]
         return [embedding.rows for embedding in extended]
 
+    def text_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the hidden states of TE1 and TE2, and of the pooled text; see `Family.text_shapes`."""
+        te1, te2 = self.sizes.te1, self.sizes.te2
+        return {"hidden1": (tokens, te1.width), "hidden2": (tokens, te2.width), "pool2": (te2.projection_dim,)}
+
     def load_text_encoders(self, dtype: torch.dtype, device: torch.device, hold: Hold | None = None) -> list[nn.Module]:
         """Load TE1 and TE2, frozen and in evaluation mode; see `Family.load_denoiser`."""
         return [self._load("te1", dtype, device, hold), self._load("te2", dtype, device, hold)]
