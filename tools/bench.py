@@ -7,7 +7,7 @@
     python tools/bench.py --size tiny --resolution 256 --steps 3        # seconds, on any CPU
 
 With `--trace` nothing is measured: the peak memory is forecast by tracing the step with fake tensors, on any machine. On a GPU the
-forecast stands beside the measurement.
+forecast stands beside the measurement. With `--count_operations` the operations of the step are counted in the same way.
 
 The step is the training loop's own, with cached latents and cached text. Options that training has are spelled as there.
 """
@@ -39,6 +39,7 @@ from library.training.environment import installed_versions
 
 if TYPE_CHECKING:
     from library.memory.trace import Peak
+    from tools.bench_operations import Operations
     from tools.bench_step import Speed
 
 UNEVEN = 1.5
@@ -78,27 +79,37 @@ def check(options: BenchScriptOptions) -> None:
     problems += fused_problems(options.optimizer, 1, options.precision.mixed_precision)
     if options.bench.trace and not problems and (problem := untraceable(options.optimizer)):
         problems.append(problem)
+    if options.bench.count_operations and not problems and untraceable(options.optimizer):
+        name = optimizer_name(options.optimizer)
+        problems.append(f"--count_operations cannot step {name}, which wants real values. Count with another, such as AdamW.")
     if problems:
         raise UsageError(problems)
 
 
 def report(
-    options: BenchScriptOptions, argv: Sequence[str], speed: "Speed | None", peak: "Peak | None", hardware: dict[str, Any]
+    options: BenchScriptOptions,
+    argv: Sequence[str],
+    hardware: dict[str, Any],
+    speed: "Speed | None",
+    peak: "Peak | None",
+    operations: "Operations | None",
 ) -> dict[str, Any]:
     """Return everything needed to judge and repeat the measurement, as JSON takes it.
 
     Args:
         options: of the run.
         argv: as typed.
+        hardware: the machine.
         speed: what was measured, or None.
         peak: what was forecast, or None.
-        hardware: the machine.
+        operations: what was counted, or None.
     """
     return {
         "command": shlex.join(["python", "tools/bench.py", *argv]),
         "options": {name: getattr(options, name).model_dump(mode="json") for name in ("bench", "precision", "optimizer")},
         **({"result": asdict(speed)} if speed else {}),
         **({"traced_peak_gib": peak.in_gib()} if peak else {}),
+        **({"operations": asdict(operations)} if operations else {}),
         "hardware": hardware,
         "versions": installed_versions(),
     }
@@ -151,7 +162,7 @@ def main(argv: Sequence[str]) -> None:
 
     import torch
 
-    from tools import bench_step, bench_trace
+    from tools import bench_operations, bench_step, bench_trace
 
     logging.captureWarnings(True)
     asked = (options.bench, options.precision, options.optimizer)
@@ -159,11 +170,15 @@ def main(argv: Sequence[str]) -> None:
     hardware = hardware_of(torch.device("cuda" if has_gpu else "cpu"))
     can_forecast = untraceable(options.optimizer) is None
     peak = bench_trace.forecast(*asked) if options.bench.trace or (has_gpu and can_forecast) else None
-    speed = None if options.bench.trace else bench_step.measure(*asked)
+    operations = bench_operations.count_operations(*asked) if options.bench.count_operations else None
+    speed = None if options.bench.trace or options.bench.count_operations else bench_step.measure(*asked)
     facts = what_is_run(options, hardware) | (measured(speed) if speed else {}) | (bench_trace.rows(peak) if peak else {})
+    facts |= bench_operations.rows(operations) if operations else {}
     print("\n".join(f"{name:<14} {value}" for name, value in facts.items()))
     if options.bench.json_file:
-        atomic_write_text(options.bench.json_file, json.dumps(report(options, argv, speed, peak, hardware), indent=2) + "\n")
+        atomic_write_text(
+            options.bench.json_file, json.dumps(report(options, argv, hardware, speed, peak, operations), indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -18,4 +18,5 @@ class BenchOptions(OptionGroup):
     steps: int = option(10, "Steps that are timed.", ge=1)
     warmup: int = option(3, "Steps before them that are not timed.", ge=0)
     trace: bool = flag("Only forecast the peak memory, with fake tensors: no GPU and little memory needed.")
+    count_operations: bool = flag("Only count the operations of a step, with fake tensors: each is at least one kernel to launch.")
     json_file: str | None = option(None, "File for the result as JSON; may be written --json.")

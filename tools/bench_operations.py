@@ -1,0 +1,94 @@
+"""How many operations a training step hands to the device, each at least one kernel: counted on fake tensors, on any machine.
+
+A device that computes faster than a host can ask is bound by this number. The step is the benchmark's own, at its real size.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from library.memory.pretend import PretendAccelerator
+from library.options.groups.bench import BenchOptions
+from library.options.groups.optimizer import OptimizerOptions
+from library.options.groups.precision import StepPrecisionOptions
+from library.training.accelerator import DTypes
+from library.training.loop import accumulate_gradient, update_parameters
+from tools.bench_step import make_run
+from tools.bench_trace import use_kernels_of, what_is_traced
+
+_aten = torch.ops.aten
+_FREE = {_aten.detach, _aten.alias, _aten._unsafe_view, _aten.lift_fresh} | {
+    getattr(_aten, name) for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+}
+"""What only makes a tensor and computes nothing, beside views."""
+MOST_TOLD = 5
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts, by name, the operations below autograd that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Run an operation and count it."""
+        if func.namespace not in ("prim", "profiler") and not func.is_view and func.overloadpacket not in _FREE:
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What a step is made of."""
+
+    step: int
+    """Operations of the forward and the backward pass."""
+    update: int
+    """Operations of limiting the gradients and of the optimizer's step, where they follow the backward pass."""
+    most_frequent: dict[str, int]
+    """Those of `step` by name, the most frequent first."""
+
+
+def count_operations(bench: BenchOptions, precision: StepPrecisionOptions, optimizer: OptimizerOptions) -> Operations:
+    """Count the operations of one batch and one update.
+
+    Args:
+        bench: what is trained, at which size.
+        precision: number types and checkpointing.
+        optimizer: its options, see `library.memory.traceable`.
+    """
+    device = torch.device("cpu")  # see `tools.bench_trace.forecast`
+    compute = DTypes.of(precision, no_half_vae=False, save_precision=None).compute
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        accelerator = PretendAccelerator(device, None if compute == torch.float32 else compute)
+        run, batch = make_run(bench, precision, what_is_traced(optimizer), accelerator, torch.device("meta"))
+        use_kernels_of(run.schedule.optimizer, "cuda")
+        _make_state(run.schedule.optimizer)
+        with OperationCounter() as step:
+            accumulate_gradient(run, batch, epoch=1, index=0, window=1, synchronise=True)
+        with OperationCounter() as update:
+            update_parameters(run)
+    return Operations(step.counts.total(), update.counts.total(), dict(step.counts.most_common()))
+
+
+def _make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Step once without gradients of a loss: what an optimizer makes in its first step is no part of the others."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def rows(operations: Operations) -> dict[str, str]:
+    """Return the counts for people: one fact per line."""
+    frequent = ", ".join(f"{count:,} {name}" for name, count in list(operations.most_frequent.items())[:MOST_TOLD])
+    return {
+        "operations": f"{operations.step:,} in forward and backward pass, {operations.update:,} in the update; counted",
+        "most frequent": frequent,
+    }
