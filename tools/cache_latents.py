@@ -43,6 +43,7 @@ def cache(options: CacheLatentsOptions, definition: DatasetConfig) -> None:
     from library.models.sdxl.family import SdxlFamily
     from library.training.accelerator import DTypes, make_accelerator
     from library.training.caching_tools import open_to_cache
+    from library.training.out_of_memory import telling_of_memory_while_caching
     from library.training.preparation import fill_latents, model_source
 
     family = SdxlFamily.open(model_source(options.model, options.precision))
@@ -50,7 +51,8 @@ def cache(options: CacheLatentsOptions, definition: DatasetConfig) -> None:
     dataset = open_to_cache(options, definition)
     dtype = DTypes.of(options.precision, options.precision.no_half_vae, None).vae
     load = functools.cache(lambda: family.load_vae(dtype, accelerator.device))
-    fill_latents(dataset, family, load, dtype, cache_options(options), accelerator)
+    with telling_of_memory_while_caching(options):
+        fill_latents(dataset, family, load, dtype, cache_options(options), accelerator)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def cache(options: CacheTextEncoderOutputsOptions, definition: DatasetConfig) ->
     from library.models.sdxl.family import SdxlFamily
     from library.training.accelerator import DTypes, make_accelerator
     from library.training.caching_tools import open_to_cache
+    from library.training.out_of_memory import telling_of_memory_while_caching
     from library.training.preparation import fill_texts, model_source
 
     family = SdxlFamily.open(model_source(options.model, options.precision))
@@ -55,7 +56,8 @@ def cache(options: CacheTextEncoderOutputsOptions, definition: DatasetConfig) ->
     load = functools.cache(lambda: family.load_text_encoders(dtype, accelerator.device))
     batch_size = options.dataset.train_batch_size
     style = PromptStyle.of_training(options.model.max_token_length or 75) if options.caption.weighted_captions else None
-    fill_texts(dataset, family, load, dtype, options.model, cache_options(options), accelerator, batch_size, style)
+    with telling_of_memory_while_caching(options):
+        fill_texts(dataset, family, load, dtype, options.model, cache_options(options), accelerator, batch_size, style)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What is said when memory is full: what was in it, and which options not given yet would make the run fit."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from library.options.errors import UserError
-from library.options.scripts import SdxlTrainNetworkOptions, SdxlTrainOptions, TrainingOptions
+from library.options.scripts import (
+    CacheLatentsOptions,
+    CacheTextEncoderOutputsOptions,
+    SdxlTrainNetworkOptions,
+    SdxlTrainOptions,
+    TrainingOptions,
+)
 from library.training.saving import Saver
 from library.training.step import ModelParts
 
@@ -112,13 +118,37 @@ def sentence(error: BaseException, options: TrainingOptions, sizes: Sizes, *, ha
         has_begun: whether the model was loaded and ready to train.
     """
     where = "while it trained" if has_begun else "before training, while models were loaded or pictures and captions encoded"
-    cause = (str(error) or type(error).__name__).splitlines()[0]
-    lines = [f"Memory is full: it happened {where}. States and models that were saved are as they were.", f"  {cause}"]
     held = sizes.lines()
-    if held:
-        lines += ["In memory were:", *held]
-    helping = list(remedies(options, sizes)) if has_begun else list(_remedies_before(options))
-    return "\n".join([*lines, "What makes room, the cheapest first:", *(f"  - {each}" for each in helping)])
+    helping = remedies(options, sizes) if has_begun else _remedies_before(options)
+    kept = "States and models that were saved are as they were."
+    return _told(error, where, kept, ["In memory were:", *held] if held else [], helping)
+
+
+@contextmanager
+def telling_of_memory_while_caching(options: CacheLatentsOptions | CacheTextEncoderOutputsOptions) -> Iterator[None]:
+    """Turn full memory inside the block, which fills caches, into a sentence.
+
+    Raises:
+        UserError: memory was full.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_full(error):
+            raise
+        if isinstance(options, CacheLatentsOptions):
+            where, helping = "while pictures were encoded", _remedies_before(options)
+        else:
+            where, helping = "while captions were encoded", _remedies_for_texts(options)
+        raise UserError(
+            _told(error, where, "What was cached before is kept; the same command goes on there.", [], helping)
+        ) from error
+
+
+def _told(error: BaseException, where: str, kept: str, held: Sequence[str], helping: Iterable[str]) -> str:
+    cause = (str(error) or type(error).__name__).splitlines()[0]
+    advice = ["What makes room, the cheapest first:", *(f"  - {each}" for each in helping)]
+    return "\n".join([f"Memory is full: it happened {where}. {kept}", f"  {cause}", *held, *advice])
 
 
 def remedies(options: TrainingOptions, sizes: Sizes) -> Iterator[str]:
@@ -152,7 +182,7 @@ def remedies(options: TrainingOptions, sizes: Sizes) -> Iterator[str]:
     yield "a lower --resolution: activations in proportion to the area"
 
 
-def _remedies_before(options: TrainingOptions) -> Iterator[str]:
+def _remedies_before(options: TrainingOptions | CacheLatentsOptions) -> Iterator[str]:
     if options.cache.vae_batch_size > 1:
         yield f"--vae_batch_size 1 instead of {options.cache.vae_batch_size}"
     if options.precision.no_half_vae:
@@ -160,6 +190,14 @@ def _remedies_before(options: TrainingOptions) -> Iterator[str]:
     if options.precision.mixed_precision == "no":
         yield "--mixed_precision bf16: half of the weights that are not trained"
     yield "a lower --resolution, and ending other programs that use this memory"
+
+
+def _remedies_for_texts(options: CacheTextEncoderOutputsOptions) -> Iterator[str]:
+    if options.dataset.train_batch_size > 1:
+        yield f"--train_batch_size 1 instead of {options.dataset.train_batch_size}"
+    if options.precision.mixed_precision == "no":
+        yield "--mixed_precision bf16: half of the weights of the text encoders"
+    yield "ending other programs that use this memory"
 
 
 def _parameters(resident: Resident) -> Iterator[nn.Parameter]:

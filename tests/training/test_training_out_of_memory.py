@@ -8,8 +8,15 @@ import torch
 from torch import nn
 
 from library.options.errors import UserError
-from library.options.scripts import SdxlTrainNetworkOptions, SdxlTrainOptions
-from library.training.out_of_memory import Resident, Sizes, remedies, telling_of_memory
+from library.options.groups.cache import CacheOptions
+from library.options.groups.dataset import DatasetOptions
+from library.options.scripts import (
+    CacheLatentsOptions,
+    CacheTextEncoderOutputsOptions,
+    SdxlTrainNetworkOptions,
+    SdxlTrainOptions,
+)
+from library.training.out_of_memory import Resident, Sizes, remedies, telling_of_memory, telling_of_memory_while_caching
 
 MIB = 2**20
 
@@ -58,6 +65,28 @@ def test_full_memory_before_training_is_told_so_and_other_errors_pass() -> None:
     with pytest.raises(UserError, match="before training"), telling_of_memory(SdxlTrainNetworkOptions()):
         raise MemoryError
     with pytest.raises(RuntimeError, match="another"), telling_of_memory(SdxlTrainNetworkOptions()):
+        raise RuntimeError("another")
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "advised"),
+    [
+        (CacheLatentsOptions(cache=CacheOptions(vae_batch_size=4)), "pictures", "--vae_batch_size 1 instead of 4"),
+        (
+            CacheTextEncoderOutputsOptions(dataset=DatasetOptions(train_batch_size=3)),
+            "captions",
+            "--train_batch_size 1 instead of 3",
+        ),
+    ],
+)
+def test_full_memory_of_the_caching_tools_is_told(options: Any, what: str, advised: str) -> None:
+    with (
+        pytest.raises(UserError, match=f"while {what} were encoded.*goes on there") as told,
+        telling_of_memory_while_caching(options),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert f"  - {advised}" in str(told.value).splitlines() and "  - --mixed_precision bf16" in str(told.value)
+    with pytest.raises(RuntimeError, match="another"), telling_of_memory_while_caching(options):
         raise RuntimeError("another")
 
 
