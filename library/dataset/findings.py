@@ -34,6 +34,7 @@ class Kind(Enum):
     TOO_SMALL = ("Images too small or too narrow for their bucket", "")
     CONDITIONING = ("Control or mask images that are missing or do not fit", "")
     UNREADABLE_CAPTION = ("Captions that cannot be read", "")
+    WITHOUT_WORD = ("Captions without the word that is learned", "Their images teach it nothing.")
     CACHE = ("Caches that cannot be made", "")
     CONFIG = ("Settings of the dataset that may not be meant", "")
     NO_CAPTION = ("Images without a caption", "Check caption_extension, or set class_tokens.")

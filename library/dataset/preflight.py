@@ -19,7 +19,8 @@ from library.dataset.duplicates import same_contents, same_files
 from library.dataset.findings import MOST_KEPT, NAMES_SHOWN, Findings, Kind
 from library.dataset.index import Section
 from library.dataset.survey import Survey, survey
-from library.dataset.token_counts import CountTokens, TokenCounter
+from library.dataset.token_counts import CountTokens, TokenCounter, longest_captions
+from library.models.new_words import mentions
 from library.options.dataset_config import SubsetConfig
 
 NOTABLE_ENLARGEMENT = 1.1
@@ -41,6 +42,8 @@ class Limits:
     """Whether copies are looked for however many images there are."""
     weighted_captions: bool = False
     """Whether brackets in captions are weights, which are no tokens."""
+    new_word: str | None = None
+    """That captions have to mention; None where no word is learned."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ def check_dataset(dataset: Dataset, findings: Findings, limits: Limits) -> Check
     surveyed = survey(dataset, TokenCounter(limits.count_tokens, limits.max_tokens, weighted=limits.weighted_captions))
     _check_captions(dataset, surveyed, findings, limits.max_tokens)
     _check_empty_captions(dataset, surveyed, findings)
+    if limits.new_word is not None:
+        _check_word(dataset, surveyed, findings, limits.new_word)
     copies: dict[tuple[str, ...], list[str]] = {}
     for number, section in enumerate(dataset.sections):
         _check_sizes(dataset, number, surveyed, findings)
@@ -109,6 +114,29 @@ def _check_empty_captions(dataset: Dataset, surveyed: Survey, findings: Findings
             names, paths = _examples(dataset, numbers)
             sentence = f"{count} of {own.sum()} images of {subset.source} have an empty caption: {names}."
             findings.warning(Kind.EMPTY_CAPTION, subset.source, sentence, count=count, files=paths)
+
+
+def _check_word(dataset: Dataset, surveyed: Survey, findings: Findings, word: str) -> None:
+    """Tell of captions that do not mention a word that is learned from them; those of regularisation images aside."""
+    teaches, mentioned = [], []
+    for section in dataset.sections:
+        teaches.append(~section.items.is_reg)
+        texts = zip(section.items.captions(), longest_captions(section), strict=True)
+        mentioned.append(np.fromiter((mentions(own, word) or mentions(used, word) for own, used in texts), dtype=np.bool_))
+    without = np.concatenate([np.zeros(0, dtype=np.bool_), *teaches]) & ~np.concatenate([np.zeros(0, dtype=np.bool_), *mentioned])
+    if without.any() and without.sum() == sum(each.sum() for each in teaches):
+        told = (
+            f"No caption has the word {word} in it, so nothing would be learned. Write it into the captions, set class_tokens or "
+            "caption_prefix to it, or give --use_object_template or --use_style_template."
+        )
+        findings.error(Kind.WITHOUT_WORD, "all datasets", told, count=int(without.sum()))
+        return
+    for subset, own in _subsets(dataset, surveyed):
+        numbers = np.flatnonzero(own & without).tolist()
+        if numbers:
+            names, paths = _examples(dataset, numbers)
+            told = f"{len(numbers)} of {own.sum()} captions of {subset.source} do not have the word {word}: {names}."
+            findings.warning(Kind.WITHOUT_WORD, subset.source, told, count=len(numbers), files=paths)
 
 
 def _without_readable_caption(dataset: Dataset, subset: SubsetConfig, empty: Flags, findings: Findings) -> set[str]:

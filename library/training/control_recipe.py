@@ -23,9 +23,6 @@ class ControlRecipe:
 
     tracker_name = "lllite_control_net_train"
 
-    def check_data(self, setting: Setting) -> None:
-        """That every image has a control image is seen when the images are found."""
-
     def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
         """Load everything in the type of the computation or in fewer bits, as nothing of the model itself is trained."""
         return PartDTypes.frozen(self.options.precision, setting.dtypes.compute)

@@ -31,9 +31,6 @@ class FinetuneRecipe:
         """The learning rate of each text encoder; 0 for one that is not trained."""
         return self.options.finetune.text_encoder_rates(self.options.optimizer.learning_rate)
 
-    def check_data(self, setting: Setting) -> None:
-        """Any images with captions will do."""
-
     def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
         """Load in the type of trained weights whatever is trained, so that no digit of them is lost."""
         dtypes = setting.dtypes

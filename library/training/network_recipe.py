@@ -47,9 +47,6 @@ class NetworkRecipe:
 
     tracker_name = "network_train"
 
-    def check_data(self, setting: Setting) -> None:
-        """Any images with captions will do."""
-
     def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
         """Load everything in the type of the computation or in fewer bits, as nothing of the model itself is trained."""
         return PartDTypes.frozen(self.options.precision, setting.dtypes.compute)

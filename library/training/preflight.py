@@ -9,7 +9,7 @@ from library.dataset.preflight import Checked, Limits, check_dataset
 from library.models.family import Family
 from library.options.dataset_config import DatasetConfig
 from library.options.errors import UserError
-from library.options.scripts import TrainingOptions
+from library.options.scripts import SdxlTrainTextualInversionOptions, TrainingOptions
 from library.training.cache_survey import check_cache_folders
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ def checked_dataset(
     findings = Findings()
     dataset = Dataset(data, seed, findings)
     weighted = options.caption.weighted_captions
-    limits = Limits(family.count_tokens, options.model.max_token_length or 75, num_processes, compares_all, weighted)
+    word = options.word.token_string if isinstance(options, SdxlTrainTextualInversionOptions) else None
+    limits = Limits(family.count_tokens, options.model.max_token_length or 75, num_processes, compares_all, weighted, word)
     checked = check_dataset(dataset, findings, limits)
     check_cache_folders(options, dataset, family, findings)
     return checked
@@ -78,7 +79,7 @@ def _check_frozen_text_encoders(options: TrainingOptions) -> None:
                 f"--{flag} cannot be used: the batches of {options.dataset.dataset_class} bring text_encoder_outputs_list, which "
                 "freezes the text encoders. Leave the option out, or let the batches bring captions alone."
             )
-    if hasattr(options, "word"):
+    if isinstance(options, SdxlTrainTextualInversionOptions):
         raise UserError(
             f"--dataset_class: the batches of {options.dataset.dataset_class} bring text_encoder_outputs_list, but a new word is "
             "learned from captions. Let them bring captions alone."

@@ -59,13 +59,6 @@ class Recipe(Protocol):
     tracker_name: str
     """Project name in logs, unless another is given."""
 
-    def check_data(self, setting: Setting) -> None:
-        """See that the data has what the script needs of it, before a model is loaded.
-
-        Raises:
-            UserError: it has not.
-        """
-
     def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
         """Say in which types the denoiser and the text encoders are loaded."""
 
@@ -125,7 +118,6 @@ def carry_out(
     uploads = open_uploads(options.hub) if accelerator.is_main_process else None
     start = start_position(options.state, saved, length, setting.batches_per_epoch, options.length.gradient_accumulation_steps)
 
-    recipe.check_data(setting)
     part_dtypes = recipe.dtypes_of_parts(setting)
     text = prepare_text(setting, requests, part_dtypes)
     vae = prepare_latents(setting, keep=bool(requests))

@@ -14,10 +14,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from library.dataset.dataset import Dataset
-from library.dataset.token_counts import longest_captions
 from library.models.family import Family
-from library.models.new_words import mentions
 from library.options.errors import UserError
 from library.options.groups.textual_inversion import TextualInversionOptions
 from library.options.scripts import SdxlTrainTextualInversionOptions
@@ -39,10 +36,6 @@ class WordRecipe:
     options: SdxlTrainTextualInversionOptions
 
     tracker_name = "textual_inversion"
-
-    def check_data(self, setting: Setting) -> None:
-        """See that the word stands in the captions."""
-        check_captions(setting.dataset, self.options.word.token_string or "")
 
     def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
         """Load everything in the type of the computation or in fewer bits, as nothing of the model itself is trained."""
@@ -131,24 +124,3 @@ def first_vectors(family: Family, encoders: Sequence[nn.Module], options: Textua
         used = "over and over" if num_found < count else f"the first {count} of them"
         log.warning('--init_word "%s" is %d tokens, and the new word has %d vectors: %s are used.', text, num_found, count, used)
     return [vectors[torch.arange(count) % num_found] for vectors in found]
-
-
-def check_captions(dataset: Dataset, word: str) -> None:
-    """See that the word stands in the captions, so that there is something to learn; those of regularisation images aside.
-
-    Raises:
-        UserError: it stands in none.
-    """
-    num_captions = num_without = 0
-    for section in dataset.sections:
-        texts = zip(section.items.captions(), longest_captions(section), section.items.is_reg.tolist(), strict=True)
-        with_word = [mentions(own, word) or mentions(used, word) for own, used, is_reg in texts if not is_reg]
-        num_captions += len(with_word)
-        num_without += with_word.count(False)
-    if num_captions and num_without == num_captions:
-        raise UserError(
-            f"No caption has the word {word} in it, so nothing would be learned. Write it into the captions, set class_tokens or "
-            "caption_prefix to it, or give --use_object_template or --use_style_template."
-        )
-    if num_without:
-        log.warning("%d of %d captions do not have the word %s: their images teach it nothing.", num_without, num_captions, word)

@@ -122,6 +122,7 @@ def test_mistakes_are_told_in_sentences(tiny_checkpoint: Path, dataset: Path, tm
         (("--cache_text_encoder_outputs",), 2, "--cache_text_encoder_outputs"),
         (("--token_string", "cat"), 1, "'cat' is in the vocabulary of the text encoders"),
         (("--caption_prefix", "another,"), 1, "No caption has the word mychar in it"),
+        (("--caption_prefix", "another,", "--debug_dataset"), 1, "No caption has the word mychar in it"),
         (("--weights", tmp_path / "two.pt"), 1, "two.pt holds no word for this model"),
     ]
     for more, status, told in cases:

@@ -57,6 +57,17 @@ def test_captions_longer_than_the_limit_are_counted_the_longest_first(plain: Pat
     assert told(check(section(subset(plain)), max_tokens=6)) == {}
 
 
+def test_captions_without_the_word_that_is_learned_are_told_and_an_error_where_none_has_it(plain: Path) -> None:
+    (plain / "p0.txt").write_text("a Mychar, hat")
+    checked = check(section(subset(plain)), new_word="mychar")
+    assert told(checked) == {Kind.WITHOUT_WORD: [f"1 of 2 captions of {plain} do not have the word mychar: p1.png."]}
+    assert told(check(section(subset(plain, caption_prefix="mychar")), new_word="mychar")) == {}
+    (error,) = told(check(section(subset(plain)), new_word="hatter"), Severity.ERROR)[Kind.WITHOUT_WORD]
+    assert error.startswith("No caption has the word hatter in it") and told(check(section(subset(plain)))) == {}
+    regularised = check(section(subset(plain), subset(plain, is_reg=True, caption_prefix="hatter")), new_word="hatter")
+    assert Kind.WITHOUT_WORD in told(regularised, Severity.ERROR), "what regularisation images are called teaches no word"
+
+
 def test_captions_that_are_there_and_empty_are_told_apart_from_missing_ones(plain: Path) -> None:
     (plain / "p0.txt").write_text("\n")
     make_image(plain / "p2.png", (64, 64), seed=5)
