@@ -68,6 +68,8 @@ class FolderFiles:
             problems: receives a sentence for each image that cannot be used, by name; a folder is left out without one.
             noted: what is known of images besides what is remembered here; receives what is true now.
         """
+        if gone := {row[0] for row in self.store.notes()} - self.names:  # of caches, mostly, which nobody else looks for
+            self.store.save(gone=gone)
         return self._looked_at(names, problems, self.store.images(), noted, _read_image, lambda rows: self.store.save(images=rows))
 
     def caption_texts(self, names: Sequence[str], problems: dict[str, str], noted: Notes[str] | None = None) -> list[str | None]:

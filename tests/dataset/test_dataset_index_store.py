@@ -17,6 +17,7 @@ from opened_files import OpenedFiles
 from PIL import Image
 
 from library.dataset import index_store
+from library.dataset.file_notes import FileNotes
 from library.dataset.images import SIDE_LIMIT
 from library.dataset.index import Section, build_index
 from library.dataset.index_store import STORE_NAME, IndexStore, packed_facts, unpacked_facts
@@ -114,6 +115,19 @@ def test_files_that_are_gone_are_forgotten(folder: Path) -> None:
     store = IndexStore(str(folder))
     assert {row[0] for row in store.images()} == {"im1.png", "im2.png", "im3.png", "im4.png"}
     assert {row[0] for row in store.captions()} == {"im0.txt", "im2.txt", "im3.txt", "im4.txt"}
+
+
+def test_notes_of_caches_that_are_gone_are_forgotten_and_others_stay(folder: Path) -> None:
+    cache = folder / "im5_sdxl.npz"
+    cache.write_bytes(b"cache")
+    notes = FileNotes()
+    notes.add(str(cache), cache.stat(), "good")
+    notes.save()
+    index(folder)
+    assert FileNotes().texts(str(cache), cache.stat()) == ["good"]
+    cache.unlink()
+    index(folder)
+    assert IndexStore(str(folder)).notes() == []
 
 
 def test_captions_of_another_ending_are_kept_beside_each_other(folder: Path, opened: Opened) -> None:
