@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from library.files.atomic import atomic_write_text
 from library.memory.traceable import untraceable
-from library.options.checks import offload_problems, packed_problems, precision_problems
+from library.options.checks import checkpoint_problems, packed_problems, precision_problems
 from library.options.checks_optimizer import fused_problems, optimizer_name, optimizer_problems
 from library.options.entry import run_script
 from library.options.errors import UsageError
@@ -74,7 +74,7 @@ def check(options: BenchScriptOptions) -> None:
         raise UsageError([f"--resolution {resolution}: must be a multiple of {SIZE_STEP}; {near}."])
     problems = optimizer_problems(options.optimizer)
     problems += precision_problems(options.precision)
-    problems += offload_problems(options.precision)
+    problems += checkpoint_problems(options.precision)
     problems += packed_problems(options.precision) if options.bench.mode == "finetune" else []
     problems += fused_problems(options.optimizer, 1, options.precision.mixed_precision)
     if options.bench.trace and not problems and (problem := untraceable(options.optimizer)):
@@ -127,6 +127,7 @@ def what_is_run(options: BenchScriptOptions, hardware: dict[str, Any]) -> dict[s
         "cpu_offload_checkpointing": "activations in main memory",
     }
     flags = [text for name, text in kinds.items() if getattr(precision, name)]
+    flags += [f"in {precision.checkpoint_fraction:g} of the blocks"] if precision.checkpoint_fraction != 1 else []
     flags += ["fused backward pass"] if options.optimizer.fused_backward_pass else []
     groups = options.optimizer.fused_optimizer_groups
     flags += [f"{groups} fused groups"] if groups else []

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import networks.lora
@@ -38,6 +37,7 @@ from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
 from library.options.groups.scheduler import SchedulerOptions
 from library.training.accelerator import DTypes, make_accelerator
+from library.training.denoiser import prepare_denoiser
 from library.training.loop import TrainingRun, accumulate_gradient, update_parameters
 from library.training.step import ModelParts, TrainStep
 from library.training.trainable import ModelTrainable, NetworkTrainable, Trainable
@@ -133,6 +133,7 @@ def make_run(
     sizes = SIZES[bench.size]
     unet = make_unet(sizes, device, dtypes.compute if bench.mode == "lora" else dtypes.trained, precision)
     family = SdxlFamily(ModelSource("random weights"), Checkpoint("random weights", {}), sizes)
+    prepare_denoiser(family, unet, precision, device)
     trainable = TRAINABLES[bench.mode](family, unet, bench, device, dtypes.trained)
     if precision.cpu_offload_checkpointing:
         keep_on_host(unet, [trainable.module], host=host)
@@ -165,10 +166,6 @@ def make_unet(sizes: SdxlSizes, device: torch.device, dtype: torch.dtype, precis
     unet.requires_grad_(False)
     if precision.packs_denoiser:
         pack_layers(unet, SCALED_FLOAT8)
-    unet.set_attention(precision.attention)
-    unet.enable_gradient_checkpointing(precision.gradient_checkpointing)
-    if device.type == "cuda" and not isinstance(next(unet.parameters()), FakeTensor):
-        unet.to(memory_format=torch.channels_last)
     return unet
 
 

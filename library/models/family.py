@@ -286,11 +286,16 @@ class Family(Protocol):
             UserError: the package it needs is not installed.
         """
 
-    def enable_gradient_checkpointing(self, denoiser: nn.Module, encoders: Sequence[nn.Module | None] = ()) -> None:
-        """Let the denoiser and these encoders compute activations again in the backward pass instead of keeping them.
+    def enable_gradient_checkpointing(self, denoiser: nn.Module, fraction: float = 1.0) -> None:
+        """Let blocks of the denoiser compute activations again in the backward pass instead of keeping them.
 
-        Encoders are in training mode afterwards.
+        Args:
+            denoiser: as `load_denoiser` gives it.
+            fraction: of the blocks, 0 to 1, those first that save most for what they cost.
         """
+
+    def enable_text_checkpointing(self, encoders: Sequence[nn.Module | None]) -> None:
+        """Let those encoders that are not None compute activations again too; they are in training mode afterwards."""
 
     def file_names(self, part: str, module: nn.Module) -> dict[str, str]:
         """Return, for each tensor name of the module of `part` (its short name, such as "unet" or "te1"), its name in files."""

@@ -81,7 +81,7 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
     if options.output.output_dir is None:
         yield "--output_dir is missing. Name the folder for what is trained."
     yield from precision_problems(options.precision)
-    yield from offload_problems(options.precision)
+    yield from checkpoint_problems(options.precision)
     yield from _compile_problems(options.compile)
     yield from fused_problems(options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision)
     yield from _ema_problems(options)
@@ -108,8 +108,13 @@ def precision_problems(precision: WorkingPrecisionOptions) -> Iterator[str]:
         yield f"--{name} needs the package xformers: pip install xformers, or leave it out, since PyTorch's attention is as fast."
 
 
-def offload_problems(precision: StepPrecisionOptions) -> Iterator[str]:
-    """Yield why there is nothing to keep in main memory."""
+def checkpoint_problems(precision: StepPrecisionOptions) -> Iterator[str]:
+    """Yield why there is nothing to share out among blocks, or to keep in main memory."""
+    if precision.checkpoint_fraction != 1 and not precision.gradient_checkpointing:
+        yield (
+            f"--checkpoint_fraction {precision.checkpoint_fraction:g} says how many blocks are computed again, so it needs "
+            "--gradient_checkpointing."
+        )
     if precision.cpu_offload_checkpointing and not precision.gradient_checkpointing:
         yield (
             "--cpu_offload_checkpointing keeps checkpointed activations in main memory, so it needs --gradient_checkpointing, "

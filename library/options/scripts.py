@@ -118,6 +118,7 @@ _TRAINING_ADDITIONS = frozenset(
         "resume_changed",
         "strict_config",
         "cache_latents_posterior",
+        "checkpoint_fraction",
         "text_cache_variants",
         "timestep_distribution",
         "true_crop_conditioning",

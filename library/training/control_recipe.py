@@ -37,8 +37,6 @@ class ControlRecipe:
             network.load_weights(control.network_weights)
             log.info("Loaded %s.", control.network_weights)
         network.apply_to()
-        if options.precision.gradient_checkpointing:
-            setting.family.enable_gradient_checkpointing(denoiser)
         network.to(setting.accelerator.device, setting.dtypes.trained)
         groups = [{"params": list(network.parameters()), "lr": options.optimizer.learning_rate}]
         trainable = NetworkTrainable(network, denoiser, text.encoders, max_norm=None)

@@ -61,8 +61,7 @@ class FinetuneRecipe:
             for parameter in group["params"]:
                 parameter.requires_grad_(True)
         if options.precision.gradient_checkpointing:
-            family.enable_gradient_checkpointing(denoiser, [parts[name] for name in family.encoder_names if name in parts])
-            denoiser.train()
+            family.enable_text_checkpointing([parts[name] for name in family.encoder_names if name in parts])
         trainable = ModelTrainable(
             family,
             parts,

@@ -70,7 +70,7 @@ class NetworkRecipe:
             log.info("Loaded %s: %s", options.network.network_weights, network.load_weights(options.network.network_weights))
         if options.precision.gradient_checkpointing:
             network.enable_gradient_checkpointing()
-            setting.family.enable_gradient_checkpointing(denoiser, encoders if trains_text else [])
+            setting.family.enable_text_checkpointing(encoders if trains_text else [])
         network.to(device, setting.dtypes.trained)
         unet_rate = options.network.unet_lr if trains_denoiser else 0.0
         groups, descriptions = parameter_groups(network, rates, unet_rate, options.optimizer.learning_rate)

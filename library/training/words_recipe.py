@@ -49,7 +49,7 @@ class WordRecipe:
         parameters = family.extend_vocabulary(encoders, rows)
         groups = [{"params": [parameter.requires_grad_(True)], "lr": options.optimizer.learning_rate} for parameter in parameters]
         if options.precision.gradient_checkpointing:
-            family.enable_gradient_checkpointing(denoiser, encoders)
+            family.enable_text_checkpointing(encoders)
         trainable = WordTrainable(family, parameters)
         return Trained(trainable, groups, list(family.encoder_names), trains_text=True, extension=options.output.extension)
 

@@ -32,7 +32,8 @@ def test_compiled_blocks_and_activations_in_main_memory_change_no_bit_and_a_run_
     dataset = write_dataset(tmp_path, photos, count=4)
     dataset.write_text(dataset.read_text().replace("enable_bucket = true", "enable_bucket = false"))
     base = ["--network_train_unet_only", "--gradient_checkpointing", "--cache_latents", "--max_train_steps", "2", "--torch_compile"]
-    more = [*base, "--dynamo_backend", "eager", "--cpu_offload_checkpointing", "--save_every_n_steps", "1", "--save_state"]
+    more = [*base, "--dynamo_backend", "eager", "--cpu_offload_checkpointing", "--checkpoint_fraction", "0.5"]
+    more += ["--save_every_n_steps", "1", "--save_state"]
     compiled = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "compiled", *more))
     assert compiled.returncode == 0, compiled.stderr
     assert "blocks with eager for 1 shapes" in compiled.stderr

@@ -125,7 +125,8 @@ def test_gradients_flow_to_an_encoder_that_is_trained(family) -> None:
 
 def test_checkpointing_is_switched_on_everywhere(family) -> None:
     unet, encoders = family.load_denoiser(torch.float32, CPU), family.load_text_encoders(torch.float32, CPU)
-    family.enable_gradient_checkpointing(unet, encoders)
+    family.enable_gradient_checkpointing(unet)
+    family.enable_text_checkpointing(encoders)
     assert all(block.recompute for block in family.blocks(unet).values())
     assert all(encoder.is_gradient_checkpointing and encoder.training for encoder in encoders)
 

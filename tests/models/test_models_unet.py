@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from library.models.sdxl.build import build_unet
 from library.models.sdxl.family import SdxlFamily
-from library.models.sdxl.layers import BasicTransformerBlock, Downsample2D, GroupNorm, LayerNorm, ResnetBlock2D, Transformer2DModel
+from library.models.sdxl.layers import Downsample2D, GroupNorm, LayerNorm, ResnetBlock2D, Transformer2DModel
 from library.models.sdxl.sizes import plan_unet, unet_sizes
 from library.models.sdxl.unet import UNet
 from library.options.errors import UserError
@@ -142,15 +142,21 @@ def test_blocks_are_named_in_the_order_of_the_forward_pass(unet, inputs) -> None
     assert outside > 0 and large < set(names)
 
 
-def test_gradients_with_checkpointing_equal_those_without(unet, inputs) -> None:
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_gradients_with_checkpointing_equal_those_without(unet, inputs, fraction) -> None:
     plain = gradients(unet, inputs)
-    calls = count_calls(unet.middle_block[1].transformer_blocks[0])
-    unet.enable_gradient_checkpointing()
+    calls: list[str] = []
+    hooks = [block.register_forward_pre_hook(lambda *_, name=name: calls.append(name)) for name, block in unet.blocks().items()]
+    unet.enable_gradient_checkpointing(fraction)
     try:
         recomputed = gradients(unet, inputs)
     finally:
-        unet.enable_gradient_checkpointing(False)
-    assert len(calls) == 2, "the forward pass, and again in the backward pass"
+        unet.enable_gradient_checkpointing(0)
+        for hook in hooks:
+            hook.remove()
+    names = unet.blocks_by_cost()
+    again = names[: round(fraction * len(names))]
+    assert sorted(calls) == sorted([*names, *again]), "each in the forward pass, and the cheapest again in the backward pass"
     assert plain.keys() == recomputed.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-6, atol=1e-9, msg=name)
@@ -161,12 +167,6 @@ def gradients(unet: UNet, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     unet.zero_grad()
     unet(**inputs).square().mean().backward()
     return {name: parameter.grad.clone() for name, parameter in unet.named_parameters()}
-
-
-def count_calls(module: BasicTransformerBlock) -> list[int]:
-    calls: list[int] = []
-    module.register_forward_pre_hook(lambda *_: calls.append(1))
-    return calls
 
 
 @pytest.mark.parametrize("kind", ["plain", "mem_eff_attn"])

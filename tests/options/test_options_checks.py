@@ -23,6 +23,8 @@ REFUSED = [
     ("--v2", "--v2 is for Stable Diffusion 2.x"),
     ("--torch_compile --dynamo_backend tensort", "has this compiler"),
     ("--cpu_offload_checkpointing", "so it needs --gradient_checkpointing"),
+    ("--checkpoint_fraction 0.5", "so it needs --gradient_checkpointing"),
+    ("--gradient_checkpointing --checkpoint_fraction 0", "--checkpoint_fraction"),
     ("--ddp_static_graph --gradient_accumulation_steps 2", "excludes --gradient_accumulation_steps above 1"),
     ("--adaptive_noise_scale 0.1", "needs --noise_offset above 0"),
     ("--adaptive_noise_scale 0.1 --noise_offset 0", "needs --noise_offset above 0"),

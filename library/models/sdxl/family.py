@@ -268,9 +268,12 @@ class SdxlFamily:
         """Choose how the U-Net computes attention: "sdpa", "xformers", "mem_eff_attn" or "plain"."""
         cast(UNet, denoiser).set_attention(kind)
 
-    def enable_gradient_checkpointing(self, denoiser: nn.Module, encoders: Sequence[nn.Module | None] = ()) -> None:
-        """Keep only layer inputs for the backward pass; puts the encoders in training mode."""
-        cast(UNet, denoiser).enable_gradient_checkpointing()
+    def enable_gradient_checkpointing(self, denoiser: nn.Module, fraction: float = 1.0) -> None:
+        """Keep only the inputs of blocks for the backward pass; see `Family.enable_gradient_checkpointing`."""
+        cast(UNet, denoiser).enable_gradient_checkpointing(fraction)
+
+    def enable_text_checkpointing(self, encoders: Sequence[nn.Module | None]) -> None:
+        """Keep only the inputs of layers for the backward pass; puts the encoders in training mode."""
         for encoder in encoders:
             if encoder is not None:
                 model = cast(PreTrainedModel, encoder)

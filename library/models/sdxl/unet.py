@@ -13,6 +13,7 @@ from library.models.sdxl.attention import load_attention
 from library.models.sdxl.embeddings import sinusoid
 from library.models.sdxl.layers import (
     Attention,
+    BasicTransformerBlock,
     Block,
     Downsample2D,
     GroupNorm,
@@ -90,10 +91,26 @@ class UNet(nn.Module):
         """Return residual blocks, basic transformer blocks and samplers by name, in the order of the forward pass."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Block)}
 
-    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Switch gradient checkpointing on (or off) everywhere."""
-        for block in self.blocks().values():
-            block.recompute = enabled
+    def blocks_by_cost(self) -> list[str]:
+        """Return the names of the blocks, those first that keep most for the backward pass beside what computing them again takes.
+
+        Traced at 1024² and other sizes, in MiB for a GFLOP: transformer blocks of 640 channels 1.3, of 1280 channels 1.0; residual
+        blocks 0.8 (320 channels) to 0.2 (1280), the fewer weights the more; samplers below 0.2. Among equals the earlier: when its
+        turn comes in the backward pass, what later ones kept is gone.
+        """
+        blocks = self.blocks()
+        return sorted(blocks, key=lambda name: (_place(blocks[name]), sum(weight.numel() for weight in blocks[name].parameters())))
+
+    def enable_gradient_checkpointing(self, fraction: float = 1.0) -> None:
+        """Switch gradient checkpointing on.
+
+        Args:
+            fraction: of the blocks, 0 to 1, the cheapest first; the others keep what they compute.
+        """
+        blocks, names = self.blocks(), self.blocks_by_cost()
+        count = max(round(fraction * len(names)), fraction > 0)
+        for number, name in enumerate(names):
+            blocks[name].recompute = number < count
 
     def set_attention(self, kind: str) -> None:
         """Choose how attention is computed.
@@ -122,6 +139,10 @@ class UNet(nn.Module):
         return h
 
 
+def _place(block: Block) -> int:
+    return next(place for place, kind in enumerate(_CHEAPEST_FIRST) if isinstance(block, kind))
+
+
 def _two_linears(in_dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_dim, out_dim), nn.SiLU(), nn.Linear(out_dim, out_dim))
 
@@ -133,6 +154,9 @@ def _make_block(block: BlockSizes, sizes: UNetSizes) -> nn.Sequential:
 def _make_transformer(size: TransformerSize, sizes: UNetSizes) -> Transformer2DModel:
     return Transformer2DModel(size.channels, size.depth, size.context_dim, size.head_dim, size.inner_dim, sizes.norm_groups)
 
+
+_CHEAPEST_FIRST = (BasicTransformerBlock, ResnetBlock2D, Upsample2D, Downsample2D)
+"""The kinds of blocks in the order in which it pays to compute them again."""
 
 _MAKERS: dict[type[LayerSize], Callable[..., nn.Module]] = {
     StemSize: lambda size, _: nn.Conv2d(size.in_channels, size.out_channels, 3, padding=1),

@@ -46,6 +46,9 @@ class VaePrecisionOptions(WorkingPrecisionOptions):
 class StepPrecisionOptions(WorkingPrecisionOptions):
     """Number types, memory and attention of a training step."""
 
+    checkpoint_fraction: float = option(
+        1.0, "Share of the U-Net's blocks that --gradient_checkpointing computes again, the cheapest first.", gt=0, le=1
+    )
     cpu_offload_checkpointing: bool = flag(
         "Keep in main memory what --gradient_checkpointing keeps of the U-Net: least memory on the accelerator, slower steps."
     )
