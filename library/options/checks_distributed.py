@@ -17,8 +17,8 @@ _OF_DEEPSPEED = {
     name: field for name, field in DistributedOptions.model_fields.items() if name not in ProcessGroupOptions.model_fields
 }
 _ZERO3_FLAGS = {
-    "zero3_init_flag": "models are read a tensor at a time from memory-mapped files",
-    "zero3_save_16bit_model": "models are always saved whole, in the type that --save_precision says",
+    "zero3_init_flag": "models are read from memory-mapped files, a tensor at a time, and divided then",
+    "zero3_save_16bit_model": "models are always gathered and saved whole, in the type that --save_precision says",
 }
 """Flags of stage 3 that bring nothing here, and why."""
 
@@ -40,6 +40,8 @@ def distributed_problems(options: TrainingOptions) -> Iterator[str]:
     if options.distributed.deepspeed:
         yield from _deepspeed_problems(options, options.distributed)
         yield from _place_problems(options.distributed)
+        if options.distributed.zero_stage == 3:
+            yield from _divided_weights_problems(options)
 
 
 def distributed_notes(options: TrainingOptions) -> Iterator[str]:
@@ -62,12 +64,7 @@ def _deepspeed_problems(options: TrainingOptions, zero: DistributedOptions) -> I
         yield "--deepspeed needs the package deepspeed. Install it with: pip install deepspeed"
     if wants_sharding():
         yield "--deepspeed and accelerate's FSDP exclude each other: both divide the work over the processes. Choose one."
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
-        yield (
-            "accelerate's configuration starts DeepSpeed itself. Set distributed_type: MULTI_GPU in it; --deepspeed, --zero_stage "
-            "and --offload_optimizer_device say the rest."
-        )
-    elif os.environ.get("WORLD_SIZE", "1") == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield "--deepspeed divides the work over processes, and this is the only one. Launch at least two, or leave it out."
     if zero.fp16_master_weights_and_gradients:
         yield (
@@ -89,20 +86,33 @@ def _deepspeed_problems(options: TrainingOptions, zero: DistributedOptions) -> I
 
 
 def _place_problems(zero: DistributedOptions) -> Iterator[str]:
-    """Yield what cannot be kept where DeepSpeed was asked to."""
-    if zero.zero_stage == 3:
-        yield (
-            "--zero_stage 3 is refused: it has not been shown to be right with gradient checkpointing, networks and weights in "
-            "main memory. FSDP2 divides weights too (examples/accelerate/fsdp2.yaml, sdxl_train.py)."
-        )
-    if zero.offload_param_device is not None or zero.offload_param_nvme_path is not None:
-        name = "offload_param_device" if zero.offload_param_device is not None else "offload_param_nvme_path"
-        yield f"--{name} is about divided weights (--zero_stage 3), and with --zero_stage 0, 1 and 2 they are whole. Leave it out."
+    """Yield what DeepSpeed cannot keep where it was asked to."""
+    if zero.offload_param_device is not None and zero.zero_stage != 3:
+        yield "--offload_param_device needs --zero_stage 3: the other stages leave weights whole on the GPU. Leave it out."
     if zero.offload_optimizer_device is not None and zero.zero_stage == 0:
-        yield "--offload_optimizer_device needs --zero_stage 1 or 2: stage 0 divides nothing. Leave it out."
+        yield "--offload_optimizer_device needs --zero_stage 1, 2 or 3: stage 0 divides nothing. Leave it out."
     if zero.offload_optimizer_device == "nvme" or zero.offload_optimizer_nvme_path is not None:
         name = "offload_optimizer_device nvme" if zero.offload_optimizer_device == "nvme" else "offload_optimizer_nvme_path"
-        yield f"--{name}: with stages 1 and 2 DeepSpeed keeps it in main memory all the same. Give --offload_optimizer_device cpu."
+        why = "DeepSpeed keeps it in main memory all the same" if zero.zero_stage != 3 else "states of a run could not be saved"
+        yield f"--{name}: with --zero_stage {zero.zero_stage} {why}. Give --offload_optimizer_device cpu."
+    if zero.offload_param_device == "nvme" and zero.offload_param_nvme_path is None:
+        yield "--offload_param_device nvme needs --offload_param_nvme_path, a folder on a fast disk."
+    if zero.offload_param_nvme_path is not None and zero.offload_param_device != "nvme":
+        yield "--offload_param_nvme_path is for --offload_param_device nvme. Leave one of them out, or give both."
+
+
+def _divided_weights_problems(options: TrainingOptions) -> Iterator[str]:
+    """Yield what DeepSpeed's stage 3 excludes."""
+    if not isinstance(options, SdxlTrainOptions):
+        yield (
+            "--zero_stage 3 divides trained weights, which only sdxl_train.py can: here they are small, and act within layers of "
+            "the model, where DeepSpeed would not gather them. Give --zero_stage 2, and --fp8_base for the model itself."
+        )
+    if options.precision.cpu_offload_checkpointing:
+        yield (
+            "--zero_stage 3 excludes --cpu_offload_checkpointing: DeepSpeed's gathered weights would be taken for activations. "
+            "Leave one of them out."
+        )
 
 
 def _not_known(options: TrainingOptions, known: Sequence[str]) -> str:

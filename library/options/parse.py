@@ -1,6 +1,7 @@
 """From a command line to a script's options, or to the complete list of what is wrong with it."""
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from library.options.disclosure import tell_disclosures
 from library.options.effects import effective_options
 from library.options.elsewhere import names_elsewhere
 from library.options.errors import UsageError
+from library.options.launcher import deepspeed_settings, launcher_problems
 from library.options.nearest import did_you_mean
 from library.options.not_built import not_built_problems
 from library.options.record import Option, options_of
@@ -39,7 +41,8 @@ class _Given:
 def parse(script: type[Script], argv: Sequence[str], further_problems: Callable[[Script], Iterable[str]] | None = None) -> Script:
     """Read the command line, and the configuration file it names, into options.
 
-    What was typed wins over the configuration file, which wins over the defaults. Unknown keys of the file and other oddities
+    What was typed wins over the configuration file, which wins over what accelerate was told of DeepSpeed, which wins over the
+    defaults. Unknown keys of the file and other oddities
     are logged. With `--help` the help is shown, with `--output_config` the file is written, and `SystemExit(0)` follows.
 
     Args:
@@ -64,6 +67,9 @@ def parse(script: type[Script], argv: Sequence[str], further_problems: Callable[
         in_file, file_problems = _read_file(script, given)
         given = in_file | given
         problems += file_problems
+    launched, launcher_said = _read_launcher(options, given)
+    given = launched | given
+    problems += launcher_said
     changed = {name: each for name, each in given.items() if each.value != options[name].default}
     problems += not_built_problems(((name, each.where) for name, each in changed.items()), effective_options(script))
     parsed = script(**_build_groups(script, given, problems))
@@ -123,6 +129,23 @@ def _read_file(script: type[ScriptOptions], typed: Mapping[str, _Given]) -> tupl
         for sentence in unknown:
             logger.warning("%s It is ignored.", sentence)
     return given, problems
+
+
+def _read_launcher(options: Mapping[str, Option], given: Mapping[str, _Given]) -> tuple[dict[str, _Given], list[str]]:
+    """Read what accelerate's configuration says of DeepSpeed, in scripts that have it; a warning tells where others win."""
+    if "deepspeed" not in options:
+        return {}, []
+    launched: dict[str, _Given] = {}
+    problems = list(launcher_problems(os.environ))
+    for name, (text, where) in deepspeed_settings(os.environ).items():
+        try:
+            launched[name] = _Given(typed_value(options[name], [text]), where)
+        except Unsuitable as reason:
+            problems.append(f"{where}: {text!r} {reason}")
+            continue
+        if name in given and given[name].value != launched[name].value:
+            logger.warning("%s is %s, and %s %s wins.", where, text, given[name].where, given[name].value)
+    return launched, problems
 
 
 def _unknown_keys(script: type[ScriptOptions], in_file: Mapping[str, FileValue]) -> list[str]:

@@ -80,13 +80,13 @@ def make_accelerator(precision: WorkingPrecisionOptions, distributed: ProcessGro
 
 @contextmanager
 def _dividing_is_ours() -> Iterator[None]:
-    """Keep accelerate from dividing parameters itself: `library.training.sharding` does, where the step hides the model from it."""
-    kept = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    """Keep accelerate from dividing parameters itself: `sharding` and `zero` do, where the step hides the model from it."""
+    told = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    kept = {name: os.environ.pop(name) for name in told if name in os.environ}
     try:
         yield
     finally:
-        if kept is not None:
-            os.environ["ACCELERATE_USE_FSDP"] = kept
+        os.environ.update(kept)
 
 
 def prepare(

@@ -10,6 +10,7 @@ from library.optim.updates import Updater, make_updater
 from library.options.groups.distributed import DistributedOptions
 from library.training.accelerator import prepare
 from library.training.setting import Setting, Trained
+from library.training.trainable import ModelTrainable
 from library.training.zero import ZeroRun, zero_config
 
 
@@ -41,6 +42,8 @@ def make_engine(setting: Setting, trained: Trained, step: nn.Module, optimizer: 
         batch_size = max(section.config.batch_size for section in setting.dataset.sections)
         config = zero_config(distributed, options.optimizer.max_grad_norm, batch_size, accelerator.num_processes)
         zero = ZeroRun(accelerator, step, optimizer, config)
+        if distributed.zero_stage == 3 and isinstance(trained.trainable, ModelTrainable):
+            trained.trainable.whole = zero.whole
         return Engine(zero.accelerator, zero.step, zero.updater, zero.optimizer)
     prepared_step, prepared = prepare(accelerator, step, optimizer, may_skip=trained.may_skip, is_divided=trained.is_divided)
     parameters = [parameter for group in trained.groups for parameter in group["params"]]

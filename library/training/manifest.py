@@ -17,6 +17,7 @@ from library.options.disclosure import command_without_secrets, options_without_
 from library.options.errors import UserError
 from library.training.environment import hardware, installed_versions, source_is_changed, source_revision
 from library.training.events import RunEnd, plain
+from library.training.full_tensors import full_size
 from library.training.identity import Identity
 from library.training.position import Position
 from library.training.saving import Saved
@@ -119,7 +120,11 @@ def run_facts(setting: Setting, trained: Trained, start: Position, identity: Ide
         },
         "models": identity["models"],
         "trained": [
-            {"part": part, "parameters": sum(each.numel() for each in group["params"]), "learning_rate": group.get("lr")}
+            {
+                "part": part,
+                "parameters": sum(map(full_size, group["params"])),
+                "learning_rate": group.get("lr"),
+            }
             for part, group in described
         ],
         "options": options_without_secrets(options),

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import torch
 
 from library.files.atomic import make_folder
 from library.options.errors import UserError
-from library.training.full_tensors import gathered
+from library.training.full_tensors import Gathered, gather
 from library.training.outputs import SaveKind, SavePlan, remove_outputs
 from library.training.position import Position
 from library.training.state import Resumable, save_state
@@ -32,6 +32,15 @@ class Saved:
     what: Literal["model", "state"]
     kind: SaveKind
     position: Position
+
+
+@dataclass(frozen=True)
+class _Occasion:
+    """Why and where in the run something is saved, and what is saved where that is divided over processes."""
+
+    kind: SaveKind
+    position: Position
+    gathered: Gathered
 
 
 @dataclass
@@ -88,60 +97,58 @@ class Saver:
             UserError: it is in another folder, or could be saved nowhere.
         """
         with_state = self.plan.should_save_state("final")
-        with self._gathered(with_state):
-            displaced = self._write_final(position, with_state) if self.writes else []
+        occasion = self._occasion("final", position, with_state=with_state)
+        displaced = self._write_final(occasion, with_state) if self.writes else []
         if displaced:
             raise UserError("\n".join(displaced))
 
-    def _write_final(self, position: Position, with_state: bool) -> list[str]:
+    def _write_final(self, occasion: _Occasion, with_state: bool) -> list[str]:
         displaced: list[str] = []
         try:
             displaced += self._write_anywhere(
-                self.plan.model_path("final"), lambda path: self._write_model(path, "final", position), "The trained model"
+                self.plan.model_path("final"), lambda path: self._write_model(path, occasion), "The trained model"
             )
         finally:  # a model can be made of the state again, so that nothing is lost where only the state finds a place
             if with_state:
                 displaced += self._write_anywhere(
-                    self.plan.state_path("final"), lambda folder: self._write_state(folder, "final", position), "The state"
+                    self.plan.state_path("final"), lambda folder: self._write_state(folder, occasion), "The state"
                 )
         return displaced
 
-    def _gathered(self, with_state: bool) -> AbstractContextManager[None]:
-        """Have what is saved whole in the process that writes; every process enters, whatever befalls the writing then."""
-        return gathered(self.live.module, self.live.optimizer if with_state else None, keep=self.writes)
+    def _occasion(self, kind: SaveKind, position: Position, *, with_state: bool) -> _Occasion:
+        """Have what is saved whole in the process that writes; every process calls it, whatever befalls the writing then."""
+        return _Occasion(kind, position, gather(self.live.module, self.live.optimizer if with_state else None, keep=self.writes))
 
     def save_interrupted(self, position: Position) -> Path:
         """Save model and state where a run was stopped, and return the state's folder; see `after_training`.
 
         The state goes first: a model can be made of it again, and no second Ctrl+C or full disk must cost the run's place.
         """
+        occasion = self._occasion("step", position, with_state=True)
         written = [self.plan.state_path("step", position.update)]
 
         def write_state(folder: Path) -> None:
-            self._write_state(folder, "step", position)
+            self._write_state(folder, occasion)
             written.append(folder)
 
-        with self._gathered(True):
-            if self.writes:
-                displaced = self._write_anywhere(written[0], write_state, "The state")
-                model = self.plan.model_path("step", position.update)
-                with suppress(Exception):  # it was told, and the command that continues from the state is still to be printed
-                    displaced += self._write_anywhere(
-                        model, lambda path: self._write_model(path, "step", position), "The trained model"
-                    )
-                for told in displaced:
-                    log.error("%s", told)
+        if self.writes:
+            displaced = self._write_anywhere(written[0], write_state, "The state")
+            model = self.plan.model_path("step", position.update)
+            with suppress(Exception):  # it was told, and the command that continues from the state is still to be printed
+                displaced += self._write_anywhere(model, lambda path: self._write_model(path, occasion), "The trained model")
+            for told in displaced:
+                log.error("%s", told)
         return written[-1]
 
     def _save_or_go_on(self, kind: SaveKind, number: int, position: Position) -> None:
         """Save in mid-run; a disk that is full now may have room at the next save, and nothing that was learned is lost."""
-        with self._gathered(self.plan.should_save_state(kind)):
-            if self.writes:
-                self._try_to_save(kind, number, position)
+        occasion = self._occasion(kind, position, with_state=self.plan.should_save_state(kind))
+        if self.writes:
+            self._try_to_save(occasion, number)
 
-    def _try_to_save(self, kind: SaveKind, number: int, position: Position) -> None:
+    def _try_to_save(self, occasion: _Occasion, number: int) -> None:
         try:
-            self._save(kind, number, position)
+            self._save(occasion, number)
         except UserError as error:
             log.error("%s Training goes on; nothing was removed, and the next save is tried as planned.", error)
         except Exception:  # a network of another package, or a defect: no reason to lose what was learned either
@@ -177,31 +184,35 @@ class Saver:
                     folder.rmdir()
             raise
 
-    def _save(self, kind: SaveKind, number: int, position: Position) -> None:
-        self._write_model(self.plan.model_path(kind, number), kind, position)
+    def _save(self, occasion: _Occasion, number: int) -> None:
+        kind, position = occasion.kind, occasion.position
+        self._write_model(self.plan.model_path(kind, number), occasion)
         if self.plan.should_save_state(kind):
-            self._write_state(self.plan.state_path(kind, number), kind, position.next_epoch() if kind == "epoch" else position)
+            place = position.next_epoch() if kind == "epoch" else position
+            self._write_state(self.plan.state_path(kind, number), replace(occasion, position=place))
             remove_outputs([self.plan.outdated_state(kind, number)], self.plan.folder)
         if outdated := self.plan.outdated_model(kind, number):
             others = [self.plan.variant_path(outdated, suffix) for suffix in self.variants]
             remove_outputs([outdated, *others], self.plan.folder)
 
-    def _write_model(self, path: Path, kind: SaveKind, position: Position) -> None:
+    def _write_model(self, path: Path, occasion: _Occasion) -> None:
         make_folder(path.parent)
-        self._write_weights(path, kind, position, self.averaged())
+        self._write_weights(path, occasion, self.averaged())
         for suffix, weights in self.variants.items():
-            self._write_weights(self.plan.variant_path(path, suffix), kind, position, weights(self.dtype))
+            self._write_weights(self.plan.variant_path(path, suffix), occasion, weights(self.dtype))
 
-    def _write_weights(self, path: Path, kind: SaveKind, position: Position, weights: AbstractContextManager[None]) -> None:
+    def _write_weights(self, path: Path, occasion: _Occasion, weights: AbstractContextManager[None]) -> None:
+        position = occasion.position
         with weights:
-            self.trainable.save(path, self.dtype, self.metadata(path.stem, position), position)
+            self.trainable.save(path, self.dtype, self.metadata(path.stem, position), position, occasion.gathered)
         log.info("Saved %s", path)
-        self._tell(Saved(path, "model", kind, position))
+        self._tell(Saved(path, "model", occasion.kind, position))
 
-    def _write_state(self, folder: Path, kind: SaveKind, position: Position) -> None:
-        save_state(folder, self.live, position, self.seed, self.batches_per_epoch, self.losses(), self.identity)
+    def _write_state(self, folder: Path, occasion: _Occasion) -> None:
+        position, gathered = occasion.position, occasion.gathered
+        save_state(folder, self.live, position, self.seed, self.batches_per_epoch, self.losses(), self.identity, gathered)
         log.info("Saved the state %s", folder)
-        self._tell(Saved(folder, "state", kind, position))
+        self._tell(Saved(folder, "state", occasion.kind, position))
 
     def _tell(self, saved: Saved) -> None:
         for told in self.after_save:

@@ -25,9 +25,11 @@ from library.optim.own_settings import OwnSettings
 from library.optim.parameter_steps import load_optimizer_state
 from library.options.errors import UserError
 from library.training.full_tensors import (
+    Gathered,
     full_optimizer_state,
+    full_shapes,
     full_tensors,
-    shares_of_module,
+    load_full_tensors,
     shares_of_optimizer_state,
 )
 from library.training.position import Position
@@ -89,8 +91,19 @@ def save_state(
     batches_per_epoch: int,
     losses: Mapping[str, Any],
     identity: Mapping[str, Any] | None = None,
+    gathered: Gathered | None = None,
 ) -> None:
     """Write a state folder; the folder appears under its name only when all of it is on disk.
+
+    Args:
+        folder: its name.
+        live: what is saved.
+        position: where the run stands.
+        seed: see `SavedPlace`, as the following ones.
+        batches_per_epoch: of the run.
+        losses: of the run.
+        identity: of the run.
+        gathered: module and optimizer where they are divided over processes.
 
     Raises:
         UserError: if it cannot be written; a folder of that name that was there before is still whole then.
@@ -104,8 +117,9 @@ def save_state(
         "losses": dict(losses),
         "optimizer": class_path(live.optimizer),
     } | ({} if identity is None else {"identity": dict(identity)})
-    tensors = {name: tensor.contiguous() for name, tensor in full_tensors(live.module)}
-    optimizer_state = full_optimizer_state(live.optimizer)
+    gathered = gathered or Gathered()
+    tensors = {name: tensor.contiguous() for name, tensor in full_tensors(live.module, gathered)}
+    optimizer_state = full_optimizer_state(live.optimizer, gathered)
     try:
         with atomic_folder(folder) as unfinished:
             save_safetensors(unfinished / "model.safetensors", tensors, {"format": "pt"})
@@ -161,10 +175,13 @@ def load_state(folder: Path, live: Resumable) -> None:
     Raises:
         UserError: if the state belongs to another network, optimizer or schedule, or lacks an extra.
     """
-    weights = _fitting(folder, "model.safetensors", dict(live.module.state_dict()))
-    extras = {name: _fitting(folder, _extra_file(name), extra.state_dict()) for name, extra in live.extras.items()}
+    weights = _fitting(folder, "model.safetensors", full_shapes(live.module))
+    extras = {}
+    for name, extra in live.extras.items():
+        shapes = {key: tensor.shape for key, tensor in extra.state_dict().items()}
+        extras[name] = _fitting(folder, _extra_file(name), shapes)
     _check_optimizer(folder, live.optimizer)
-    live.module.load_state_dict(shares_of_module(weights, live.module))
+    load_full_tensors(weights, live.module)
     for name, extra in live.extras.items():
         extra.load_state_dict(extras[name])
     settings = OwnSettings.of(live.optimizer, live.schedule)
@@ -191,7 +208,7 @@ def _extra_file(name: str) -> str:
     return f"extras/{name}.safetensors"
 
 
-def _fitting(folder: Path, name: str, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _fitting(folder: Path, name: str, own: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """Open a file of a state whose tensors must have the names and shapes of those that live now.
 
     Raises:
@@ -204,7 +221,7 @@ def _fitting(folder: Path, name: str, own: Mapping[str, Tensor]) -> dict[str, Te
             "saved it."
         )
     saved = open_safetensors(path)
-    if differing := sorted(set(own) ^ set(saved))[:3] or [k for k in own if own[k].shape != saved.infos[k].shape][:3]:
+    if differing := sorted(set(own) ^ set(saved))[:3] or [k for k in own if own[k] != saved.infos[k].shape][:3]:
         raise UserError(
             f"--resume: {path} was saved while something else was trained: {', '.join(differing)} do not fit. Use the options of "
             "the run that saved it: the same model and trained parts, for networks the same --network_dim and --network_args."

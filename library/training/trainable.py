@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from library.files.atomic import atomic_write
 from library.models.family import Family
-from library.training.full_tensors import full_tensors
+from library.training.full_tensors import Gathered, full_tensors
 from library.training.position import Position
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,9 @@ class Trainable(Protocol):
     def evaluation(self) -> AbstractContextManager[None]:
         """Switch off, for previews, what only training has, and back on; every process of a run enters it at the same place."""
 
-    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position) -> None:
+    def save(
+        self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position, gathered: Gathered
+    ) -> None:
         """Write the trained model, atomically.
 
         Args:
@@ -54,6 +56,7 @@ class Trainable(Protocol):
             dtype: of the saved weights; None keeps the one they have.
             metadata: written where the file format has room for it.
             position: the place in the run.
+            gathered: the trained module where it is divided over processes.
 
         Raises:
             UserError: it cannot be written.
@@ -137,7 +140,9 @@ class NetworkTrainable:
         finally:
             self.set_strength(strength)
 
-    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position) -> None:
+    def save(
+        self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position, gathered: Gathered
+    ) -> None:
         """Write the network's weights, at full strength; see `Trainable.save`."""
         with self.evaluation():
             self._write(path, dtype, metadata)
@@ -197,12 +202,14 @@ class ModelTrainable:
         with self.whole(), evaluation_mode(self.module):
             yield
 
-    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position) -> None:
+    def save(
+        self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position, gathered: Gathered
+    ) -> None:
         """Write the whole model; see `Trainable.save`."""
         self.family.save_model(
             path,
             self.layout,
-            {name: trained_tensors(self.family, name, part) for name, part in self.parts.items()},
+            {name: trained_tensors(self.family, name, part, gathered) for name, part in self.parts.items()},
             dtype=dtype,
             metadata=metadata,
             v_prediction=self.v_prediction,
@@ -211,11 +218,11 @@ class ModelTrainable:
         )
 
 
-def trained_tensors(family: Family, name: str, part: nn.Module) -> dict[str, Tensor]:
+def trained_tensors(family: Family, name: str, part: nn.Module, gathered: Gathered) -> dict[str, Tensor]:
     """Return the tensors of a part that are trained, under the names they have in files."""
     trained = {key for key, parameter in part.named_parameters() if parameter.requires_grad}
     file_names = family.file_names(name, part)
-    return {file_names[key]: tensor for key, tensor in full_tensors(part) if key in trained}
+    return {file_names[key]: tensor for key, tensor in full_tensors(part, gathered) if key in trained}
 
 
 @contextlib.contextmanager

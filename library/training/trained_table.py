@@ -9,6 +9,7 @@ from torch import nn
 
 from library.optim.rate_course import RateCourse, rate_courses
 from library.options.checks_optimizer import finds_its_rate, optimizer_name
+from library.training.full_tensors import full_size
 from library.training.scalar_names import group_names
 from library.training.setting import Setting, Trained
 
@@ -74,7 +75,7 @@ def part_of_group(names: Sequence[str], titles: Mapping[str, str]) -> str:
 
 def _size(parameters: Sequence[nn.Parameter]) -> list[str]:
     """Count tensors and parameters, without those that never get a gradient."""
-    trained = [parameter.numel() for parameter in parameters if parameter.requires_grad]
+    trained = [full_size(parameter) for parameter in parameters if parameter.requires_grad]
     return [f"{len(trained):,}", f"{sum(trained):,}"]
 
 

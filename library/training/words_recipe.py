@@ -18,6 +18,7 @@ from library.models.family import Family
 from library.options.errors import UserError
 from library.options.groups.textual_inversion import TextualInversionOptions
 from library.options.scripts import SdxlTrainTextualInversionOptions
+from library.training.full_tensors import Gathered
 from library.training.modelspec import model_spec
 from library.training.position import Position
 from library.training.preparation import TextSide
@@ -90,7 +91,9 @@ class WordTrainable:
         """Nothing is switched off for previews and saving."""
         return nullcontext()
 
-    def save(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position) -> None:
+    def save(
+        self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str], position: Position, gathered: Gathered
+    ) -> None:
         """Write the vectors; see `Trainable.save`."""
         self.family.save_word(path, self.vectors, dtype, metadata)
 

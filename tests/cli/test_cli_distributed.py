@@ -1,15 +1,13 @@
 """Both training scripts in several processes, which train what one process trains."""
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,6 +19,7 @@ from tests.cli.training_commands import (
     Blow,
     arguments,
     assert_same_bits,
+    environment_launched,
     finetune_arguments,
     resume_arguments,
     run_processes,
@@ -28,6 +27,7 @@ from tests.cli.training_commands import (
     write_dataset,
 )
 
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is optional")
 EXAMPLES = ROOT / "examples" / "accelerate"
 PLAIN = ["--optimizer_type", "SGD", "--max_grad_norm", "0"]
 """Steps as large as the gradients are, of which every share counts."""
@@ -47,8 +47,9 @@ def run_both(
     script: str,
     *more: str,
     environment: Mapping[str, str] | None = None,
+    prepare: Callable[[], object] | None = None,
 ) -> dict[int, str]:
-    """Run a script in two processes of two images and in one of four; returns what each first process said."""
+    """Run a script in two processes of two images, in an environment, and in one of four; returns what each first process said."""
     said = {}
     for count in (1, 2):
         dataset = write_dataset(folder / f"data{count}", photos, batch_size=4 // count, count=7)
@@ -56,7 +57,7 @@ def run_both(
         dataset.write_text(text.replace("[general]", "[general]\nvalidation_split = 0.3\nvalidation_seed = 1"))
         paths = ["--logging_dir", str(folder / f"logs{count}")]
         args = make(checkpoint, dataset, folder / str(count), *PLAIN, *more, *paths)  # type: ignore[operator]
-        done = run_processes(args, script, count=count, more=environment)
+        done = run_processes(args, script, count=count, more=environment if count > 1 else None, prepare=prepare)
         assert done.returncode == 0, done.stderr
         said[count] = done.stderr
     return said
@@ -108,31 +109,44 @@ def test_a_model_trained_in_two_processes_is_that_of_one(tiny_checkpoint: Path, 
     assert {name.partition(".layers")[0] for name in changed if "layers.0.mlp" in name or "input_blocks.0.0.weight" in name}
 
 
-@pytest.fixture(scope="module")
-def divided() -> dict[str, str]:
-    """The environment in which `accelerate launch` starts a script with the example's configuration."""
-    arguments = launch_command_parser().parse_args(["--config_file", str(EXAMPLES / "fsdp2.yaml"), "sdxl_train.py"])
-    launched = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
-    return {name: value for name, value in launched.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
+def divide_small_weights() -> None:
+    """Let DeepSpeed divide the weights of a tiny model, too."""
+    import library.training.zero
+
+    library.training.zero.KEPT_WHOLE = 16
 
 
+@pytest.mark.parametrize(
+    ("config", "without", "told"),
+    [
+        ("fsdp2.yaml", "nothing", "Divided over 2 processes (FSDP2)"),
+        pytest.param("zero3.yaml", "nothing", "(DeepSpeed, ZeRO stage 3)", marks=needs_deepspeed),
+        pytest.param("zero3.yaml", "OFFLOAD", "(DeepSpeed, ZeRO stage 3)", marks=needs_deepspeed),
+    ],
+)
 def test_a_model_divided_over_two_processes_is_that_of_one(
-    tiny_checkpoint: Path, photos: Path, tmp_path: Path, divided: dict[str, str]
+    config: str, without: str, told: str, tiny_checkpoint: Path, photos: Path, tmp_path: Path
 ) -> None:
-    """Clipped and accumulated gradients, whole files, sample images, held-out images, and a state that is gone on from."""
+    """Clipped and accumulated gradients, whole files, sample images, held-out images, and a state that is gone on from.
+
+    What divides is asked for with an example's configuration, without the settings named.
+    """
+    launched = environment_launched(EXAMPLES / config)
+    divided = {name: value for name, value in launched.items() if without not in name} | {"DS_ACCELERATOR": "cpu"}
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a house --s 1\na tree --s 1\na road --s 1\n", encoding="utf-8")
     more = ["--learning_rate", "0.05", "--train_text_encoder", "--optimizer_args", "momentum=0.9", "--max_grad_norm", "0.5"]
     more += ["--gradient_accumulation_steps", "2", "--gradient_checkpointing", "--max_train_epochs", "2", "--save_state"]
     more += ["--save_every_n_epochs", "1", "--sample_prompts", str(prompts), "--sample_every_n_epochs", "2"]
-    said = run_both(tmp_path, finetune_arguments, tiny_checkpoint, photos, FINETUNE, *more, environment=divided)
-    assert "Divided over 2 processes (FSDP2)" in said[2]
+    how = (finetune_arguments, tiny_checkpoint, photos, FINETUNE)
+    said = run_both(tmp_path, *how, *more, environment=divided, prepare=divide_small_weights)
+    assert told in said[2]
     assert_same_run(tmp_path, "model.safetensors")
     assert_same_run(tmp_path, "model-state/model.safetensors")
 
     state = ["--resume", str(tmp_path / "2" / "model-000001-state"), "--validation_split", "0.3", "--validation_seed", "1"]
     args = finetune_arguments(tiny_checkpoint, tmp_path / "data2" / "dataset.toml", tmp_path / "resumed")
-    done = run_processes([*args, *PLAIN, *more[:-4], *state], FINETUNE, more=divided)
+    done = run_processes([*args, *PLAIN, *more[:-4], *state], FINETUNE, more=divided, prepare=divide_small_weights)
     assert done.returncode == 0, done.stderr
     assert_same_bits(tmp_path / "resumed" / "model.safetensors", tmp_path / "2" / "model.safetensors")
 
@@ -153,7 +167,7 @@ def test_two_processes_draw_what_they_would_have_drawn_after_one_of_them_was_sto
     assert_same_bits(tmp_path / "parts" / "net.safetensors", tmp_path / "whole" / "net.safetensors")
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is optional")
+@needs_deepspeed
 @pytest.mark.parametrize("stage", ["0", "1", "2", "1 --offload_optimizer_device cpu", "2 --offload_optimizer_device cpu"])
 def test_deepspeed_divides_the_work_of_two_processes_and_goes_on_from_its_state(
     stage: str, tiny_checkpoint: Path, photos: Path, tmp_path: Path

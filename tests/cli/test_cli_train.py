@@ -150,7 +150,6 @@ def test_a_metadata_file_and_sample_images(tiny_checkpoint: Path, photos: Path, 
         (["--block_lr", "1,2"], "23 learning rates with commas are wanted"),
         (["--pretrained_model_name_or_path", "missing.safetensors"], "there is no file or folder missing.safetensors"),
         (["--network_module", "networks.lora"], "--network_module is an option of other scripts"),
-        (["--deepspeed", "--zero_stage", "3"], "FSDP2 divides weights too"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence_with_status_2(

@@ -116,6 +116,18 @@ def run_command(
     return run_processes(args, script, count=1, blow=blow, typed=typed, prepare=prepare)
 
 
+def environment_launched(config: Path) -> dict[str, str]:
+    """Return what `accelerate launch` sets in the environment of a script, given one of its configuration files."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    words = ["--config_file", str(config), "--main_process_port", "0", "script.py"]
+    arguments = _validate_launch_command(launch_command_parser().parse_args(words))[0]
+    arguments.deepspeed_fields_from_accelerate_config = ""
+    made = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in made.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
+
+
 def run_processes(
     args: Sequence[str],
     script: str = SCRIPT,

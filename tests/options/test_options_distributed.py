@@ -1,11 +1,21 @@
 """What the launcher's wishes exclude, told before anything is loaded."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from library.options.errors import UsageError
 from library.options.groups.distributed import DistributedOptions
 from library.options.parse import parse
-from library.options.scripts import SdxlTrainNetworkOptions, SdxlTrainOptions
+from library.options.scripts import (
+    CacheLatentsOptions,
+    SdxlTrainControlNetLLLiteOptions,
+    SdxlTrainNetworkOptions,
+    SdxlTrainOptions,
+    SdxlTrainTextualInversionOptions,
+)
+from tests.cli.training_commands import environment_launched
 
 BASE = "--pretrained_model_name_or_path owner/model --output_dir o --train_data_dir d"
 
@@ -75,11 +85,10 @@ def zero(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ("typed", "words"),
     [
         ("--zero_stage 0 --offload_optimizer_device cpu", "stage 0 divides nothing"),
-        ("--zero_stage 3", "FSDP2 divides weights too"),
-        ("--offload_optimizer_device nvme", "--offload_optimizer_device nvme: with stages 1 and 2"),
-        ("--offload_param_device cpu", "--offload_param_device is about divided weights"),
-        ("--offload_param_nvme_path p", "--offload_param_nvme_path is about divided weights"),
-        ("--offload_optimizer_nvme_path p", "--offload_optimizer_nvme_path: with stages 1 and 2"),
+        ("--offload_optimizer_device nvme", "--offload_optimizer_device nvme: with --zero_stage 2 DeepSpeed keeps it"),
+        ("--offload_param_device cpu", "--offload_param_device needs --zero_stage 3"),
+        ("--offload_param_nvme_path p", "is for --offload_param_device nvme"),
+        ("--offload_optimizer_nvme_path p", "--offload_optimizer_nvme_path: with --zero_stage 2 DeepSpeed keeps it"),
         ("--fp16_master_weights_and_gradients", "--optimizer_type steps them"),
         ("--mixed_precision bf16 --full_bf16", "--deepspeed excludes --full_bf16"),
         ("--torch_compile", "has not been tried with --torch_compile"),
@@ -96,10 +105,90 @@ def test_deepspeed_refuses_what_it_does_not_do_here(typed: str, words: str, zero
         assert words in told
 
 
-def test_deepspeed_needs_its_package_several_processes_and_the_launcher_to_leave_it_alone(zero: pytest.MonkeyPatch) -> None:
-    zero.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert "Set distributed_type: MULTI_GPU" in refusals(SdxlTrainOptions, "--deepspeed")[0]
-    zero.delenv("ACCELERATE_USE_DEEPSPEED")
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("--offload_optimizer_device nvme", "with --zero_stage 3 states of a run could not be saved"),
+        ("--offload_param_device nvme", "needs --offload_param_nvme_path"),
+        ("--offload_param_device cpu --offload_param_nvme_path p", "is for --offload_param_device nvme"),
+        ("--gradient_checkpointing --cpu_offload_checkpointing", "would be taken for activations"),
+    ],
+)
+def test_divided_weights_exclude_what_deepspeed_cannot_do_with_them(typed: str, words: str, zero: pytest.MonkeyPatch) -> None:
+    alone = "--deepspeed --zero_stage 3"
+    for good in ("", "--offload_param_device cpu", "--offload_param_device nvme --offload_param_nvme_path p"):
+        parse(SdxlTrainOptions, f"{BASE} {alone} --gradient_checkpointing {good}".split())
+    (told,) = refusals(SdxlTrainOptions, f"{alone} {typed}")
+    assert words in told
+
+
+@pytest.mark.parametrize(
+    ("script", "more"),
+    [
+        (SdxlTrainNetworkOptions, "--network_module networks.lora"),
+        (SdxlTrainTextualInversionOptions, "--token_string word"),
+        (SdxlTrainControlNetLLLiteOptions, "--cond_emb_dim 32 --network_dim 64"),
+    ],
+)
+def test_only_whole_models_have_their_weights_divided(script: type, more: str, zero: pytest.MonkeyPatch) -> None:
+    told = " ".join(refusals(script, f"--deepspeed --zero_stage 3 {more}"))
+    assert "which only sdxl_train.py can" in told and "Give --zero_stage 2" in told
+
+
+@pytest.fixture
+def launched(zero: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """Set the environment in which `accelerate launch` starts a script, given the lines of deepspeed_config."""
+
+    def launch(lines: str) -> None:
+        config = "compute_environment: LOCAL_MACHINE\ndistributed_type: DEEPSPEED\nnum_machines: 1\nnum_processes: 2\n"
+        written = tmp_path / "accelerate.yaml"
+        written.write_text(config + "deepspeed_config:\n" + "".join(f"  {line}\n" for line in lines.split("; ")))
+        for name, value in environment_launched(written).items():
+            zero.setenv(name, value)
+
+    return launch
+
+
+def test_accelerates_configuration_of_deepspeed_does_what_the_options_do(launched: Callable[[str], None]) -> None:
+    launched(
+        "zero_stage: 3; offload_optimizer_device: none; offload_param_device: cpu; gradient_accumulation_steps: 4; "
+        "gradient_clipping: 0.5; zero3_init_flag: false"
+    )
+    ours = parse(SdxlTrainOptions, BASE.split())
+    flags = "--deepspeed --zero_stage 3 --offload_param_device cpu --gradient_accumulation_steps 4 --max_grad_norm 0.5"
+    assert ours == parse(SdxlTrainOptions, f"{BASE} {flags}".split())
+    assert (ours.distributed.deepspeed, ours.distributed.zero_stage, ours.distributed.offload_optimizer_device) == (True, 3, None)
+    assert "excludes --full_bf16" in refusals(SdxlTrainOptions, "--mixed_precision bf16 --full_bf16")[0]
+    parse(CacheLatentsOptions, BASE.split())
+
+
+def test_what_was_typed_wins_over_accelerates_configuration_which_is_told(
+    launched: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    launched("zero_stage: 1; gradient_accumulation_steps: auto; gradient_clipping: 1.0")
+    assert parse(SdxlTrainOptions, f"{BASE} --max_grad_norm 0.1 --zero_stage 1".split()).optimizer.max_grad_norm == 0.1
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told == "gradient_clipping in accelerate's configuration is 1.0, and --max_grad_norm 0.1 wins."
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("deepspeed_config_file: ds.json", "deepspeed_config_file in accelerate's configuration is not followed"),
+        ("zero_stage: 2; deepspeed_moe_layer_cls_names: Layer", "no mixture of experts"),
+        ("zero_stage: 7", "zero_stage in accelerate's configuration: '7'"),
+        ("zero_stage: 2; offload_param_device: cpu", "--offload_param_device needs --zero_stage 3"),
+    ],
+)
+def test_what_of_accelerates_configuration_cannot_be_followed_is_refused(
+    lines: str, words: str, launched: Callable[[str], None]
+) -> None:
+    launched(lines)
+    (told,) = refusals(SdxlTrainOptions, "")
+    assert words in told
+
+
+def test_deepspeed_needs_its_package_and_several_processes(zero: pytest.MonkeyPatch) -> None:
     zero.setenv("WORLD_SIZE", "1")
     assert "Launch at least two" in refusals(SdxlTrainOptions, "--deepspeed")[0]
     zero.setattr("library.options.checks_distributed.find_spec", lambda name: None)
@@ -128,3 +217,7 @@ def test_stage_and_place_reach_deepspeed() -> None:
     assert (asked["gradient_clipping"], asked["train_batch_size"]) == (0.5, 8)
     assert zero_config(DistributedOptions(deepspeed=True, zero_stage=0), 0.0, 1, 2)["zero_optimization"] == {"stage": 0}
     assert zero_config(DistributedOptions(deepspeed=True), 0.0, 1, 2)["zero_optimization"] == {"stage": 2}
+    asked = zero_config(
+        DistributedOptions(deepspeed=True, zero_stage=3, offload_param_device="nvme", offload_param_nvme_path="/p"), 0.0, 1, 2
+    )
+    assert asked["zero_optimization"]["offload_param"] == {"device": "nvme", "nvme_path": "/p"}

@@ -16,6 +16,7 @@ from library.options.groups.finetune import FinetuneOptions
 from library.options.groups.loss import LossOptions
 from library.options.groups.noise import NoiseOptions
 from library.training.finetune_recipe import denoiser_groups, text_encoder_parameters
+from library.training.full_tensors import Gathered
 from library.training.step import ModelParts, TrainStep
 from library.training.trainable import ModelTrainable, trained_tensors
 from tools.bench_step import make_batch
@@ -96,7 +97,7 @@ def test_frozen_tensors_have_no_gradient_and_are_not_saved_from_memory(family) -
     assert (
         with_gradient
         == {"out.0.weight", "out.0.bias", "out.2.weight", "out.2.bias"}
-        == trained_tensors(family, "unet", unet).keys()
+        == trained_tensors(family, "unet", unet, Gathered()).keys()
     )
 
 
