@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a checkpoint file or a diffusers folder")
     parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="what the weights are loaded as (bf16)")
-    parser.add_argument("--disable_mmap", action="store_true", help="read the file whole instead of mapping it into memory")
+    parser.add_argument("--disable_mmap", action="store_true", help="read files instead of mapping them into memory")
     arguments = parser.parse_args(argv)
     sys.stdout.write(json.dumps(measure(arguments.model, _DTYPES[arguments.dtype], not arguments.disable_mmap)) + "\n")
 

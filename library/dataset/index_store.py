@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import sqlite3
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from library.dataset.columns import Ints
+from library.files.remembered import user_cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,8 @@ class IndexStore:
 
     def __init__(self, folder: str) -> None:
         self._places = [os.path.join(folder, STORE_NAME)]
-        cache = _cache_folder()
-        if cache:
+        cache = user_cache_folder("index")
+        if cache is not None:
             digest = hashlib.sha256(folder.encode("utf-8", "surrogatepass")).hexdigest()[:32]
             self._places.append(os.path.join(cache, f"{digest}.sqlite"))
 
@@ -203,15 +203,3 @@ def _remove(place: str) -> None:
     for path in (place, place + "-journal"):
         with suppress(OSError):
             os.remove(path)
-
-
-def _cache_folder() -> str | None:
-    """Return where this user's programs keep what they can make again."""
-    home = os.path.expanduser("~")
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
-    elif sys.platform == "darwin":
-        base = os.path.join(home, "Library", "Caches")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
-    return os.path.join(base, "atelier", "index") if os.path.isabs(base) else None

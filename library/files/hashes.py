@@ -42,6 +42,11 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weight_files(path: Path) -> list[Path]:
+    """Return the files with the weights of a model that is a file, or a folder with any of them below it."""
+    return [path] if path.is_file() else sorted(each for each in path.rglob("*") if each.suffix in _WEIGHTS)
+
+
 def sampled_hash(path: str | Path) -> str:
     """Return 16 hex digits for the size of a model file and samples of its content, or of all weights in a folder.
 
@@ -49,8 +54,7 @@ def sampled_hash(path: str | Path) -> str:
     """
     digest = hashlib.blake2b(digest_size=8)
     root = Path(path)
-    files = [root] if root.is_file() else sorted(each for each in root.rglob("*") if each.suffix in _WEIGHTS)
-    for file in files:
+    for file in weight_files(root):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(root)}:{size};".encode())
         with file.open("rb") as opened:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any
 
@@ -55,21 +56,26 @@ class TensorFile(Mapping[str, Tensor]):
         self.close()
 
 
-class _WholeFile:
-    """The data part of a safetensors file, read at once; tensors are views of it."""
+class _ReadFile:
+    """A safetensors file that is read like any other, a tensor at a time."""
 
     def __init__(self, path: Path, data_start: int, infos: Mapping[str, TensorInfo], begins: Mapping[str, int]) -> None:
-        self._infos, self._begins = infos, begins
-        with path.open("rb") as file:
-            file.seek(data_start)
-            self._data = torch.frombuffer(bytearray(file.read()) or bytearray(1), dtype=torch.uint8)
+        self._path, self._data_start, self._infos, self._begins = path, data_start, infos, begins
+        self._file = path.open("rb", buffering=0)
+        self._lock = Lock()  # between the seek and the read
 
     def get_tensor(self, name: str) -> Tensor:
         dtype, shape = self._infos[name]
-        begin = self._begins[name]
-        raw = self._data[begin : begin + torch.Size(shape).numel() * dtype.itemsize]
-        aligned = raw if begin % dtype.itemsize == 0 else raw.clone()
-        return aligned.view(dtype).reshape(shape)
+        tensor = torch.empty(shape, dtype=dtype)
+        left = tensor.reshape(-1).view(torch.uint8).numpy().data
+        with self._lock:
+            self._file.seek(self._data_start + self._begins[name])
+            while len(left):
+                count = self._file.readinto(left)
+                if not count:
+                    raise UserError(f"{self._path} got shorter while it was read: {name} is not in it any more. Copy it again.")
+                left = left[count:]
+        return tensor
 
 
 def open_safetensors(path: str | Path, mmap: bool = True) -> TensorFile:
@@ -77,8 +83,8 @@ def open_safetensors(path: str | Path, mmap: bool = True) -> TensorFile:
 
     Args:
         path: a `.safetensors` file.
-        mmap: tensors share memory with the file until they are written to. False reads the whole file at once, which is faster
-            on slow and remote file systems and takes its size in memory.
+        mmap: tensors share memory with the file until they are written to. False reads each tensor like any file, which is faster
+            on some slow and remote file systems.
 
     Raises:
         UserError: the file is missing, cut short or no safetensors file.
@@ -89,7 +95,7 @@ def open_safetensors(path: str | Path, mmap: bool = True) -> TensorFile:
             return TensorFile(path, infos, metadata, safe_open(str(path), framework="pt", device="cpu"))
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}). Download or copy it again.") from error
-    return TensorFile(path, infos, metadata, _WholeFile(Path(path), data_start, infos, begins))
+    return TensorFile(path, infos, metadata, _ReadFile(Path(path), data_start, infos, begins))
 
 
 def save_safetensors(

@@ -38,7 +38,7 @@ class ModelSource:
     vae: str | None = None
     """A VAE that replaces the checkpoint's own; a file or a folder."""
     mmap: bool = True
-    """Memory-map safetensors files; False reads them whole, which helps on slow and remote file systems."""
+    """Memory-map safetensors files; False reads them like any file, which helps on some slow and remote file systems."""
     prefer_fp16_variant: bool = False
     """Take the `.fp16.` files of a diffusers folder where there are any."""
     keep_vae_precision: bool = False

@@ -8,10 +8,12 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from library.files.hashes import model_hash, sha256_file
+from library.files.remembered import remembered_hash
 from library.options.groups.network import NetworkOptions
 from library.training.environment import source_revision
 
@@ -234,5 +236,6 @@ def _hashes(model_path: str, vae_path: str | None) -> Metadata:
     for name, path in (("sd_model", model_path), ("vae", vae_path)):
         if path is not None and Path(path).exists():
             found[f"ss_{name}_hash"] = model_hash(path)
-            found[f"ss_new_{name}_hash"] = sha256_file(path)
+            files = [Path(path)] if Path(path).is_file() else []
+            found[f"ss_new_{name}_hash"] = remembered_hash("sha256", files, partial(sha256_file, path))
     return found

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import safetensors.torch
@@ -81,6 +82,15 @@ def test_a_file_whose_tensors_are_not_aligned_is_read(tmp_path, mmap):
     file = open_safetensors(tmp_path / "odd.safetensors", mmap)
     assert file["w"].tolist() == [1.5, -2.0]
     assert file["b"].item() == 7
+
+
+def test_a_file_that_is_not_mapped_is_not_kept_in_memory_either_and_told_of_where_it_gets_shorter(tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(4, 4), "b": torch.zeros(1000)})
+    file = open_safetensors(tmp_path / "a.safetensors", mmap=False)
+    assert file["a"].untyped_storage().nbytes() == 4 * 4 * 4, "no tensor holds on to more than itself"
+    os.truncate(tmp_path / "a.safetensors", 200)
+    with pytest.raises(UserError, match="got shorter while it was read: b is not"):
+        file["b"]
 
 
 def test_floating_point_tensors_are_converted_while_saving_and_the_rest_is_kept(tmp_path):

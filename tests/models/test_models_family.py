@@ -1,6 +1,9 @@
 """SDXL behind the family interface: the whole way from text, images and sizes to a prediction, against diffusers' pipeline."""
 
 import json
+import os
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import torch
 from library.models.family import Family, ModelSource, SizeConditioning
 from library.models.sdxl.embeddings import size_embedding
 from library.models.sdxl.family import SdxlFamily
+from library.models.weights import content_hash
 from library.options.groups.loss import LossOptions
 from library.options.groups.model import ModelOptions
 from library.options.groups.noise import NoiseOptions
@@ -156,6 +160,31 @@ def test_a_fingerprint_is_that_of_the_weights_not_of_the_file(family, tmp_path) 
     other = SdxlFamily.open(type(family.source)(str(path)))
     assert other.fingerprint("vae") == family.fingerprint("vae")
     assert other.fingerprint("text_encoders") != family.fingerprint("text_encoders")
+
+
+def test_a_fingerprint_is_remembered_as_long_as_the_file_is_as_it_was(family, tmp_path, monkeypatch) -> None:
+    path = tmp_path / "model.safetensors"
+    shutil.copy(family.source.path, path)
+    known, read = family.fingerprint("text_encoders"), []
+    monkeypatch.setattr("library.models.sdxl.family.content_hash", lambda part: read.append(part) or content_hash(part))
+    monkeypatch.setattr("library.files.remembered._WORTH", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def at(seconds: float, changes=None) -> tuple[str, int]:
+        """The fingerprint of the file with this time, and how many parts were read for it."""
+        os.utime(path, (seconds, seconds))
+        read.clear()
+        opened = SdxlFamily.open(ModelSource(str(path)))
+        return (opened.with_changes(changes) if changes else opened).fingerprint("text_encoders"), len(read)
+
+    assert [at(1e9), at(1e9), at(1.1e9)] == [(known, 2), (known, 0), (known, 2)]
+    for place in (tmp_path / "cache" / "atelier" / "hashes").iterdir():
+        place.write_text("damaged")
+    assert [at(1e9), at(1e9)] == [(known, 2), (known, 0)]
+    name, _ = next(iter(family.skeletons()["te1"].named_parameters()))
+    found, count = at(1e9, {"te1": {name: lambda tensor: tensor + 1}})
+    assert found != known and count == 1, "what is changed while it is read is not what the file is remembered for"
+    assert [at(time.time())[1] for _ in range(2)] == [2, 2], "a file that has just changed may change again within its time"
 
 
 def load_components(family):

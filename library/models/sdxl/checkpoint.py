@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from library.models.weights import Entry, Part
 
@@ -24,6 +25,8 @@ class Checkpoint:
     """`v_pred` and `ztsnr` where the file says so."""
     logit_scale: Entry | None = None
     """A number that OpenCLIP's files carry and SDXL never uses; kept for files saved later."""
+    origins: Mapping[str, Path] = field(default_factory=dict)
+    """The file or folder that has a part as it is; a part whose tensors are changed when they are read has none."""
     ignored: tuple[str, ...] = ()
     """Names of tensors that belong to no part."""
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from library.diffusion.objective import DdpmObjective, Objective
 from library.diffusion.schedule import NoiseSchedule
+from library.files.hashes import weight_files
+from library.files.remembered import remembered_hash
 from library.models.family import LatentCacheSpec, ModelSource, SizeConditioning, TextCacheSpec, TextCond, Tokens
 from library.models.new_words import ExtendedEmbedding, NewWord
 from library.models.prompt_weights import PromptStyle
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 _NPZ_NAMES = {"hidden1": "hidden_state1", "hidden2": "hidden_state2", "pool2": "pool2"}
 """Our names of text outputs, and those of the cache files that sd-scripts reads."""
+_HASHED_AS = "content hash 1"
+"""What is remembered of files; to be changed where another hash is made of them."""
 _WORD_KEYS = ("clip_l", "clip_g")
 """Names of the vectors for TE1 and TE2 in files of learned words."""
 _OTHER_PREDICTION = {
@@ -152,8 +156,15 @@ class SdxlFamily:
 
     def fingerprint(self, part: str) -> str:
         """Hash the values of a part ("vae" or "text_encoders"): copies of a model, or the same weights in another layout, agree."""
-        parts = {"vae": ("vae",), "text_encoders": ("te1", "te2")}[part]
-        return "-".join(content_hash(self.checkpoint.parts[name]) for name in parts)
+        return "-".join(self._content_hash(name) for name in {"vae": ("vae",), "text_encoders": ("te1", "te2")}[part])
+
+    def _content_hash(self, part: str) -> str:
+        compute = partial(content_hash, self.checkpoint.parts[part])
+        origin = self.checkpoint.origins.get(part)
+        if origin is None:
+            return compute()
+        variant = f"{self.source.prefer_fp16_variant} {self.source.keep_vae_precision}"
+        return remembered_hash(f"{_HASHED_AS} {part} {variant}", weight_files(origin), compute)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Turn B texts into `ids1` and `ids2`, int64 (B, n, 77), on the CPU."""
@@ -262,7 +273,8 @@ class SdxlFamily:
             names = file_names(build_part(part, self.sizes))
             entries = {names[name]: (parts[part][names[name]], change) for name, change in changed.items()}
             parts[part] = parts[part] | {stored: entry.then(change, entry.shape) for stored, (entry, change) in entries.items()}
-        return replace(self, checkpoint=replace(self.checkpoint, parts=parts))
+        origins = {part: origin for part, origin in self.checkpoint.origins.items() if part not in changes}
+        return replace(self, checkpoint=replace(self.checkpoint, parts=parts, origins=origins))
 
     def set_attention(self, denoiser: nn.Module, kind: str) -> None:
         """Choose how the U-Net computes attention: "sdpa", "xformers", "mem_eff_attn" or "plain"."""

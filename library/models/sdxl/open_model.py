@@ -35,18 +35,25 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     else:
         folder = path if path.is_dir() else hub_snapshot(source.path, source.prefer_fp16_variant)
         checkpoint = open_folder(folder, source.prefer_fp16_variant, source.mmap, source.keep_vae_precision)
+    origins = dict.fromkeys(checkpoint.parts, Path(checkpoint.path))
     if source.vae is not None:
-        checkpoint = replace(checkpoint, parts=checkpoint.parts | {"vae": _open_vae(source.vae, source)})
+        place = _vae_place(source.vae, source)
+        checkpoint = replace(checkpoint, parts=checkpoint.parts | {"vae": _open_vae(place, source)})
+        origins["vae"] = place
+    checkpoint = replace(checkpoint, origins=origins)
     if checkpoint.ignored:
         logger.warning("%s: %s", source.path, _naming(checkpoint.ignored, "tensors are no part of SDXL and are ignored"))
     return checkpoint
 
 
-def _open_vae(path: str, source: ModelSource) -> Part:
+def _vae_place(path: str, source: ModelSource) -> Path:
+    return Path(path) if Path(path).exists() else hub_snapshot(path, source.prefer_fp16_variant)
+
+
+def _open_vae(path: Path, source: ModelSource) -> Part:
     """Open a VAE: a folder, a VAE file under either kind of name, or a whole checkpoint."""
-    if not Path(path).is_file():
-        folder = Path(path) if Path(path).is_dir() else hub_snapshot(path, source.prefer_fp16_variant)
-        return open_vae_folder(folder, source.prefer_fp16_variant and not source.keep_vae_precision, source.mmap)
+    if path.is_dir():
+        return open_vae_folder(path, source.prefer_fp16_variant and not source.keep_vae_precision, source.mmap)
     tensors = entries(open_tensors(path, source.mmap))
     tensors = without_prefix(tensors, PREFIXES["vae"]) or tensors
     if "encoder.conv_in.weight" not in tensors:

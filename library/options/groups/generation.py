@@ -3,10 +3,11 @@
 from typing import ClassVar
 
 from library.options.declare import OptionGroup, flag, option
+from library.options.groups.attention import AttentionChoice
 from library.options.groups.sample import SamplerName
 
 
-class GenModelOptions(OptionGroup):
+class GenModelOptions(AttentionChoice, OptionGroup):
     """Which model draws, and in which number type."""
 
     topic: ClassVar[str] = "Model and precision"
@@ -26,11 +27,6 @@ class GenModelOptions(OptionGroup):
         None, "Images per call of the VAE; below 1 a share of --batch_size, and --batch_size when left out.", gt=0
     )
     vae_slices: int | None = option(None, "Slices in which an image passes through the VAE.", ge=1)
-
-    @property
-    def attention(self) -> str:
-        """The attention in effect: "xformers" or "sdpa"; there is one U-Net and so one switch."""
-        return "xformers" if self.xformers or self.diffusers_xformers else "sdpa"
 
 
 class PromptOptions(OptionGroup):

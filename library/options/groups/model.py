@@ -18,7 +18,7 @@ class ModelOptions(OptionGroup):
     tokenizer_cache_dir: PathText = option(None, "Folder with copies of the tokenizers.")
     vae: PathText = option(None, "VAE that replaces the model's own: a file (VAE or whole model) or a diffusers folder.")
     disable_mmap_load_safetensors: bool = flag(
-        "Read checkpoint files whole instead of mapping them; faster on some network drives."
+        "Read checkpoint files a tensor at a time instead of mapping them into memory; faster on some network drives."
     )
     lowram: bool = flag(
         "Keep the VAE on the accelerator between sample images, for machines with little main memory; models are always loaded "

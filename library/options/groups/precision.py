@@ -3,9 +3,10 @@
 from typing import ClassVar, Literal
 
 from library.options.declare import OptionGroup, flag, option
+from library.options.groups.attention import AttentionChoice
 
 
-class WorkingPrecisionOptions(OptionGroup):
+class WorkingPrecisionOptions(AttentionChoice, OptionGroup):
     """Number types, memory and attention."""
 
     topic: ClassVar[str] = "Precision, memory and attention"
@@ -22,19 +23,9 @@ class WorkingPrecisionOptions(OptionGroup):
     mem_eff_attn: bool = flag("Use slow attention in small pieces that needs little memory.")
 
     @property
-    def wants_xformers(self) -> bool:
-        """Whether the attention of xformers was asked for, by whatever name."""
-        return self.xformers
-
-    @property
     def packs_denoiser(self) -> bool:
         """Whether the frozen weights of the denoiser are held in 8 bits."""
         return self.fp8_base
-
-    @property
-    def attention(self) -> str:
-        """The attention in effect: "mem_eff_attn", "xformers" or "sdpa"."""
-        return "mem_eff_attn" if self.mem_eff_attn else "xformers" if self.wants_xformers else "sdpa"
 
 
 class VaePrecisionOptions(WorkingPrecisionOptions):
@@ -73,8 +64,3 @@ class FinetunePrecisionOptions(TrainingPrecisionOptions):
     """Number types, memory and attention of fine-tuning."""
 
     diffusers_xformers: bool = flag("The same as --xformers.")
-
-    @property
-    def wants_xformers(self) -> bool:
-        """Whether the attention of xformers was asked for; there is one U-Net and so one switch."""
-        return self.xformers or self.diffusers_xformers
