@@ -27,6 +27,7 @@ from library.files.atomic import atomic_write_text
 from library.memory.traceable import untraceable
 from library.options.checks import checkpoint_problems, packed_problems, precision_problems
 from library.options.checks_optimizer import fused_problems, optimizer_name, optimizer_problems
+from library.options.checks_swap import swap_problems, trained_swap_problems
 from library.options.entry import run_script
 from library.options.errors import UsageError
 from library.options.groups.bench import BenchOptions
@@ -75,7 +76,9 @@ def check(options: BenchScriptOptions) -> None:
     problems = optimizer_problems(options.optimizer)
     problems += precision_problems(options.precision)
     problems += checkpoint_problems(options.precision)
-    problems += packed_problems(options.precision) if options.bench.mode == "finetune" else []
+    problems += swap_problems(options.precision)
+    if options.bench.mode == "finetune":
+        problems += [*packed_problems(options.precision), *trained_swap_problems(options.precision, options.optimizer)]
     problems += fused_problems(options.optimizer, 1, options.precision.mixed_precision)
     if options.bench.trace and not problems and (problem := untraceable(options.optimizer)):
         problems.append(problem)
@@ -128,6 +131,9 @@ def what_is_run(options: BenchScriptOptions, hardware: dict[str, Any]) -> dict[s
     }
     flags = [text for name, text in kinds.items() if getattr(precision, name)]
     flags += [f"in {precision.checkpoint_fraction:g} of the blocks"] if precision.checkpoint_fraction != 1 else []
+    if precision.swaps_blocks:
+        share = precision.offload_fraction
+        flags.append(f"{precision.blocks_to_swap} blocks in main memory" if share is None else f"{share:.0%} of it in main memory")
     flags += ["fused backward pass"] if options.optimizer.fused_backward_pass else []
     groups = options.optimizer.fused_optimizer_groups
     flags += [f"{groups} fused groups"] if groups else []

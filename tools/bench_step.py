@@ -19,7 +19,7 @@ from library.dataset.batch import Batch
 from library.diffusion.objective import DdpmObjective
 from library.diffusion.schedule import NoiseSchedule
 from library.memory.fp8 import SCALED_FLOAT8
-from library.memory.host_activations import HOST, keep_on_host
+from library.memory.host_activations import HOST
 from library.memory.packed import pack_layers
 from library.models.family import ModelSource, SizeConditioning
 from library.models.sdxl.checkpoint import Checkpoint
@@ -37,7 +37,7 @@ from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
 from library.options.groups.scheduler import SchedulerOptions
 from library.training.accelerator import DTypes, make_accelerator
-from library.training.denoiser import prepare_denoiser
+from library.training.denoiser import arrange_denoiser, prepare_denoiser
 from library.training.loop import TrainingRun, accumulate_gradient, update_parameters
 from library.training.step import ModelParts, TrainStep
 from library.training.trainable import ModelTrainable, NetworkTrainable, Trainable
@@ -135,8 +135,7 @@ def make_run(
     family = SdxlFamily(ModelSource("random weights"), Checkpoint("random weights", {}), sizes)
     prepare_denoiser(family, unet, precision, device)
     trainable = TRAINABLES[bench.mode](family, unet, bench, device, dtypes.trained)
-    if precision.cpu_offload_checkpointing:
-        keep_on_host(unet, [trainable.module], host=host)
+    arrange_denoiser(family, unet, trainable.module, precision, device, host)
     parameters = [parameter for parameter in trainable.module.parameters() if parameter.requires_grad]
     objective = DdpmObjective(NoiseSchedule.make(device=device), False, NoiseOptions(), LossOptions())
     step = TrainStep(trainable.module, ModelParts(family, unet, [None, None], None), objective, train_text=False)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from library.memory.block_swap import kept_in_main_memory
+
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS = "weights", "gradients", "optimizer", "activations"
 _BLOCK = 512
 """Bytes that torch's CUDA allocator rounds every storage up to."""
@@ -46,7 +48,12 @@ class StorageCounter(TorchDispatchMode):
         self._categories: dict[int, str] = {}
         self._sizes: dict[int, int] = {}
         self._alive: dict[str, int] = dict.fromkeys((WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS), 0)
+        self._elsewhere: set[int] = set()
         self.peak = Peak(0)
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Take the storages of tensors as lying in main memory, whatever device they pretend to be on; they stay alive."""
+        self._elsewhere.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def register(self, tensors: Iterable[Any], category: str) -> None:
         """Count the storages of tensors in a category, whether they were counted before or not; other values are skipped."""
@@ -71,6 +78,8 @@ class StorageCounter(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         number = storage._cdata
+        if number in self._elsewhere:
+            return
         if number not in self._sizes:
             size = -(-storage.nbytes() // _BLOCK) * _BLOCK
             self._sizes[number] = size
@@ -107,6 +116,7 @@ def trace_peak(
     """
     step()
     counter = StorageCounter(device)
+    counter.leave_out(buffer for module in modules for buffer in kept_in_main_memory(module))
     parameters = [parameter for module in modules for parameter in module.parameters()]
     counter.register([*parameters, *(buffer for module in modules for buffer in module.buffers())], WEIGHTS)
     counter.register([value for state in optimizer.state.values() for value in state.values()], OPTIMIZER)

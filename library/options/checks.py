@@ -11,6 +11,7 @@ from library.options.checks_hub import hub_notes, hub_problems
 from library.options.checks_objective import objective_notes, objective_problems
 from library.options.checks_optimizer import fused_problems, is_schedule_free
 from library.options.checks_rates import network_rates, rate_notes, rate_problems
+from library.options.checks_swap import compiled_swap_problems, swap_problems, trained_swap_problems
 from library.options.dataset_class import class_notes, class_problems
 from library.options.groups.cache import CacheOptions
 from library.options.groups.compile import GONE_BACKENDS, CompileOptions
@@ -82,6 +83,8 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
         yield "--output_dir is missing. Name the folder for what is trained."
     yield from precision_problems(options.precision)
     yield from checkpoint_problems(options.precision)
+    yield from swap_problems(options.precision)
+    yield from compiled_swap_problems(options.precision, options.compile)
     yield from _compile_problems(options.compile)
     yield from fused_problems(options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision)
     yield from _ema_problems(options)
@@ -219,6 +222,8 @@ def _control_problems(control: ControlNetLLLiteOptions) -> Iterator[str]:
 def _finetune_problems(options: SdxlTrainOptions) -> Iterator[str]:
     finetune, rate = options.finetune, options.optimizer.learning_rate
     yield from packed_problems(options.precision)
+    if rate:
+        yield from trained_swap_problems(options.precision, options.optimizer)
     if finetune.train_text_encoder and options.cache.cache_text_encoder_outputs:
         yield "--train_text_encoder excludes --cache_text_encoder_outputs, which freezes their outputs. Choose one."
     of_blocks = finetune.block_rates if rate else None

@@ -105,6 +105,7 @@ class TrainingOptions(ScriptOptions):
 
 _TRAINING_ADDITIONS = frozenset(
     {
+        "blocks_to_swap",
         "dataset_report",
         "ema_decay",
         "ema_device",
@@ -114,6 +115,7 @@ _TRAINING_ADDITIONS = frozenset(
         "logit_std",
         "loss_ledger",
         "masked_loss_normalize",
+        "offload_fraction",
         "on_non_finite",
         "resume_changed",
         "strict_config",

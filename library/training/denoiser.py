@@ -1,12 +1,16 @@
 """The denoiser from its file to the training step: how its weights are held, and what its forward pass keeps where."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
-from library.memory.host_activations import keep_on_host
+from library.memory.block_swap import FROZEN_PLACES, TRAINED_PLACES, large_tensors, parts_of, swap_blocks
+from library.memory.host_activations import HOST, keep_on_host
+from library.memory.swap_choice import check_count, choose, count_for_share
 from library.models.family import Family
 from library.options.groups.precision import StepPrecisionOptions
-from library.training.setting import PartDTypes, Setting, Trained
+from library.training.setting import PartDTypes, Setting
 
 
 def load_denoiser(setting: Setting, dtypes: PartDTypes) -> nn.Module:
@@ -32,7 +36,53 @@ def prepare_denoiser(family: Family, denoiser: nn.Module, precision: StepPrecisi
         denoiser.to(memory_format=torch.channels_last)
 
 
-def arrange_denoiser(setting: Setting, denoiser: nn.Module, trained: Trained) -> None:
-    """Decide how the denoiser runs, now that everything is attached to it."""
-    if setting.options.precision.cpu_offload_checkpointing:
-        keep_on_host(denoiser, [trained.trainable.module])
+def arrange_denoiser(
+    family: Family,
+    denoiser: nn.Module,
+    attached: nn.Module,
+    precision: StepPrecisionOptions,
+    device: torch.device,
+    host: torch.device = HOST,
+) -> None:
+    """Decide how the denoiser runs, now that everything is attached to it and what is trained is not frozen.
+
+    Args:
+        family: knows its blocks.
+        denoiser: changed in place.
+        attached: holds every trained parameter, some of which may take part in the denoiser's forward pass.
+        precision: says what is kept in main memory.
+        device: that computes.
+        host: what stands for main memory.
+
+    Raises:
+        UserError: more or fewer blocks were asked for than can be swapped.
+    """
+    if precision.cpu_offload_checkpointing:
+        keep_on_host(denoiser, [attached], host=host)
+    if precision.swaps_blocks:
+        is_trained = any(parameter.requires_grad for parameter in denoiser.parameters())
+        places = TRAINED_PLACES if is_trained else FROZEN_PLACES
+        blocks = list(family.blocks(denoiser).values())
+        swapped = [blocks[number] for number in blocks_to_swap(denoiser, blocks, precision, places)]
+        swap_blocks(denoiser, swapped, places, device)
+
+
+def blocks_to_swap(denoiser: nn.Module, blocks: Sequence[nn.Module], precision: StepPrecisionOptions, places: int) -> list[int]:
+    """Return the numbers of the blocks that `--blocks_to_swap` or `--offload_fraction` keep in main memory.
+
+    Args:
+        denoiser: on any device.
+        blocks: of it, in the order of the forward pass.
+        precision: with one of both options.
+        places: blocks that are on the device at a time.
+
+    Raises:
+        UserError: naming what is allowed.
+    """
+    sizes = [sum(tensor.nbytes for tensor in large_tensors(block)) for block in blocks]
+    count = precision.blocks_to_swap
+    if precision.offload_fraction is not None:
+        total = sum(part.nbytes for parameter in denoiser.parameters() for part in parts_of(parameter))
+        count = count_for_share(sizes, total, precision.offload_fraction, places)
+    check_count(count or 0, len(blocks), places)
+    return choose(sizes, count or 0, places)

@@ -124,7 +124,7 @@ def carry_out(
     denoiser = load_denoiser(setting, part_dtypes)
     torch.manual_seed(setting.seed)  # decides the initial weights of what is trained
     trained = divided(setting, recipe.make_trainable(setting, denoiser, text, vae))
-    arrange_denoiser(setting, denoiser, trained)
+    arrange_denoiser(setting.family, denoiser, trained.trainable.module, options.precision, accelerator.device)
 
     parts = ModelParts(setting.family, denoiser, text.encoders, vae, options.cache.vae_batch_size, setting.caption_style)
     run, saver = build_run(recipe, setting, trained, parts)

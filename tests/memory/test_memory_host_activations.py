@@ -1,5 +1,7 @@
 """What a forward pass keeps goes to main memory and comes back, the same numbers; weights stay."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -86,10 +88,12 @@ def test_a_tensor_that_was_changed_in_place_is_copied_again(copied: list[Tensor]
 
 
 def test_a_forecast_counts_only_what_stays_on_the_device() -> None:
-    def parts(**flags: bool) -> dict[str, int]:
+    def parts(**flags: Any) -> dict[str, int]:
         bench = BenchOptions(mode="lora", size="tiny", resolution=256, batch_size=2)
         return dict(forecast(bench, StepPrecisionOptions(gradient_checkpointing=True, **flags), OptimizerOptions()).parts)
 
     plain, on_host, in_8_bits = parts(), parts(cpu_offload_checkpointing=True), parts(fp8_base=True)
     assert on_host[ACTIVATIONS] < 0.6 * plain[ACTIVATIONS] and on_host[WEIGHTS] == plain[WEIGHTS]
+    swapped = parts(blocks_to_swap=12)
+    assert swapped[WEIGHTS] < 0.72 * plain[WEIGHTS] and swapped[ACTIVATIONS] == plain[ACTIVATIONS]
     assert in_8_bits[WEIGHTS] < 0.42 * plain[WEIGHTS]  # of 4 bytes, but for the network's own

@@ -25,6 +25,8 @@ REFUSED = [
     ("--cpu_offload_checkpointing", "so it needs --gradient_checkpointing"),
     ("--checkpoint_fraction 0.5", "so it needs --gradient_checkpointing"),
     ("--gradient_checkpointing --checkpoint_fraction 0", "--checkpoint_fraction"),
+    ("--blocks_to_swap 9 --offload_fraction 0.5", "Give one of them"),
+    ("--blocks_to_swap 9 --torch_compile --dynamo_backend cudagraphs", "wants weights to stay where they are"),
     ("--ddp_static_graph --gradient_accumulation_steps 2", "excludes --gradient_accumulation_steps above 1"),
     ("--adaptive_noise_scale 0.1", "needs --noise_offset above 0"),
     ("--adaptive_noise_scale 0.1 --noise_offset 0", "needs --noise_offset above 0"),
@@ -95,6 +97,8 @@ ODD = [
 FUSED = "--fused_backward_pass --optimizer_type Adafactor --optimizer_args relative_step=False"
 FINETUNE = "--pretrained_model_name_or_path owner/model --train_data_dir d --output_dir o"
 FINETUNE_REFUSED = [
+    ("--blocks_to_swap 9", "add --fused_backward_pass"),
+    ("--offload_fraction 0.5 --fused_optimizer_groups 4", "add --fused_backward_pass"),
     ("--fp8_base", "here the model's own weights are trained"),
     ("--train_text_encoder --cache_text_encoder_outputs", "--train_text_encoder excludes --cache_text_encoder_outputs"),
     ("--learning_rate 0", "All learning rates are 0"),
@@ -118,6 +122,8 @@ FINETUNE_REFUSED = [
     (f"--block_lr={','.join(['-1e-5'] * 23)}", "is negative, which AdamW cannot use"),
 ]
 FINETUNE_ACCEPTED = [
+    "--blocks_to_swap 0",
+    "--blocks_to_swap 9 --fused_backward_pass --optimizer_type AdamW8bit",
     "--learning_rate=-1e-5 --optimizer_type Adafactor --optimizer_args relative_step=False",
     FUSED,
     "--fused_optimizer_groups 10",

@@ -43,6 +43,17 @@ class StepPrecisionOptions(WorkingPrecisionOptions):
     cpu_offload_checkpointing: bool = flag(
         "Keep in main memory what --gradient_checkpointing keeps of the U-Net: least memory on the accelerator, slower steps."
     )
+    blocks_to_swap: int | None = option(
+        None, "Keep this many blocks of the U-Net in main memory, and bring each to the accelerator when it is wanted.", ge=0
+    )
+    offload_fraction: float | None = option(
+        None, "The same for as many blocks as hold this share of the U-Net's weights.", ge=0, le=1
+    )
+
+    @property
+    def swaps_blocks(self) -> bool:
+        """Whether some blocks of the denoiser are in main memory."""
+        return bool(self.blocks_to_swap or self.offload_fraction)
 
 
 class TrainingPrecisionOptions(VaePrecisionOptions, StepPrecisionOptions):

@@ -1,0 +1,145 @@
+"""Swapped blocks: which ones, in which order they come and go, and that nothing but memory and time is different."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from library.memory.block_swap import FROZEN_PLACES, TRAINED_PLACES, BlockSwap, Pass, kept_in_main_memory, swap_blocks, upcoming
+from library.memory.host_activations import keep_on_host
+from library.memory.swap_choice import check_count, choose, count_for_share
+from library.memory.transfers import InTurn
+from library.options.errors import UserError
+from tests.memory.test_memory_packed import unet_and_lora
+
+CPU = torch.device("cpu")
+
+
+def test_a_few_very_large_blocks_stay_where_smaller_places_are_worth_more() -> None:
+    sizes = [10, 30, 30, 30, 70, 30, 30, 30, 10]
+    assert choose(sizes, 6, places=2) == [1, 2, 3, 5, 6, 7]  # 180 less 2 · 30, not 220 less 2 · 70
+    assert choose(sizes, 3, places=2) == [2, 5, 7]  # evenly among those of one size
+    assert choose(sizes, 9, places=2) == list(range(9))
+    assert choose([10, 31, 30, 70], 2, places=1) == [1, 2]  # 61 less 31, which is nearly 101 less 70, for 40 fewer to move
+    assert choose([10, 31, 30, 80], 2, places=1) == [1, 2]  # 61 less 31, and not 111 less 80
+    assert choose([10, 10, 90, 90], 2, places=1) == [2, 3]
+    assert count_for_share(sizes, 300, 0.6, places=2) == 6
+    with pytest.raises(UserError, match=r"only 0\.9 of the weights"):
+        count_for_share(sizes, 300, 0.95, places=2)
+    with pytest.raises(UserError, match="has 9 blocks that can be swapped"):
+        check_count(10, 9, places=2)
+    with pytest.raises(UserError, match="--blocks_to_swap 3 or more"):
+        check_count(2, 9, places=2)
+
+
+def test_what_comes_next_turns_round_at_the_ends() -> None:
+    assert upcoming(2, Pass.FORWARD, 5, 3) == [2, 3, 4]
+    assert upcoming(4, Pass.FORWARD, 5, 3) == upcoming(4, Pass.BACKWARD, 5, 3) == [4, 3, 2]
+    assert upcoming(3, Pass.FORWARD, 5, 3) == [3, 4, 2]
+    assert upcoming(4, Pass.LOOK, 5, 3) == [4, 0, 1]
+    assert upcoming(0, Pass.BACKWARD, 5, 3) == upcoming(0, Pass.LOOK, 5, 3) == [0, 1, 2]
+    assert upcoming(1, Pass.BACKWARD, 5, 3) == [1, 0, 2]
+
+
+class Recorded(InTurn):
+    """Copies, and notes which blocks come and go; a block's weights are its number at first."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def bring(self, target: Tensor, source: Tensor, *after: Any) -> None:
+        super().bring(target, source)
+        self.notes.append(f"+{int(source.view(torch.float32)[0])}")
+
+    def take_away(self, target: Tensor, source: Tensor, *after: Any) -> None:
+        super().take_away(target, source)
+        self.notes.append(f"-{int(source.view(torch.float32)[0])}")
+
+    def take(self) -> str:
+        taken, self.notes = " ".join(self.notes), []
+        return taken
+
+
+def stack(monkeypatch: pytest.MonkeyPatch, places: int, *, is_trained: bool, recompute: bool) -> tuple[Any, BlockSwap, Recorded]:
+    """Five linear layers, of which each is a block; and what they are called with."""
+    layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5)).requires_grad_(is_trained)
+    for number, layer in enumerate(layers):
+        layer.weight.data.fill_(number)
+    recorded = Recorded()
+    monkeypatch.setattr("library.memory.block_swap.transfers_of", lambda device: recorded)
+    swap = swap_blocks(layers, list(layers), places, CPU)
+
+    def forward(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+            assert len(swap.on_device) <= places
+        return x.sum()
+
+    return forward, swap, recorded
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_frozen_blocks_are_brought_one_ahead_and_never_taken_back(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, swap, recorded = stack(monkeypatch, FROZEN_PLACES, is_trained=False, recompute=recompute)
+    loss = forward(torch.ones(1, 4, requires_grad=True))
+    assert recorded.take() == "+0 +1 +2 +3 +4"
+    loss.backward()
+    assert recorded.take() == "+2 +1 +0"  # 4 and 3 were still there
+    with torch.no_grad():
+        forward(torch.ones(1, 4))
+    assert recorded.take() == "+2 +3 +4 +0"  # and the next pass begins with 0
+    assert sorted(swap.on_device) == [0, 4]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_trained_blocks_go_back_after_the_backward_pass_alone(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, swap, recorded = stack(monkeypatch, TRAINED_PLACES, is_trained=True, recompute=recompute)
+    loss = forward(torch.ones(1, 4))
+    assert recorded.take() == "+0 +1 +2 +3 +4"
+    loss.backward()
+    assert recorded.take() == "-4 +1 -3 +0"
+    forward(torch.ones(1, 4))
+    assert recorded.take() == "-0 +3 -1 +4"
+    swap.bring_home()
+    assert recorded.take() == "-2" and swap.on_device == []
+
+
+MODES = {
+    "kept": (False, {}),
+    "computed again": (True, {}),
+    "in 8 bits, computed again, activations on the host": (True, {"is_packed": True, "on_host": True}),
+    "autocast": (False, {"autocast": True}),
+}
+
+
+def gradients(
+    number: int | None, recompute: bool, *, is_packed: bool = False, on_host: bool = False, autocast: bool = False
+) -> Any:
+    """The loss and the network's gradients of two steps, and the prediction between them."""
+    unet, network = unet_and_lora(is_packed, autocast)
+    unet.enable_gradient_checkpointing(recompute)
+    if on_host:
+        keep_on_host(unet, [network], smallest=0)
+    if number is not None:
+        blocks = list(unet.blocks().values())
+        swap_blocks(unet, [blocks[each] for each in choose([1] * len(blocks), number, FROZEN_PLACES)], FROZEN_PLACES, CPU)
+        assert len(kept_in_main_memory(unet)) == number
+    generator = torch.Generator().manual_seed(1)
+    latents, context, vector = (torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 7, 96), (2, 112)))
+    found = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
+            loss = unet(latents, torch.tensor([10, 700]), context, vector).float().square().mean()
+            with torch.no_grad():
+                found.append(unet(latents, torch.tensor([10, 700]), context, vector))
+        loss.backward()
+        found.append(loss.detach())
+    return [*found, *(weight.grad for weight in network.parameters())]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_predictions_and_gradients_are_the_same_to_the_last_bit(mode: str) -> None:
+    recompute, others = MODES[mode]
+    plain, swapped = (gradients(number, recompute, **others) for number in (None, 12))
+    assert all(torch.equal(*pair) for pair in zip(plain, swapped, strict=True))
