@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from library.files.atomic import atomic_write_text
 from library.memory.traceable import untraceable
-from library.options.checks import checkpoint_problems, packed_problems, precision_problems
+from library.options.checks import checkpoint_problems, packed_problems, precision_problems, quant_problems
 from library.options.checks_optimizer import fused_problems, optimizer_name, optimizer_problems
 from library.options.checks_swap import swap_problems, trained_swap_problems
 from library.options.entry import run_script
@@ -79,6 +79,7 @@ def check(options: BenchScriptOptions) -> None:
     problems += swap_problems(options.precision)
     if options.bench.mode == "finetune":
         problems += [*packed_problems(options.precision), *trained_swap_problems(options.precision, options.optimizer)]
+    problems += quant_problems(options.precision)
     problems += fused_problems(options.optimizer, 1, options.precision.mixed_precision)
     if options.bench.trace and not problems and (problem := untraceable(options.optimizer)):
         problems.append(problem)
@@ -125,7 +126,6 @@ def what_is_run(options: BenchScriptOptions, hardware: dict[str, Any]) -> dict[s
     kinds = {
         "full_bf16": "bf16 weights",
         "full_fp16": "fp16 weights",
-        "fp8_base": "frozen weights in 8 bits",
         "gradient_checkpointing": "gradient checkpointing",
         "cpu_offload_checkpointing": "activations in main memory",
     }
@@ -134,6 +134,7 @@ def what_is_run(options: BenchScriptOptions, hardware: dict[str, Any]) -> dict[s
     if precision.swaps_blocks:
         share = precision.offload_fraction
         flags.append(f"{precision.blocks_to_swap} blocks in main memory" if share is None else f"{share:.0%} of it in main memory")
+    flags += [f"frozen weights in {precision.denoiser_quant}"] if precision.denoiser_quant else []
     flags += ["fused backward pass"] if options.optimizer.fused_backward_pass else []
     groups = options.optimizer.fused_optimizer_groups
     flags += [f"{groups} fused groups"] if groups else []

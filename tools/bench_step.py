@@ -18,7 +18,7 @@ import networks.lora
 from library.dataset.batch import Batch
 from library.diffusion.objective import DdpmObjective
 from library.diffusion.schedule import NoiseSchedule
-from library.memory.fp8 import SCALED_FLOAT8
+from library.memory.codecs import CODECS
 from library.memory.host_activations import HOST
 from library.memory.packed import pack_layers
 from library.models.family import ModelSource, SizeConditioning
@@ -163,8 +163,8 @@ def make_unet(sizes: SdxlSizes, device: torch.device, dtype: torch.dtype, precis
     with default_dtype(dtype), device:
         unet = UNet(sizes.unet)
     unet.requires_grad_(False)
-    if precision.packs_denoiser:
-        pack_layers(unet, SCALED_FLOAT8)
+    if precision.denoiser_quant is not None:
+        pack_layers(unet, CODECS[precision.denoiser_quant])
     return unet
 
 

@@ -26,6 +26,10 @@ class ScaledFloat8:
 
     name: ClassVar[str] = "float8"
 
+    def accepts(self, shape: torch.Size) -> bool:
+        """Take every weight."""
+        return True
+
     def pack(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """Return the bytes, in the shape and memory format of `tensor`, and the scale, a scalar."""
         scale = _scale(tensor.abs().amax().float())
@@ -44,4 +48,4 @@ def _scale(largest: Tensor) -> Tensor:
 
 
 SCALED_FLOAT8 = ScaledFloat8()
-"""The codec of `--fp8_base`."""
+"""The codec of `--base_quant fp8` and `--fp8_base`."""

@@ -30,11 +30,17 @@ class Codec(Protocol):
     def name(self) -> str:
         """What it is called in messages."""
 
+    def accepts(self, shape: torch.Size) -> bool:
+        """Tell whether a layer's weight of this shape, (O, I, …), is packed; otherwise it stays as it is."""
+
     def pack(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Return the tensors that stand for a floating-point tensor; the first may have its shape, the others are small."""
+        """Return the tensors that stand for a floating-point tensor; the first may have its shape, and with it its strides."""
 
     def unpack(self, parts: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return a new tensor of `shape` and `dtype` from what `pack` gave."""
+        """Return a new tensor of `shape` and `dtype` from what `pack` gave.
+
+        Its strides are those of the first part, where that has the shape; otherwise those of rows, or of channels last.
+        """
 
 
 class PackedTensor(Tensor):
@@ -53,7 +59,7 @@ class PackedTensor(Tensor):
     def __new__(cls, parts: tuple[Tensor, ...], codec: Codec, shape: torch.Size, dtype: torch.dtype) -> "PackedTensor":
         """Make a tensor without memory of its own."""
         first = parts[0]
-        strides = first.stride() if first.shape == shape else None
+        strides = first.stride() if first.shape == shape else _strides(shape)
         return Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=dtype, device=first.device)
 
     def __init__(self, parts: tuple[Tensor, ...], codec: Codec, shape: torch.Size, dtype: torch.dtype) -> None:
@@ -123,6 +129,14 @@ class PackedTensor(Tensor):
         return PackedTensor(tuple(change(part) for part in self.parts), self.codec, self.shape, dtype or self.dtype)
 
 
+def _strides(shape: torch.Size) -> tuple[int, ...] | None:
+    """Return the strides of a convolution's weight that is laid out channels last; None for other shapes, laid out in rows."""
+    if len(shape) != 4:
+        return None
+    _, inputs, height, width = shape
+    return (inputs * height * width, 1, inputs * width, inputs)
+
+
 def _for_part(kwargs: Mapping[str, Any], part: Tensor, whole: Tensor) -> dict[str, Any]:
     """Leave out the memory format for parts that are laid out otherwise than the tensor they stand for."""
     return {name: value for name, value in kwargs.items() if name != "memory_format" or part.ndim == whole.ndim}
@@ -136,7 +150,7 @@ def hold_packed(codec: Codec) -> Hold:
     """Return what keeps the weights of linear layers and convolutions packed, and everything else as it is."""
 
     def hold(owner: nn.Module, tensor: Tensor, dtype: torch.dtype) -> Tensor | None:
-        is_weight = isinstance(owner, nn.Linear | nn.Conv2d) and tensor.ndim > 1
+        is_weight = isinstance(owner, nn.Linear | nn.Conv2d) and tensor.ndim > 1 and codec.accepts(tensor.shape)
         return PackedTensor.pack(tensor, codec, dtype) if is_weight else None
 
     return hold

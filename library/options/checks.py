@@ -85,6 +85,7 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
     yield from checkpoint_problems(options.precision)
     yield from swap_problems(options.precision)
     yield from compiled_swap_problems(options.precision, options.compile)
+    yield from quant_problems(options.precision)
     yield from _compile_problems(options.compile)
     yield from fused_problems(options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision)
     yield from _ema_problems(options)
@@ -125,6 +126,17 @@ def checkpoint_problems(precision: StepPrecisionOptions) -> Iterator[str]:
         )
 
 
+def quant_problems(precision: StepPrecisionOptions) -> Iterator[str]:
+    """Yield why frozen weights cannot be held in the wanted number of bits."""
+    quant = precision.base_quant
+    if quant not in (None, "fp8"):
+        for name in ("fp8_base", "fp8_base_unet"):
+            if getattr(precision, name, False):
+                yield f"--{name} and --base_quant {quant} hold the same weights in two ways. Choose one."
+        if find_spec("bitsandbytes") is None:
+            yield f"--base_quant {quant} needs the package bitsandbytes: pip install bitsandbytes, or use --base_quant fp8."
+
+
 def _compile_problems(options: CompileOptions) -> Iterator[str]:
     if options.torch_compile and options.dynamo_backend in GONE_BACKENDS:
         yield (
@@ -133,11 +145,12 @@ def _compile_problems(options: CompileOptions) -> Iterator[str]:
         )
 
 
-def packed_problems(precision: WorkingPrecisionOptions) -> Iterator[str]:
+def packed_problems(precision: StepPrecisionOptions) -> Iterator[str]:
     """Yield why a model that is trained itself cannot be held in few bits."""
-    if precision.fp8_base:
+    given = {"--fp8_base": precision.fp8_base, f"--base_quant {precision.base_quant}": precision.base_quant is not None}
+    for name in (name for name, is_given in given.items() if is_given):
         yield (
-            "--fp8_base holds frozen weights in 8 bits, but here the model's own weights are trained, and most steps are smaller "
+            f"{name} holds frozen weights in few bits, but here the model's own weights are trained, and most steps are smaller "
             "than the last of 8 bits. Leave it out; --full_bf16 with --fused_backward_pass saves more."
         )
 

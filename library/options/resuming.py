@@ -22,7 +22,8 @@ _GROUPS = {
 """By attribute of the options; the options of all other groups decide."""
 
 _NAMES = {
-    **dict.fromkeys(("mixed_precision", "full_fp16", "full_bf16", "fp8_base", "fp8_base_unet", "weighted_captions"), DECIDES),
+    **dict.fromkeys(("mixed_precision", "full_fp16", "full_bf16", "weighted_captions"), DECIDES),
+    **dict.fromkeys(("fp8_base", "fp8_base_unet", "base_quant"), DECIDES),
     **dict.fromkeys(("cache_latents", "cache_latents_posterior", "cache_text_encoder_outputs", "text_cache_variants"), DECIDES),
     **dict.fromkeys(("gradient_accumulation_steps", "dataset_class"), DECIDES),
     **dict.fromkeys(("vae_batch_size", "no_half_vae", "fused_backward_pass", "fused_optimizer_groups", "ema_device"), ROUNDS),

@@ -119,6 +119,7 @@ _TRAINING_ADDITIONS = frozenset(
         "on_non_finite",
         "resume_changed",
         "strict_config",
+        "base_quant",
         "cache_latents_posterior",
         "checkpoint_fraction",
         "text_cache_variants",

@@ -37,6 +37,7 @@ RECORDED_WHEN_SET: Mapping[str, Any] = {
     "logit_std": 1.0,
     "masked_loss_normalize": False,
     "ema_decay": None,
+    "base_quant": None,
 }
 """Options that sd-scripts does not have, written where their value is another than this default."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from library.memory.packed import PackedTensor
 from library.options.errors import UserError
 from library.options.scripts import (
     CacheLatentsOptions,
@@ -173,8 +174,9 @@ def remedies(options: TrainingOptions, sizes: Sizes) -> Iterator[str]:
             f"a smaller batch size than {sizes.batch_size}, with --gradient_accumulation_steps for the difference: activations in "
             "proportion"
         )
-    if isinstance(options, SdxlTrainNetworkOptions) and not options.precision.packs_denoiser:
-        yield f"--fp8_base: about half of frozen bfloat16 weights{_saves(sizes.denoiser // 2)}"
+    if not is_finetuning and precision.denoiser_quant is None:
+        yield f"--base_quant int8: about half of frozen bfloat16 weights{_saves(sizes.denoiser // 2)}"
+        yield f"--base_quant nf4: nearly three quarters of them, for larger errors{_saves(sizes.denoiser * 47 // 64)}"
     if is_finetuning and not precision.full_bf16:
         yield f"--full_bf16 with --mixed_precision bf16: half of weights and gradients{_saves(sizes.trained)}"
     if not precision.cpu_offload_checkpointing:
@@ -210,8 +212,13 @@ def _frozen(module: nn.Module, device: torch.device) -> int:
 
 
 def _bytes(values: Iterable[object], device: torch.device) -> int:
-    tensors = [getattr(value, "_local_tensor", value) for value in values if isinstance(value, Tensor)]
+    tensors = [part for value in values if isinstance(value, Tensor) for part in _stored(value)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.device.type == device.type)
+
+
+def _stored(tensor: Tensor) -> Sequence[Tensor]:
+    """Return what stands in memory for a tensor that may be divided over processes, or packed."""
+    return tensor.parts if isinstance(tensor, PackedTensor) else [getattr(tensor, "_local_tensor", tensor)]
 
 
 def _saves(size: int) -> str:

@@ -10,12 +10,12 @@ from accelerate import Accelerator
 
 from library.dataset.dataset import Dataset
 from library.diffusion.objective import Objective
-from library.memory.fp8 import SCALED_FLOAT8
+from library.memory.codecs import CODECS
 from library.memory.packed import hold_packed
 from library.models.family import Family
 from library.models.prompt_weights import PromptStyle
 from library.models.weights import Hold
-from library.options.groups.precision import WorkingPrecisionOptions
+from library.options.groups.precision import StepPrecisionOptions
 from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes
 from library.training.events import EventLog
@@ -74,15 +74,18 @@ class PartDTypes:
     """The same for text encoders that stay loaded; those that only fill caches are loaded as they are."""
 
     @classmethod
-    def frozen(cls, precision: WorkingPrecisionOptions, compute: torch.dtype) -> "PartDTypes":
+    def frozen(cls, precision: StepPrecisionOptions, compute: torch.dtype) -> "PartDTypes":
         """Return the types of a model of which nothing is trained: that of the computation, or fewer bits where wanted.
 
         Args:
             precision: says what is held in fewer bits.
             compute: the type of the computation.
         """
-        hold = hold_packed(SCALED_FLOAT8)
-        return cls(compute, compute, hold if precision.packs_denoiser else None, hold if precision.fp8_base else None)
+        holds = (
+            None if quant is None else hold_packed(CODECS[quant])
+            for quant in (precision.denoiser_quant, precision.text_encoder_quant)
+        )
+        return cls(compute, compute, *holds)
 
 
 @dataclass(frozen=True)

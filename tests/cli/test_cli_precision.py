@@ -7,14 +7,16 @@ from safetensors import safe_open
 from tests.cli.training_commands import arguments, assert_same_bits, run_command, weights, write_dataset
 
 
-def test_a_network_is_trained_drawn_and_measured_beside_a_model_in_8_bits(
+def test_a_network_is_trained_drawn_measured_and_resumed_beside_a_model_in_few_bits(
     tiny_checkpoint: Path, photos: Path, tmp_path: Path
 ) -> None:
     dataset = write_dataset(tmp_path, photos, count=3)
     (tmp_path / "prompts.txt").write_text("a red house --d 3 --s 1\n")
-    more = ["--fp8_base", "--mixed_precision", "bf16", "--gradient_checkpointing", "--max_train_steps", "2"]
+    base = ["--base_quant", "nf4", "--mixed_precision", "bf16", "--gradient_checkpointing", "--max_train_steps", "2"]
+    base += ["--optimizer_type", "AdamW8bit", "--validation_split", "0.34"]
+    more = [*base, "--save_every_n_steps", "1", "--save_state"]
     more += ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2"]
-    more += ["--validation_split", "0.34", "--validate_every_n_steps", "2", "--max_validation_steps", "1"]
+    more += ["--validate_every_n_steps", "2", "--max_validation_steps", "1"]
     done = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "out", *more))
     assert done.returncode == 0, done.stderr
     ups = {name: tensor for name, tensor in weights(tmp_path / "out" / "net.safetensors").items() if "lora_up" in name}
@@ -23,7 +25,11 @@ def test_a_network_is_trained_drawn_and_measured_beside_a_model_in_8_bits(
     assert len(list((tmp_path / "out" / "sample").glob("*.png"))) == 1
     assert "Validation loss" in done.stderr
     with safe_open(tmp_path / "out" / "net.safetensors", "pt") as file:
-        assert file.metadata()["ss_fp8_base"] == "True"
+        assert file.metadata()["ss_base_quant"] == "nf4"
+    state = str(tmp_path / "out" / "net-step00000001-state")
+    done = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "resumed", *base, "--resume", state))
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(tmp_path / "resumed" / "net.safetensors", tmp_path / "out" / "net.safetensors")
 
 
 def test_compiled_blocks_and_activations_in_main_memory_change_no_bit_and_a_run_resumes_without_a_compiler(

@@ -18,6 +18,8 @@ from tests.cli.training_commands import ROOT, assert_same_bits, run_command, wei
 
 SCRIPT = str(ROOT / "sdxl_train_textual_inversion.py")
 
+QUANT = ("--base_quant", "nf4")
+
 
 def command(checkpoint: Path, dataset: Path, output: Path, *more: object) -> list[str]:
     """Return the arguments of a small run; later ones win over earlier ones."""
@@ -41,7 +43,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path, d
     prompts = out / "prompts.txt"
     prompts.write_text("a mychar --w 64 --h 64 --s 1 --d 1\n", encoding="utf-8")
     samples = ("--sample_prompts", prompts, "--sample_every_n_steps", "2")
-    more = ("--save_every_n_steps", "2", "--save_state", "--gradient_checkpointing", "--ema_decay", "0.5", "--fp8_base", *samples)
+    more = ("--save_every_n_steps", "2", "--save_state", "--gradient_checkpointing", "--ema_decay", "0.5", *QUANT, *samples)
     done = run_command(command(tiny_checkpoint, dataset, out, *more), script=SCRIPT)
     assert done.returncode == 0, done.stderr
     return out, done.stderr
@@ -75,7 +77,7 @@ def test_a_resumed_run_ends_at_the_same_bits(
     whole_run: tuple[Path, str], tiny_checkpoint: Path, dataset: Path, tmp_path: Path
 ) -> None:
     out, _ = whole_run
-    state = ("--resume", out / "mychar-step00000002-state", "--gradient_checkpointing", "--ema_decay", "0.5", "--fp8_base")
+    state = ("--resume", out / "mychar-step00000002-state", "--gradient_checkpointing", "--ema_decay", "0.5", *QUANT)
     done = run_command(command(tiny_checkpoint, dataset, tmp_path, *state), script=SCRIPT)
     assert done.returncode == 0, done.stderr
     assert_same_bits(tmp_path / "mychar.safetensors", out / "mychar.safetensors")

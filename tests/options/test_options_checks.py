@@ -27,6 +27,8 @@ REFUSED = [
     ("--gradient_checkpointing --checkpoint_fraction 0", "--checkpoint_fraction"),
     ("--blocks_to_swap 9 --offload_fraction 0.5", "Give one of them"),
     ("--blocks_to_swap 9 --torch_compile --dynamo_backend cudagraphs", "wants weights to stay where they are"),
+    ("--fp8_base --base_quant nf4", "--fp8_base and --base_quant nf4 hold the same weights in two ways"),
+    ("--fp8_base_unet --base_quant int8", "--fp8_base_unet and --base_quant int8 hold the same weights in two ways"),
     ("--ddp_static_graph --gradient_accumulation_steps 2", "excludes --gradient_accumulation_steps above 1"),
     ("--adaptive_noise_scale 0.1", "needs --noise_offset above 0"),
     ("--adaptive_noise_scale 0.1 --noise_offset 0", "needs --noise_offset above 0"),
@@ -60,6 +62,7 @@ REFUSED = [
 ]
 
 ACCEPTED = [
+    "--fp8_base --base_quant fp8",
     "--adaptive_noise_scale 0 --noise_offset 0",
     "--min_timestep 0 --max_timestep 1",
     "--v_pred_like_loss 0 --v_parameterization",
@@ -100,6 +103,7 @@ FINETUNE_REFUSED = [
     ("--blocks_to_swap 9", "add --fused_backward_pass"),
     ("--offload_fraction 0.5 --fused_optimizer_groups 4", "add --fused_backward_pass"),
     ("--fp8_base", "here the model's own weights are trained"),
+    ("--base_quant fp8", "--base_quant fp8 holds frozen weights in few bits, but here the model's own weights are trained"),
     ("--train_text_encoder --cache_text_encoder_outputs", "--train_text_encoder excludes --cache_text_encoder_outputs"),
     ("--learning_rate 0", "All learning rates are 0"),
     ("--learning_rate 0 --train_text_encoder --learning_rate_te1 0", "All learning rates are 0"),
@@ -175,6 +179,12 @@ def test_what_is_only_odd_is_said(typed, words, caplog):
     parse(SdxlTrainNetworkOptions, f"{TRAIN} {typed}".split())
     (told,) = caplog.messages
     assert words in told
+
+
+def test_few_bits_without_their_package_are_refused(monkeypatch):
+    monkeypatch.setattr("library.options.checks.find_spec", lambda name: None)
+    (told,) = refusal(SdxlTrainNetworkOptions, f"{TRAIN} --base_quant nf4")
+    assert told == "--base_quant nf4 needs the package bitsandbytes: pip install bitsandbytes, or use --base_quant fp8."
 
 
 @pytest.mark.parametrize(("typed", "words"), FINETUNE_REFUSED)

@@ -1,11 +1,14 @@
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from library.memory.packed import PackedTensor
 from library.models.family import ModelSource
 from library.models.sdxl.family import SdxlFamily
+from library.models.weights import Hold
 from library.options.groups.network import NetworkOptions
 from library.options.groups.precision import PrecisionOptions
 from library.options.scripts import SdxlTrainNetworkOptions
@@ -41,12 +44,25 @@ def test_each_encoder_has_its_rate_or_the_common_one() -> None:
     assert text_encoder_rates(NetworkOptions(network_train_unet_only=True), 1e-4, encoders) == [0.0, 0.0]
 
 
+def codec_of(hold: Hold | None) -> str | None:
+    held = hold and hold(torch.nn.Linear(64, 64), torch.ones(64, 64), torch.bfloat16)
+    return held.codec.name if isinstance(held, PackedTensor) else None
+
+
 @pytest.mark.parametrize(
     ("given", "denoiser", "encoders"),
-    [({}, False, False), ({"fp8_base_unet": True}, True, False), ({"fp8_base": True}, True, True)],
+    [
+        ({}, None, None),
+        ({"fp8_base_unet": True}, "float8", None),
+        ({"fp8_base": True}, "float8", "float8"),
+        ({"base_quant": "fp8"}, "float8", "float8"),
+        ({"base_quant": "fp8", "fp8_base_unet": True}, "float8", "float8"),
+        ({"base_quant": "int8"}, "int8", "int8"),
+        ({"base_quant": "nf4"}, "nf4", "int8"),
+    ],
 )
-def test_which_parts_are_held_in_8_bits(given: dict[str, bool], denoiser: bool, encoders: bool) -> None:
+def test_which_parts_are_held_in_how_many_bits(given: dict[str, Any], denoiser: str | None, encoders: str | None) -> None:
     recipe = NetworkRecipe(SdxlTrainNetworkOptions(precision=PrecisionOptions(**given)))
     parts = recipe.dtypes_of_parts(SimpleNamespace(dtypes=DTypes(torch.bfloat16, torch.float32, torch.bfloat16, None)))
-    assert (parts.hold_denoiser is not None, parts.hold_text_encoders is not None) == (denoiser, encoders)
+    assert [codec_of(parts.hold_denoiser), codec_of(parts.hold_text_encoders)] == [denoiser, encoders]
     assert parts.denoiser == parts.text_encoders == torch.bfloat16

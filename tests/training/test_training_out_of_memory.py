@@ -55,7 +55,7 @@ def test_full_memory_tells_what_was_in_it_and_what_makes_room(error: Exception) 
     assert told.value.exit_status == 1 and str(error) in text and "while it trained" in text
     for line in (
         "trained weights: 4.0 MiB", "U-Net: 2.0 MiB", "text encoders: 1.0 MiB", "gradients: 4.0 MiB", "optimizer state: 8.0 MiB",
-        "--optimizer_type AdamW8bit: three quarters of the optimizer's state (6.0 MiB)", "--fp8_base: ", "(1.0 MiB)",
+        "--optimizer_type AdamW8bit: three quarters of the optimizer's state (6.0 MiB)", "--base_quant int8: ", "(1.0 MiB)",
     ):  # fmt: skip
         assert line in text
     assert "VAE:" not in text
@@ -95,7 +95,7 @@ def test_only_what_was_not_given_is_advised_and_each_script_its_own() -> None:
     network, whole = SdxlTrainNetworkOptions(), SdxlTrainOptions()
     assert "  activations and the rest, at the peak: 96.0 MiB" in sizes.lines()
     assert not any("fused_backward_pass" in each or "full_bf16" in each for each in remedies(network, sizes))
-    assert not any("fp8_base" in each for each in remedies(whole, sizes))
+    assert not any("base_quant" in each for each in remedies(whole, sizes))
     assert "--fused_backward_pass: nearly all gradients (4.0 MiB)" in remedies(whole, sizes)
     assert any(each.startswith("--cache_latents") for each in remedies(network, sizes))
     cached = network.cache.model_copy(update={"cache_latents": True, "cache_text_encoder_outputs": True})

@@ -22,11 +22,6 @@ class WorkingPrecisionOptions(AttentionChoice, OptionGroup):
     sdpa: bool = flag("Use the attention of PyTorch, which is the default.")
     mem_eff_attn: bool = flag("Use slow attention in small pieces that needs little memory.")
 
-    @property
-    def packs_denoiser(self) -> bool:
-        """Whether the frozen weights of the denoiser are held in 8 bits."""
-        return self.fp8_base
-
 
 class VaePrecisionOptions(WorkingPrecisionOptions):
     """Number types, memory and attention where there is a VAE."""
@@ -49,11 +44,27 @@ class StepPrecisionOptions(WorkingPrecisionOptions):
     offload_fraction: float | None = option(
         None, "The same for as many blocks as hold this share of the U-Net's weights.", ge=0, le=1
     )
+    base_quant: Literal["fp8", "int8", "nf4"] | None = option(
+        None,
+        "Hold the frozen weights of linear layers and convolutions in 8 or 4 bits: fp8, the same as --fp8_base, int8, or nf4 "
+        "(text encoders: int8).",
+    )
 
     @property
     def swaps_blocks(self) -> bool:
         """Whether some blocks of the denoiser are in main memory."""
         return bool(self.blocks_to_swap or self.offload_fraction)
+
+    @property
+    def denoiser_quant(self) -> str | None:
+        """How the frozen weights of the denoiser are held: "fp8", "int8" or "nf4"; None: as they are."""
+        return self.base_quant or ("fp8" if self.fp8_base else None)
+
+    @property
+    def text_encoder_quant(self) -> str | None:
+        """The same for text encoders that stay loaded: their outputs are what a network learns to answer to, hence 8 bits."""
+        quant = self.base_quant or ("fp8" if self.fp8_base else None)
+        return "int8" if quant == "nf4" else quant
 
 
 class TrainingPrecisionOptions(VaePrecisionOptions, StepPrecisionOptions):
@@ -66,9 +77,9 @@ class PrecisionOptions(TrainingPrecisionOptions):
     fp8_base_unet: bool = flag("The same as --fp8_base for the U-Net alone.")
 
     @property
-    def packs_denoiser(self) -> bool:
-        """Whether the frozen weights of the denoiser are held in 8 bits."""
-        return self.fp8_base or self.fp8_base_unet
+    def denoiser_quant(self) -> str | None:
+        """How the frozen weights of the denoiser are held: "fp8", "int8" or "nf4"; None: as they are."""
+        return super().denoiser_quant or ("fp8" if self.fp8_base_unet else None)
 
 
 class FinetunePrecisionOptions(TrainingPrecisionOptions):
