@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from library.memory.pretend import PretendAccelerator
+from library.memory.pretend import PretendAccelerator, fake_tensors
+from library.memory.trace import make_state
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
 from library.training.accelerator import DTypes
 from library.training.loop import accumulate_gradient, update_parameters
+from library.training.stand_ins import trained_parameters, use_kernels_of, what_is_traced
 from tools.bench_step import make_run
-from tools.bench_trace import use_kernels_of, what_is_traced
 
 _aten = torch.ops.aten
 _FREE = {_aten.detach, _aten.alias, _aten._unsafe_view, _aten.lift_fresh} | {
@@ -64,25 +64,16 @@ def count_operations(bench: BenchOptions, precision: StepPrecisionOptions, optim
     """
     device = torch.device("cpu")  # see `tools.bench_trace.forecast`
     compute = DTypes.of(precision, no_half_vae=False, save_precision=None).compute
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensors():
         accelerator = PretendAccelerator(device, None if compute == torch.float32 else compute)
         run, batch = make_run(bench, precision, what_is_traced(optimizer), accelerator, torch.device("meta"))
         use_kernels_of(run.schedule.optimizer, "cuda")
-        _make_state(run.schedule.optimizer)
+        make_state(trained_parameters(run.schedule.optimizer), run.updater.finish)
         with OperationCounter() as step:
-            accumulate_gradient(run, run.send(batch), epoch=1, index=0, window=1, synchronise=True)
+            accumulate_gradient(run, batch, epoch=1, index=0, window=1, synchronise=True)
         with OperationCounter() as update:
             update_parameters(run)
     return Operations(step.counts.total(), update.counts.total(), dict(step.counts.most_common()))
-
-
-def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Step once without gradients of a loss: what an optimizer makes in its first step is no part of the others."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def rows(operations: Operations) -> dict[str, str]:

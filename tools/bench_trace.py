@@ -4,20 +4,17 @@ The step is the benchmark's own, made of tensors that have shapes and types but 
 bitsandbytes' optimizers, whose kernels want real tensors. Torch's optimizers step with the kernels that training uses on a GPU.
 """
 
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from library.memory.pretend import PretendAccelerator
-from library.memory.trace import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, Peak, trace_peak
-from library.memory.traceable import ADAFACTOR, KEPT_BY_BITSANDBYTES, kept_bytes
-from library.optim.optimizers import choose_kernels
-from library.options.checks_optimizer import class_path
+from library.memory.pretend import PretendAccelerator, fake_tensors
+from library.memory.trace import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, Peak, make_state, trace_peak, with_more
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
 from library.training.accelerator import DTypes
+from library.training.stand_ins import computed_state, trained_parameters, use_kernels_of, what_is_traced
 from library.training.step import TrainStep
 from tools.bench_step import make_run, one_step
 
@@ -33,41 +30,16 @@ def forecast(bench: BenchOptions, precision: StepPrecisionOptions, optimizer: Op
     """
     device = torch.device("cpu")  # autograd's engine wants streams of any other device; sizes and kernels' results are the same
     compute = DTypes.of(precision, no_half_vae=False, save_precision=None).compute
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with fake_tensors():
         accelerator = PretendAccelerator(device, None if compute == torch.float32 else compute)
         run, batch = make_run(bench, precision, what_is_traced(optimizer), accelerator, torch.device("meta"))
         inner = run.schedule.optimizer
         use_kernels_of(inner, device_type)
+        parameters = trained_parameters(inner)
+        make_state(parameters, run.updater.finish)
         modules = [run.trainable.module, cast(TrainStep, run.step).parts.denoiser]
         peak = trace_peak(lambda: one_step(run, batch), modules, inner, device)
-        kept = KEPT_BY_BITSANDBYTES.get(class_path(optimizer), (0, 32))
-        state = sum(kept_bytes(parameter.numel(), *kept) for group in inner.param_groups for parameter in group["params"])
-    return Peak(peak.total + state, {**peak.parts, OPTIMIZER: peak.parts[OPTIMIZER] + state})
-
-
-def use_kernels_of(optimizer: torch.optim.Optimizer, device_type: str) -> None:
-    """Step with the kernels that training would use on a device, where the arguments do not choose others.
-
-    Args:
-        optimizer: as `make_optimizer` gives it, on the CPU.
-        device_type: "cuda" or "cpu".
-    """
-    choose_kernels(optimizer, device_type)
-    for group in optimizer.param_groups:
-        if device_type == "cuda" and group.get("foreach", False) is None and not (group.get("fused") or group["differentiable"]):
-            group["foreach"] = True  # torch's choice on a GPU
-
-
-def what_is_traced(optimizer: OptimizerOptions) -> OptimizerOptions:
-    """Return the optimizer that stands for another one in the trace: one that makes tensors of the same sizes, or none."""
-    path = class_path(optimizer)
-    if path in KEPT_BY_BITSANDBYTES:
-        stands_in: dict[str, Any] = {"optimizer_type": "SGD", "optimizer_args": None, "use_8bit_adam": False}
-    elif path == ADAFACTOR:
-        stands_in = {"optimizer_args": (*(optimizer.optimizer_args or ()), "scale_parameter=False")}
-    else:
-        return optimizer
-    return optimizer.model_copy(update=stands_in)
+    return with_more(peak, OPTIMIZER, computed_state(optimizer, parameters))
 
 
 def rows(peak: Peak) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """What one training step receives from the data: images or cached latents, captions or cached text, sizes and weights."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,24 +50,15 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on `device`; copies from pinned memory do not wait."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory, from where a GPU copies it without anybody waiting."""
-        return self._mapped(Tensor.pin_memory)
+        return self.mapped(Tensor.pin_memory)
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Yield all tensors of the batch."""
-        found: list[Tensor] = []
+    def mapped(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return the batch with another tensor in the place of each."""
 
-        def noted(tensor: Tensor) -> Tensor:
-            found.append(tensor)
-            return tensor
-
-        self._mapped(noted)
-        yield from found
-
-    def _mapped(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else move(tensor)
 

@@ -1,11 +1,40 @@
 """A device that is not there: what a training step asks of accelerate, in one process, for tracing under fake tensors."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+@contextmanager
+def fake_tensors() -> Iterator[FakeTensorMode]:
+    """Make tensors of shapes and types without data; modules of them can be moved and converted, which PyTorch refuses."""
+    apply = nn.Module._apply
+    nn.Module._apply = _apply_to_each  # type: ignore[method-assign]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield mode
+    finally:
+        nn.Module._apply = apply  # type: ignore[method-assign]
+
+
+def _apply_to_each(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Do what `nn.Module._apply` does, with new parameters in the place of those that change."""
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                changed = change(parameter)
+            if changed is not parameter:
+                module._parameters[name] = nn.Parameter(changed, requires_grad=parameter.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = change(buffer)
+    return module
 
 
 class PretendAccelerator:
@@ -14,16 +43,19 @@ class PretendAccelerator:
     Args:
         device: that tensors pretend to be on.
         autocast_dtype: what the prepared module computes in; None without mixed precision.
+        num_processes: that share the data; this is the first of them.
     """
 
-    num_processes = 1
     process_index = 0
     is_main_process = True
+    is_local_main_process = True
+    ddp_handler = None
     scaler = None
     optimizer_step_was_skipped = False
 
-    def __init__(self, device: torch.device, autocast_dtype: torch.dtype | None) -> None:
+    def __init__(self, device: torch.device, autocast_dtype: torch.dtype | None, num_processes: int = 1) -> None:
         self.device = device
+        self.num_processes = num_processes
         self._autocast_dtype = autocast_dtype
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:

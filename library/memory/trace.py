@@ -35,6 +35,11 @@ class Peak:
         return {name: round(size / 2**30, 3) for name, size in {**self.parts, "total": self.total}.items()}
 
 
+def with_more(peak: Peak, category: str, size: int) -> Peak:
+    """Add bytes that were not traced to a category of a peak."""
+    return Peak(peak.total + size, {**peak.parts, category: peak.parts[category] + size})
+
+
 class StorageCounter(TorchDispatchMode):
     """Counts the bytes of living storages of one device by category.
 
@@ -102,9 +107,13 @@ class StorageCounter(TorchDispatchMode):
 
 
 def trace_peak(
-    step: Callable[[], None], modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, device: torch.device
+    step: Callable[[], None],
+    modules: Sequence[nn.Module],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    kept: Iterable[Tensor] = (),
 ) -> Peak:
-    """Return the peak of the second of two training steps, when the optimizer's state exists from the start.
+    """Return the peak of a training step when the optimizer's state exists, see `make_state`.
 
     Run it inside `FakeTensorMode`, in which everything was made, or with real tensors.
 
@@ -113,19 +122,17 @@ def trace_peak(
         modules: whose parameters and buffers are the weights.
         optimizer: steps the trained ones among them.
         device: whose memory is counted.
+        kept: further tensors that stay on the device, such as averaged weights; they count as weights.
     """
-    step()
     counter = StorageCounter(device)
-    counter.leave_out(buffer for module in modules for buffer in kept_in_main_memory(module))
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    counter.register([*parameters, *(buffer for module in modules for buffer in module.buffers())], WEIGHTS)
-    counter.register([value for state in optimizer.state.values() for value in state.values()], OPTIMIZER)
+    register_resident(counter, modules, optimizer, kept)
+    parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
     def gradient_arrives(gradient: Tensor) -> None:
         counter.register([gradient], GRADIENTS)
 
     # Before it is accumulated: what steps inside the backward pass drops it in a later hook, ahead of ours.
-    hooks = [p.register_hook(gradient_arrives) for p in parameters if p.requires_grad]
+    hooks = [parameter.register_hook(gradient_arrives) for parameter in parameters]
     try:
         with counter:
             step()
@@ -133,3 +140,28 @@ def trace_peak(
         for hook in hooks:
             hook.remove()
     return counter.peak
+
+
+def register_resident(
+    counter: StorageCounter, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer, kept: Iterable[Tensor] = ()
+) -> None:
+    """Count what stays from step to step; see `trace_peak`.
+
+    Gradients that are there already count too: where an update has several batches, those of the first ones are.
+    """
+    counter.leave_out(buffer for module in modules for buffer in kept_in_main_memory(module))
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    counter.register([*parameters, *(buffer for module in modules for buffer in module.buffers()), *kept], WEIGHTS)
+    counter.register([value for state in optimizer.state.values() for value in state.values()], OPTIMIZER)
+    counter.register([parameter.grad for parameter in parameters if parameter.grad is not None], GRADIENTS)
+
+
+def make_state(parameters: Sequence[nn.Parameter], finish: Callable[[], object]) -> None:
+    """Have an optimizer make its state, without the cost of a training step.
+
+    Args:
+        parameters: that are trained; each gets a gradient, so that what steps inside the backward pass does.
+        finish: makes the update, and drops the gradients.
+    """
+    torch.stack([parameter.float().sum() for parameter in parameters]).sum().backward()
+    finish()

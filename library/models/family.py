@@ -279,6 +279,9 @@ class Family(Protocol):
             changes: by part and tensor name of its module, what becomes of a tensor as it lies in the file; the shape stays.
         """
 
+    def without_values(self) -> "Family":
+        """Return this family with tensors that have shapes but no values: nothing is read, for tracing under fake tensors."""
+
     def set_attention(self, denoiser: nn.Module, kind: str) -> None:
         """Choose how the denoiser computes attention: "sdpa", "xformers", "mem_eff_attn" or "plain".
 

@@ -16,7 +16,7 @@ FREE = "free"
 
 _GROUPS = {
     **dict.fromkeys(("precision", "compile", "distributed"), ROUNDS),
-    **dict.fromkeys(("dataset", "preflight", "caption", "image", "cache", "length"), FREE),
+    **dict.fromkeys(("dataset", "preflight", "forecast", "caption", "image", "cache", "length"), FREE),
     **dict.fromkeys(("output", "state", "validation", "sample", "logging", "modelspec", "hub", "console", "config"), FREE),
 }
 """By attribute of the options; the options of all other groups decide."""

@@ -15,6 +15,7 @@ from library.options.groups.dataset import DatasetOptions
 from library.options.groups.distributed import DistributedOptions, ProcessGroupOptions
 from library.options.groups.ema import EmaOptions
 from library.options.groups.finetune import FinetuneOptions
+from library.options.groups.forecast import ForecastOptions
 from library.options.groups.generation import (
     GenModelOptions,
     GenNetworkOptions,
@@ -80,6 +81,7 @@ class TrainingOptions(ScriptOptions):
     model: ModelOptions = field(default_factory=ModelOptions)
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
     preflight: PreflightOptions = field(default_factory=PreflightOptions)
+    forecast: ForecastOptions = field(default_factory=ForecastOptions)
     caption: CaptionOptions = field(default_factory=CaptionOptions)
     image: ImageOptions = field(default_factory=ImageOptions)
     cache: LatentCacheOptions = field(default_factory=LatentCacheOptions)
@@ -107,6 +109,8 @@ _TRAINING_ADDITIONS = frozenset(
     {
         "blocks_to_swap",
         "dataset_report",
+        "dry_run",
+        "dry_run_vram",
         "ema_decay",
         "ema_device",
         "log_events",

@@ -58,6 +58,21 @@ def model_source(model: ModelOptions, precision: WorkingPrecisionOptions) -> Mod
     )
 
 
+def keeps_text_encoders(setting: Setting) -> bool:
+    """Say whether captions are encoded while training."""
+    return setting.options.cache.text is None and not setting.dataset.brings_texts
+
+
+def encodes_images(setting: Setting) -> bool:
+    """Say whether images are encoded while training."""
+    return not (caches_latents(setting) or setting.dataset.brings_latents)
+
+
+def caches_latents(setting: Setting) -> bool:
+    """Say whether images are encoded before training."""
+    return setting.options.cache.cache_latents or setting.options.cache.cache_latents_to_disk
+
+
 def prepare_text(setting: Setting, requests: Sequence[ImageRequest], dtypes: PartDTypes) -> TextSide:
     """Load the text encoders, or cache what captions and sample prompts need of them and free them.
 
@@ -70,7 +85,7 @@ def prepare_text(setting: Setting, requests: Sequence[ImageRequest], dtypes: Par
     """
     options, accelerator, family = setting.options, setting.accelerator, setting.family
     dtype = dtypes.text_encoders
-    if options.cache.text is None and not setting.dataset.brings_texts:
+    if keeps_text_encoders(setting):
         return TextSide([*family.load_text_encoders(dtype, accelerator.device, dtypes.hold_text_encoders)], None)
     load = cache(lambda: list[nn.Module | None](family.load_text_encoders(dtype, accelerator.device)))
     if options.cache.text is not None:
@@ -104,10 +119,9 @@ def prepare_latents(setting: Setting, *, keep: bool) -> nn.Module | None:
     options, accelerator, family = setting.options, setting.accelerator, setting.family
     dtype = setting.dtypes.vae
     load = cache(lambda: family.load_vae(dtype, accelerator.device))
-    caches = options.cache.cache_latents or options.cache.cache_latents_to_disk
-    if not (caches or setting.dataset.brings_latents):
+    if encodes_images(setting):
         return load()
-    if caches:
+    if caches_latents(setting):
         fill_latents(setting.dataset, family, load, dtype, options.cache, accelerator)
     if keep and options.model.lowram:
         return load()

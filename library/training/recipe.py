@@ -5,68 +5,43 @@ A script hands over a `Recipe`: what is trained, and what a saved file says abou
 
 import logging
 import shlex
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Protocol
 
 import torch
-from torch import nn
 
-from library.files.atomic import make_folder
 from library.generation.request import ImageRequest
 from library.models.family import Family, ModelSource
 from library.optim.eval_mode import averaged_weights
-from library.optim.optimizers import make_optimizer
-from library.optim.schedules import make_schedule
 from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
-from library.training.accelerator import DTypes, make_accelerator, shared_seed
+from library.training.building import Recipe, build_step, make_setting, report
 from library.training.compiling import compile_denoiser
-from library.training.data_terms import describe_data_terms, unread_attributes
 from library.training.denoiser import arrange_denoiser, load_denoiser
-from library.training.engine import make_engine
-from library.training.events import EventLog, events_of_run
+from library.training.dry_run import dry_run
+from library.training.events import events_of_run
 from library.training.hub import open_uploads
 from library.training.identity import check_same_run, identity_of
 from library.training.interrupt import StopRequest
-from library.training.loader import make_loader
-from library.training.logs import RunSummary, TrainingLog
+from library.training.logs import TrainingLog
 from library.training.looking import look, only_looks
 from library.training.loop import TrainingRun, train
 from library.training.observing import add_observers, tell_start
 from library.training.out_of_memory import Resident, telling_of_memory
-from library.training.outputs import RunLength, SavePlan
+from library.training.outputs import SavePlan
 from library.training.position import Position
-from library.training.preflight import open_dataset
-from library.training.preparation import TextSide, model_source, prepare_latents, prepare_text
+from library.training.preparation import prepare_latents, prepare_text
 from library.training.resume import saved_place, start_position
 from library.training.resume_command import resume_command, secrets_given
 from library.training.saving import Saver
-from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
+from library.training.setting import Setting, Trained
 from library.training.sharding import divided
 from library.training.state import Resumable, SavedPlace, load_state
-from library.training.step import ModelParts, NanWatch, TrainStep
+from library.training.step import ModelParts
 from library.training.trained_table import report_trained
 from library.training.trouble import add_guard
 
 log = logging.getLogger(__name__)
-
-
-class Recipe(Protocol):
-    """What differs from script to script."""
-
-    tracker_name: str
-    """Project name in logs, unless another is given."""
-
-    def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
-        """Say in which types the denoiser and the text encoders are loaded."""
-
-    def make_trainable(self, setting: Setting, denoiser: nn.Module, text: TextSide, vae: nn.Module | None) -> Trained:
-        """Attach or unfreeze what is trained, on the device and in the type it is trained in."""
-
-    def metadata(self, setting: Setting, trained: Trained) -> MetadataAt:
-        """Say what saved files say about themselves."""
 
 
 def run_recipe(
@@ -76,7 +51,7 @@ def run_recipe(
     data: DatasetConfig,
     requests: Sequence[ImageRequest],
 ) -> None:
-    """Carry out a training run, or look at its data where `--dataset_report` or `--debug_dataset` asks for that instead.
+    """Carry out a training run, look at its data (`--dataset_report`, `--debug_dataset`), or say what it will be (`--dry_run`).
 
     Args:
         recipe: of the script.
@@ -92,6 +67,9 @@ def run_recipe(
     saved = saved_place(options.state, options.hub)
     if only_looks(options):
         look(open_family, options, data, saved.seed if saved else None)
+        return
+    if options.forecast.only_forecasts:
+        dry_run(recipe, open_family, options, data, requests, saved)
         return
     with events_of_run(options.logging.log_events) as events, telling_of_memory(options) as resident:
         setting = make_setting(open_family, options, data, saved.seed if saved else None, events)
@@ -158,98 +136,22 @@ def load_saved(saved: SavedPlace, saver: Saver, training_log: TrainingLog) -> No
         training_log.losses.load_state_dict(saved.losses)
 
 
-def make_setting(
-    open_family: Callable[[ModelSource], Family],
-    options: TrainingOptions,
-    data: DatasetConfig,
-    saved_seed: int | None,
-    events: EventLog,
-) -> Setting:
-    """Start accelerate, open model and data, and work out how long the run is.
-
-    Args:
-        open_family: opens the base model.
-        options: checked.
-        data: the dataset definition, checked.
-        saved_seed: of the run that is resumed; used where none is given.
-        events: of the run.
-    """
-    started_at = time.time()
-    accelerator = make_accelerator(options.precision, options.distributed)
-    if accelerator.is_main_process and options.output.output_dir:
-        make_folder(options.output.output_dir)
-    seed = shared_seed(accelerator, options.length.seed, saved_seed)
-    dtypes = DTypes.of(options.precision, options.precision.no_half_vae, options.output.save_precision)
-    family = open_family(model_source(options.model, options.precision))
-    objective = family.make_objective(options.model, options.noise, options.loss, accelerator.device)
-    dataset = open_dataset(options, data, seed, family, accelerator.num_processes)
-    batches_per_epoch = dataset.batches_per_epoch(accelerator.num_processes)
-    times = options.length
-    length = RunLength.of(batches_per_epoch, times.gradient_accumulation_steps, times.max_train_steps, times.max_train_epochs)
-    return Setting(options, accelerator, dtypes, seed, family, objective, dataset, batches_per_epoch, length, started_at, events)
-
-
 def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelParts) -> tuple[TrainingRun, Saver]:
     """Build optimizer, schedule, step, loader and saver: everything the loop needs but those who look on."""
-    options, accelerator = setting.options, setting.accelerator
-    optimizer = make_optimizer(options.optimizer, trained.groups)
-    schedule = make_schedule(options.scheduler, options.optimizer, optimizer, setting.length.total_updates)
-    step = TrainStep(
-        trained.trainable.module,
-        parts,
-        setting.objective,
-        train_text=trained.trains_text,
-        set_strength=trained.trainable.set_strength,
-        masks_from_control=options.loss.masked_loss,
-        see=trained.control and trained.control.see,
-    )
-    engine = make_engine(setting, trained, step, optimizer)
-    run = TrainingRun(
-        accelerator=engine.accelerator,
-        step=engine.step,
-        trainable=trained.trainable,
-        updater=engine.updater,
-        schedule=schedule,
-        batches=make_loader(setting, persistent=options.dataset.persistent_data_loader_workers).epoch,
-        batches_per_epoch=setting.batches_per_epoch,
-        accumulation=options.length.gradient_accumulation_steps,
-        max_updates=setting.length.total_updates,
-        seed=setting.seed,
-        observers=[NanWatch(step)],
-    )
+    run, engine, optimizer = build_step(setting, trained, parts)
     saver = Saver(
-        plan=SavePlan.of(options.output, options.state, trained.extension, setting.length.num_epochs),
+        plan=SavePlan.of(setting.options.output, setting.options.state, trained.extension, setting.length.num_epochs),
         trainable=trained.trainable,
-        live=Resumable(trained.trainable.module, engine.optimizer, schedule, accelerator.scaler),
+        live=Resumable(trained.trainable.module, engine.optimizer, run.schedule, setting.accelerator.scaler),
         dtype=setting.dtypes.saved,
         metadata=recipe.metadata(setting, trained),
         averaged=lambda: averaged_weights(optimizer),
-        writes=accelerator.is_main_process,
+        writes=setting.accelerator.is_main_process,
         seed=setting.seed,
         batches_per_epoch=setting.batches_per_epoch,
     )
     add_guard(run, saver, setting, trained, optimizer)
     return run, saver
-
-
-def report(setting: Setting) -> None:
-    """Log the figures a person wants to check before waiting for hours."""
-    sections = setting.dataset.sections
-    summary = RunSummary(
-        num_train_images=setting.dataset.num_train_uses,
-        num_reg_images=sum(section.num_reg_images for section in sections),
-        num_validation_images=len(setting.dataset.held_out),
-        batches_per_epoch=setting.batches_per_epoch,
-        num_epochs=setting.length.num_epochs,
-        batch_sizes=[section.config.batch_size for section in sections],
-        num_processes=setting.accelerator.num_processes,
-        accumulation=setting.options.length.gradient_accumulation_steps,
-        total_updates=setting.length.total_updates,
-        loss_terms=setting.objective.describe() + describe_data_terms(setting.dataset.config, setting.options.loss),
-    )
-    log.info("Training\n%s", "\n".join(summary.lines()))
-    if unread := unread_attributes(setting.dataset.config):
-        log.warning("%s", unread)
 
 
 def stop_saved(saver: Saver, end: Position, stop: StopRequest, setting: Setting) -> None:

@@ -276,6 +276,14 @@ class SdxlFamily:
         origins = {part: origin for part, origin in self.checkpoint.origins.items() if part not in changes}
         return replace(self, checkpoint=replace(self.checkpoint, parts=parts, origins=origins))
 
+    def without_values(self) -> "SdxlFamily":
+        """Return this family with tensors that have shapes but no values; see `Family.without_values`."""
+        parts = {
+            part: {name: replace(entry, read=partial(torch.empty, entry.shape)) for name, entry in entries.items()}
+            for part, entries in self.checkpoint.parts.items()
+        }
+        return replace(self, checkpoint=replace(self.checkpoint, parts=parts))
+
     def set_attention(self, denoiser: nn.Module, kind: str) -> None:
         """Choose how the U-Net computes attention: "sdpa", "xformers", "mem_eff_attn" or "plain"."""
         cast(UNet, denoiser).set_attention(kind)

@@ -1,0 +1,53 @@
+"""What stands for an optimizer while a step is traced under fake tensors, and what it keeps where that is computed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from library.memory.traceable import ADAFACTOR, KEPT_BY_BITSANDBYTES, kept_bytes
+from library.optim.optimizers import choose_kernels
+from library.options.checks_optimizer import class_path
+from library.options.groups.optimizer import OptimizerOptions
+
+
+def what_is_traced(optimizer: OptimizerOptions) -> OptimizerOptions:
+    """Return the optimizer that stands for another one in the trace: one that makes tensors of the same sizes, or none."""
+    path = class_path(optimizer)
+    if path in KEPT_BY_BITSANDBYTES:
+        stands_in: dict[str, Any] = {"optimizer_type": "SGD", "optimizer_args": None, "use_8bit_adam": False}
+    elif path == ADAFACTOR:
+        stands_in = {"optimizer_args": (*(optimizer.optimizer_args or ()), "scale_parameter=False")}
+    else:
+        return optimizer
+    return optimizer.model_copy(update=stands_in)
+
+
+def computed_state(optimizer: OptimizerOptions, parameters: Sequence[nn.Parameter]) -> int:
+    """Return the bytes of the state that is not traced, because a stand-in keeps none.
+
+    Args:
+        optimizer: as it was asked for.
+        parameters: that it steps.
+    """
+    kept = KEPT_BY_BITSANDBYTES.get(class_path(optimizer))
+    return 0 if kept is None else sum(kept_bytes(parameter.numel(), *kept) for parameter in parameters)
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return what an optimizer steps, without what never gets a gradient."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
+
+
+def use_kernels_of(optimizer: torch.optim.Optimizer, device_type: str) -> None:
+    """Step with the kernels that training would use on a device, where the arguments do not choose others.
+
+    Args:
+        optimizer: as `make_optimizer` gives it, on the CPU.
+        device_type: "cuda" or "cpu".
+    """
+    choose_kernels(optimizer, device_type)
+    for group in optimizer.param_groups:
+        if device_type == "cuda" and group.get("foreach", False) is None and not (group.get("fused") or group["differentiable"]):
+            group["foreach"] = True  # torch's choice on a GPU

@@ -1,0 +1,60 @@
+"""--dry_run: what a run will be, and how much memory it will need, from the headers of its files alone."""
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from tests.cli.training_commands import ROOT, arguments, run_command, write_dataset
+
+INVERSION = str(ROOT / "sdxl_train_textual_inversion.py")
+CONTROL = str(ROOT / "sdxl_train_control_net_lllite.py")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data"), photos, count=3)
+
+
+@pytest.fixture(scope="module")
+def header_alone(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Path) -> Path:
+    """The tiny checkpoint with a hole where its tensors were: what reads weights trains on zeros."""
+    path = tmp_path_factory.mktemp("model") / "sdxl.safetensors"
+    size = tiny_checkpoint.stat().st_size
+    with tiny_checkpoint.open("rb") as file:
+        length = file.read(8)
+        header = file.read(struct.unpack("<Q", length)[0])
+    with path.open("wb") as file:
+        file.write(length + header)
+        file.truncate(size)
+    return path
+
+
+def phases(said: str) -> dict[str, list[float]]:
+    """Read the table: by phase, GiB of weights, gradients, optimizer, activations, and of all."""
+    lines = said.partition("GiB ")[2].splitlines()[1:]
+    cells = [line.rsplit(maxsplit=5) for line in lines[: next(i for i, line in enumerate(lines) if "Traced" in line)]]
+    return {name.strip(): [float(cell) for cell in numbers] for name, *numbers in cells}
+
+
+def test_a_network_that_fits_is_told_with_all_its_phases(header_alone: Path, dataset: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat --w 64 --h 64")
+    ended = run_command(
+        arguments(
+            header_alone, dataset, tmp_path / "out", "--cache_latents", "--cache_text_encoder_outputs", "--network_train_unet_only",
+            "--sample_prompts", str(prompts), "--sample_every_n_steps", "2", "--dry_run_vram", "2", "--max_train_epochs", "2",
+        )
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert list(phases(ended.stderr)) == ["encoding captions", "encoding images", "training step", "sample images", "saving"]
+    for words in ("It fits: ", "a GPU with 2 GiB", "total optimizer steps: 4", "U-Net      384", "1e-03"):
+        assert words in ended.stderr.replace("0.001", "1e-03"), words
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_ends_with_status_3_and_wrong_options_with_2(header_alone: Path, dataset: Path, tmp_path: Path) -> None:
+    small = run_command(arguments(header_alone, dataset, tmp_path, "--dry_run_vram", "0.5"))
+    assert small.returncode == 3 and "It does not fit" in small.stderr
+    wrong = run_command(arguments(header_alone, dataset, tmp_path, "--dry_run", "--optimizer_type", "AdamX"))
+    assert wrong.returncode == 2 and "AdamX" in wrong.stderr and "Memory" not in wrong.stderr
