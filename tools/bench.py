@@ -160,6 +160,7 @@ def measured(speed: "Speed") -> dict[str, str]:
         "arithmetic": f"{speed.tera_flop_per_second:.3f} TFLOP/s ({speed.tera_flop_per_step:.4f} TFLOP a step, counted)",
         "share of peak": f"{speed.share_of_matmul_peak:.1%} of {speed.matmul_peak_tera_flop_per_second:.3f} TFLOP/s, measured",
         "peak memory": memory,
+        "host waits": ", ".join(f"{count} at {place}" for place, count in speed.host_waits.items()) or "none",
     }
 
 

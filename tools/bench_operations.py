@@ -70,7 +70,7 @@ def count_operations(bench: BenchOptions, precision: StepPrecisionOptions, optim
         use_kernels_of(run.schedule.optimizer, "cuda")
         make_state(trained_parameters(run.schedule.optimizer), run.updater.finish)
         with OperationCounter() as step:
-            accumulate_gradient(run, batch, epoch=1, index=0, window=1, synchronise=True)
+            accumulate_gradient(run, run.send(batch), epoch=1, index=0, window=1, synchronise=True)
         with OperationCounter() as update:
             update_parameters(run)
     return Operations(step.counts.total(), update.counts.total(), dict(step.counts.most_common()))

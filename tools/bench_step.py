@@ -38,7 +38,8 @@ from library.options.groups.precision import StepPrecisionOptions
 from library.options.groups.scheduler import SchedulerOptions
 from library.training.accelerator import DTypes, make_accelerator
 from library.training.denoiser import arrange_denoiser, prepare_denoiser
-from library.training.loop import TrainingRun, accumulate_gradient, update_parameters
+from library.training.host_waits import watched
+from library.training.loop import TrainingRun, one_step
 from library.training.step import ModelParts, TrainStep
 from library.training.trainable import ModelTrainable, NetworkTrainable, Trainable
 
@@ -76,6 +77,8 @@ class Speed:
     peak_memory_gib: dict[str, float]
     """On a GPU `allocated` and `reserved` from the first step on; else `resident`, of the process."""
     trained_parameters: int
+    host_waits: dict[str, int]
+    """In as many steps after the timed ones: how often the host waited for the device, by place in the code."""
 
 
 def measure(bench: BenchOptions, precision: StepPrecisionOptions, optimizer: OptimizerOptions) -> Speed:
@@ -93,6 +96,9 @@ def measure(bench: BenchOptions, precision: StepPrecisionOptions, optimizer: Opt
     seconds = statistics.mean(each)
     memory = peak_memory_gib(device)
     counted = count_tera_flop(run, batch)
+    with watched(run) as waits:
+        for _ in range(bench.steps):
+            one_step(run, batch)
     dtype = DTypes.of(precision, no_half_vae=False, save_precision=None).compute
     del run.step
     peak = matmul_peak(device, dtype)
@@ -106,6 +112,7 @@ def measure(bench: BenchOptions, precision: StepPrecisionOptions, optimizer: Opt
         share_of_matmul_peak=counted / seconds / peak,
         peak_memory_gib=memory,
         trained_parameters=sum(parameter.numel() for parameter in run.trainable.module.parameters() if parameter.requires_grad),
+        host_waits=dict(waits),
     )
 
 
@@ -215,12 +222,6 @@ def make_batch(bench: BenchOptions, sizes: SdxlSizes, device: torch.device) -> B
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
-
-
-def one_step(run: TrainingRun, batch: Batch) -> None:
-    """One batch, one update, as the training loop does them."""
-    accumulate_gradient(run, batch, epoch=1, index=0, window=1, synchronise=True)
-    update_parameters(run)
 
 
 def timed(device: torch.device, work: Callable[[], object], repeats: int) -> float:

@@ -14,9 +14,10 @@ from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
 from library.training.accelerator import DTypes
+from library.training.loop import one_step
 from library.training.stand_ins import computed_state, trained_parameters, use_kernels_of, what_is_traced
 from library.training.step import TrainStep
-from tools.bench_step import make_run, one_step
+from tools.bench_step import make_run
 
 
 def forecast(bench: BenchOptions, precision: StepPrecisionOptions, optimizer: OptimizerOptions, device_type: str = "cuda") -> Peak:

@@ -1,6 +1,6 @@
 """What one training step receives from the data: images or cached latents, captions or cached text, sizes and weights."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -55,6 +55,17 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """Return the batch in page-locked memory, from where a GPU copies it without anybody waiting."""
         return self.mapped(Tensor.pin_memory)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors of the batch."""
+        found: list[Tensor] = []
+
+        def noted(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.mapped(noted)
+        yield from found
 
     def mapped(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch with another tensor in the place of each."""

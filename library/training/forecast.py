@@ -28,7 +28,7 @@ from library.training.building import Recipe, build_step
 from library.training.compiling import batch_of_each_shape, load
 from library.training.denoiser import arrange_denoiser, load_denoiser
 from library.training.ema import MovingAverage
-from library.training.loop import TrainingRun, accumulate_gradient, update_parameters
+from library.training.loop import one_step
 from library.training.phases import (
     DEVICE,
     LATENTS,
@@ -170,12 +170,6 @@ class Tracing:
         phases[SAVING] = with_more(resident().peak, ACTIVATIONS, max(parameter.nbytes for parameter in parameters))
         state = computed_state(self._asked.options.optimizer, parameters)
         return {name: with_more(peak, OPTIMIZER, state) for name, peak in phases.items()}
-
-
-def one_step(run: TrainingRun, batch: Batch) -> None:
-    """One batch, one update, as the training loop does them."""
-    accumulate_gradient(run, batch, epoch=1, index=0, window=1, synchronise=True)
-    update_parameters(run)
 
 
 def pretended(setting: Setting) -> Setting:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from library.dataset.batch import Batch
 from library.optim.updates import Updater
+from library.training.feeding import Sent, sender, sent_ahead
 from library.training.interrupt import StopRequest
 from library.training.non_finite import Unguarded
 from library.training.position import Position, window_size
@@ -58,6 +59,7 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         self.updater.before_step = self.trainable.before_step
+        self.send = sender(self.accelerator.device)
 
 
 def train(run: TrainingRun, start: Position, stop: StopRequest) -> Position:
@@ -82,12 +84,13 @@ def train_epoch(run: TrainingRun, position: Position, stop: StopRequest) -> Posi
     """Train on what is left of the epoch; returns early when the run is complete or a stop was asked for."""
     run.trainable.on_epoch_start()
     losses: list[Tensor] = []
-    for index, batch in enumerate(run.batches(position.epoch, position.batch), start=position.batch):
+    coming = sent_ahead(run.batches(position.epoch, position.batch), run.send)
+    for index, sent in enumerate(coming, start=position.batch):
         size = window_size(index, run.batches_per_epoch, run.accumulation)
         is_last_of_window = (index + 1) % run.accumulation == 0 or index + 1 == run.batches_per_epoch
         if is_last_of_window:
             run.updater.begin(update_seed(run.seed, position.update))
-        losses.append(accumulate_gradient(run, batch, position.epoch, index, size, is_last_of_window))
+        losses.append(accumulate_gradient(run, sent, position.epoch, index, size, is_last_of_window))
         if not is_last_of_window:
             continue
         for loss in mean_over_processes(run.accelerator, losses):
@@ -102,7 +105,7 @@ def train_epoch(run: TrainingRun, position: Position, stop: StopRequest) -> Posi
     return position
 
 
-def accumulate_gradient(run: TrainingRun, batch: Batch, epoch: int, index: int, window: int, synchronise: bool) -> Tensor:
+def accumulate_gradient(run: TrainingRun, sent: Sent, epoch: int, index: int, window: int, synchronise: bool) -> Tensor:
     """Add one batch's share to the gradient, and return its loss.
 
     Processes exchange gradients with the last batch of a window only.
@@ -110,10 +113,16 @@ def accumulate_gradient(run: TrainingRun, batch: Batch, epoch: int, index: int, 
     torch.manual_seed(batch_seed(run.seed, epoch, index, run.accelerator.process_index))  # dropout inside the networks
     run.trainable.on_batch_start()
     with contextlib.nullcontext() if synchronise else run.accelerator.no_sync(run.step):
-        loss: Tensor = run.step(batch.to(run.accelerator.device)).mean()
-        run.guard.begin_batch(batch, epoch, index, loss.detach())
+        loss: Tensor = run.step(sent.arrive()).mean()
+        run.guard.begin_batch(sent.batch, epoch, index, loss.detach())
         run.accelerator.backward(loss / window)
     return loss.detach()
+
+
+def one_step(run: TrainingRun, batch: Batch) -> None:
+    """Make one update of one batch, outside of the loop."""
+    accumulate_gradient(run, run.send(batch), epoch=1, index=0, window=1, synchronise=True)
+    update_parameters(run)
 
 
 def mean_over_processes(accelerator: Any, losses: Sequence[Tensor]) -> Sequence[Tensor]:

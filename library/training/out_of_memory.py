@@ -42,6 +42,8 @@ class Sizes:
     vae: int = 0
     gradients: int = 0
     optimizer: int = 0
+    average: int = 0
+    """The moving average of the trained weights."""
     peak: int = 0
     """The most that tensors held; 0 where the allocator does not tell."""
     batch_size: int = 1
@@ -56,6 +58,7 @@ class Sizes:
         trained = [each for each in saver.live.module.parameters() if each.requires_grad]
         encoders = [each for each in parts.text_encoders if each is not None]
         state = [value for values in saver.live.optimizer.state.values() for value in values.values()]
+        extras = [tensor for extra in saver.live.extras.values() for tensor in extra.state_dict().values()]
         return cls(
             trained=_bytes(trained, device),
             denoiser=_frozen(parts.denoiser, device),
@@ -63,6 +66,7 @@ class Sizes:
             vae=0 if parts.vae is None else _frozen(parts.vae, device),
             gradients=_bytes((each.grad for each in trained), device),
             optimizer=_bytes(state, device),
+            average=_bytes(extras, device),
             peak=peak,
             batch_size=resident.batch_size,
         )
@@ -70,8 +74,8 @@ class Sizes:
     @property
     def rest(self) -> int:
         """Activations and all other temporary results, at the peak."""
-        known = self.trained + self.denoiser + self.text_encoders + self.vae + self.gradients + self.optimizer
-        return max(self.peak - known, 0)
+        weights = self.trained + self.denoiser + self.text_encoders + self.vae
+        return max(self.peak - weights - self.gradients - self.optimizer - self.average, 0)
 
     def lines(self) -> list[str]:
         """Return one line for each part that is there."""
@@ -82,6 +86,7 @@ class Sizes:
             "weights of the VAE": self.vae,
             "gradients": self.gradients,
             "optimizer state": self.optimizer,
+            "moving average of the weights": self.average,
             "activations and the rest, at the peak": self.rest,
         }
         return [f"  {name}: {_shown(size)}" for name, size in named.items() if size]
@@ -156,6 +161,8 @@ def remedies(options: TrainingOptions, sizes: Sizes) -> Iterator[str]:
     """Yield options that are not given and what they save, those first that cost least."""
     precision, optimizer = options.precision, options.optimizer
     is_finetuning = isinstance(options, SdxlTrainOptions)
+    if options.ema.ema_device == "device":
+        yield f"--ema_device cpu: the moving average of the weights{_saves(sizes.average)}"
     if not options.cache.cache_latents:
         yield f"--cache_latents: the VAE{_saves(sizes.vae)} and its activations"
     if isinstance(options, SdxlTrainOptions | SdxlTrainNetworkOptions) and not options.cache.cache_text_encoder_outputs:

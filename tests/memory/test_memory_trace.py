@@ -16,7 +16,8 @@ from library.optim.optimizers import make_optimizer
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
-from tools.bench_step import make_run, one_step
+from library.training.loop import one_step
+from tools.bench_step import make_run
 from tools.bench_trace import forecast, use_kernels_of
 
 SMALL = BenchOptions(mode="finetune", size="tiny", resolution=128, batch_size=4)

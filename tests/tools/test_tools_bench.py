@@ -16,6 +16,7 @@ from safetensors import safe_open
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
+from library.training.loop import one_step
 from tools import bench
 from tools import bench_step as benchmark
 
@@ -53,7 +54,7 @@ def test_a_step_changes_what_is_trained_and_nothing_else() -> None:
     unet = run.step.parts.denoiser
     frozen_before = {name: value.clone() for name, value in unet.state_dict().items()}
     trained_before = [parameter.detach().clone() for parameter in run.trainable.module.parameters()]
-    benchmark.one_step(run, batch)
+    one_step(run, batch)
     assert any(not torch.equal(before, now) for before, now in zip(trained_before, run.trainable.module.parameters(), strict=True))
     assert all(torch.equal(frozen_before[name], value) for name, value in unet.state_dict().items())
 

@@ -10,6 +10,7 @@ from torch import nn
 from library.options.errors import UserError
 from library.options.groups.cache import CacheOptions
 from library.options.groups.dataset import DatasetOptions
+from library.options.groups.ema import EmaOptions
 from library.options.scripts import (
     CacheLatentsOptions,
     CacheTextEncoderOutputsOptions,
@@ -30,7 +31,9 @@ def fill(resident: Resident) -> None:
     denoiser = nn.Linear(512, 1024, bias=False).requires_grad_(False)
     encoder = nn.Linear(512, 512, bias=False).requires_grad_(False)
     parts: Any = SimpleNamespace(denoiser=denoiser, text_encoders=[encoder, None], vae=None)
-    saver: Any = SimpleNamespace(live=SimpleNamespace(module=trained, optimizer=optimizer))
+    saver: Any = SimpleNamespace(
+        live=SimpleNamespace(module=trained, optimizer=optimizer, extras={"ema": nn.Linear(512, 1536, bias=False)})
+    )
     resident.parts, resident.saver = parts, saver
 
 
@@ -56,6 +59,7 @@ def test_full_memory_tells_what_was_in_it_and_what_makes_room(error: Exception) 
     for line in (
         "trained weights: 4.0 MiB", "U-Net: 2.0 MiB", "text encoders: 1.0 MiB", "gradients: 4.0 MiB", "optimizer state: 8.0 MiB",
         "--optimizer_type AdamW8bit: three quarters of the optimizer's state (6.0 MiB)", "--base_quant int8: ", "(1.0 MiB)",
+        "moving average of the weights: 3.0 MiB",
     ):  # fmt: skip
         assert line in text
     assert "VAE:" not in text
@@ -96,6 +100,8 @@ def test_only_what_was_not_given_is_advised_and_each_script_its_own() -> None:
     assert "  activations and the rest, at the peak: 96.0 MiB" in sizes.lines()
     assert not any("fused_backward_pass" in each or "full_bf16" in each for each in remedies(network, sizes))
     assert not any("base_quant" in each for each in remedies(whole, sizes))
+    on_device = SdxlTrainNetworkOptions(ema=EmaOptions(ema_decay=0.9, ema_device="device"))
+    assert next(remedies(on_device, Sizes(average=3 * MIB))) == "--ema_device cpu: the moving average of the weights (3.0 MiB)"
     assert "--fused_backward_pass: nearly all gradients (4.0 MiB)" in remedies(whole, sizes)
     assert any(each.startswith("--cache_latents") for each in remedies(network, sizes))
     cached = network.cache.model_copy(update={"cache_latents": True, "cache_text_encoder_outputs": True})
