@@ -1,16 +1,16 @@
 """One LoRA adapter: two small matrices beside one frozen layer."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.models.number_types import product_dtype
-from networks.low_rank import adapted_conv2d, adapted_linear
+from networks.low_rank import adapted_conv2d, adapted_linear, adapted_linears
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -25,6 +25,35 @@ class Dropouts:
     """Whole ranks per image; the adapter's scale becomes s/(1−p)."""
     module: float = 0.0
     """The whole adapter for one call; kept calls are not rescaled."""
+
+
+class Joint(NamedTuple):
+    """Linear layers with one input and their adapters, computed together."""
+
+    layers: Sequence[Layer]
+    down: Tensor
+    """Their D one below the other, (n·r, I)."""
+    up: Tensor
+    """(n, O, r)."""
+    scale: float
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the output of each layer for x (…, I)."""
+        return adapted_linears(x, [layer.weight for layer in self.layers], self.down, self.up, self.scale)
+
+
+@dataclass(slots=True)
+class AtHand:
+    """What the block an adapter is in has made ready for it while it runs, in the number type of the computation."""
+
+    matrices: tuple[Tensor, Tensor] | None = None
+    """D and U."""
+    joint: Joint | None = None
+    """Kept by the first of several adapters that are computed together."""
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        self.matrices = self.joint = None
 
 
 class LoRAModule(nn.Module):
@@ -57,6 +86,7 @@ class LoRAModule(nn.Module):
         self._layer = (layer,)  # in a tuple, so that the frozen layer does not become a part of the network
         self._plain_forward: Callable[[Tensor], Tensor] = layer.forward
         self._original_weight: Tensor | None = None
+        self.at_hand = AtHand()
         self.lora_down, self.lora_up = _matrices(layer, rank)
         self.register_buffer("alpha", torch.tensor(self.alpha_value))
         self.register_load_state_dict_post_hook(_read_alpha)
@@ -78,6 +108,40 @@ class LoRAModule(nn.Module):
         return self.alpha_value / self.rank
 
     @property
+    def strength(self) -> float:
+        """multiplier·α/r."""
+        return self.multiplier * self.alpha_value / self.rank
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """D and U."""
+        return self.lora_down.weight, self.lora_up.weight
+
+    @property
+    def acts(self) -> bool:
+        """Whether it changes what its layer gives."""
+        return self.enabled and self.multiplier != 0
+
+    @property
+    def can_join(self) -> bool:
+        """Whether nothing but this adapter stands between the layer and those that call it, and it draws nothing."""
+        layer = self.layer
+        return (
+            self.acts
+            and not (self.training and self.dropouts != _NO_DROPOUTS)
+            and getattr(layer.forward, "__self__", None) is self
+            and isinstance(layer, nn.Linear)
+            and layer.bias is None
+            and not (layer._forward_hooks or layer._forward_pre_hooks)
+            and _is_frozen_and_plain(layer, self._plain_forward)
+        )
+
+    @property
+    def joint(self) -> Joint | None:
+        """What computes this layer together with others that have its input; None where each is computed by itself."""
+        return self.at_hand.joint
+
+    @property
     def is_spatial(self) -> bool:
         """Whether the layer is a convolution that looks beyond one pixel."""
         return is_spatial(self.layer)
@@ -93,17 +157,18 @@ class LoRAModule(nn.Module):
         Args:
             x: (…, in) or (B, in, h, w).
         """
-        if not self.enabled or self.multiplier == 0 or self._is_dropped():
+        if not self.acts or self._is_dropped():
             return self._plain_forward(x)
-        scale = self.multiplier * self.scale
+        scale = self.strength
         mask = self._dropout_mask(x)
         if self.training and self.dropouts.rank:
             scale /= 1 - self.dropouts.rank
         if not _is_frozen_and_plain(self.layer, self._plain_forward):
             return self._plain_forward(x) + self._low_rank_output(x, mask) * scale
+        down, up = self._matrices_for(x)
         if isinstance(self.layer, nn.Linear):
-            return adapted_linear(x, self.layer, self.lora_down.weight, self.lora_up.weight, scale, mask)
-        return adapted_conv2d(x, self.layer, self.lora_down.weight, self.lora_up.weight, scale, mask)
+            return adapted_linear(x, self.layer, down, up, scale, mask)
+        return adapted_conv2d(x, self.layer, down, up, scale, mask)
 
     def delta_weight(self) -> Tensor:
         """Return ΔW = (α/r)·U·D in float32 and the shape of the layer's weight; the multiplier is not in it."""
@@ -133,13 +198,20 @@ class LoRAModule(nn.Module):
 
     def _low_rank_output(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return U(mask ∘ Dx) on its own, for layers whose output is not just their weight's product."""
-        dtype = product_dtype(x)
-        x, down, up = x.to(dtype), self.lora_down.weight.to(dtype), self.lora_up.weight.to(dtype)
+        down, up = self._matrices_for(x)
+        x = x.to(down.dtype)
         if isinstance(self.lora_down, nn.Linear):
             low = F.linear(x, down)
             return F.linear(low if mask is None else low * mask, up)
         low = self.lora_down._conv_forward(x, down, None)
         return F.conv2d(low if mask is None else low * mask, up)
+
+    def _matrices_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return D and U in the number type of the computation."""
+        dtype, ready = product_dtype(x), self.at_hand.matrices
+        if ready is not None and ready[0].dtype == dtype:
+            return ready
+        return self.lora_down.weight.to(dtype), self.lora_up.weight.to(dtype)
 
     def _is_dropped(self) -> bool:
         return self.training and self.dropouts.module > 0 and torch.rand(1).item() < self.dropouts.module
@@ -158,6 +230,9 @@ class LoRAModule(nn.Module):
             kept = kept[:, :, None, None] if isinstance(self.layer, nn.Conv2d) else kept.view(shape[0], *[1] * (len(shape) - 2), -1)
             mask = kept if mask is None else mask * kept
         return mask
+
+
+_NO_DROPOUTS = Dropouts()
 
 
 def delta_weight(down: Tensor, up: Tensor, scale: float) -> Tensor:

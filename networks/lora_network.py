@@ -17,6 +17,7 @@ from networks.lora_blocks import block_index
 from networks.lora_files import RankAndAlpha, read_lora
 from networks.lora_module import Dropouts, LoRAModule, delta_weight
 from networks.lora_norms import NormReport, limit_norms
+from networks.lora_together import LoRABlock
 from networks.targets import Target
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class LoRANetwork(nn.Module):
 
         Args:
             text_encoders: not used; the layers were found when the network was made.
-            unet: not used.
+            unet: adapters of one of its blocks work together where the block says which layers share an input.
             apply_text_encoder: whether adapters of text encoders are kept.
             apply_unet: whether adapters of the U-Net are kept.
 
@@ -106,6 +107,10 @@ class LoRANetwork(nn.Module):
         for name, adapter in self._adapters.items():
             adapter.apply_to()
             self.add_module(name, adapter)
+        by_layer = {id(adapter.layer): adapter for adapter in self._adapters.values()}
+        for block in unet.modules() if isinstance(unet, nn.Module) else ():
+            if hasattr(block, "shared_inputs"):
+                LoRABlock(block, by_layer).apply_to()
         counts = ", ".join(f"{len(list(names))} in {part}" for part, names in groupby(self._adapters, _part))
         logger.info("LoRA adapters: %s.", counts)
 

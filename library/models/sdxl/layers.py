@@ -4,9 +4,13 @@ Shapes: B batch, C channels, h and w latent height and width, L = h·w tokens, S
 E time embedding width.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from library.models.sdxl.attention import Attend, sdpa
@@ -109,12 +113,27 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
+    @property
+    def projections(self) -> tuple[nn.Linear, ...]:
+        """To query, key and value."""
+        return self.to_q, self.to_k, self.to_v
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Map x (B, L, C) and context (B, S, D) to (B, L, C)."""
-        source = x if context is None else context
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (self.to_q(x), self.to_k(source), self.to_v(source)))
+        key_and_value = self.projections[1:]
+        projected = apply_all(self.projections, x) if context is None else (self.to_q(x), *apply_all(key_and_value, context))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in projected)
         out: Tensor = self.to_out(self.attend(q, k, v).flatten(2))
         return out
+
+
+def apply_all(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    """Return what each layer gives for one input.
+
+    Where the first layer's `forward` was replaced by the method of an object whose `joint` is not None, that computes all.
+    """
+    joint = getattr(getattr(layers[0].forward, "__self__", None), "joint", None)
+    return tuple(layer(x) for layer in layers) if joint is None else joint(x)
 
 
 class GEGLU(nn.Module):
@@ -126,9 +145,25 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) to (…, inner_dim)."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        out: Tensor = value * F.gelu(gate)
+        out: Tensor = _Gated.apply(self.proj(x))
         return out
+
+
+class _Gated(torch.autograd.Function):
+    """value · GELU(gate) of the two halves (…, 2n); keeps nothing but them, where autograd would keep GELU(gate) too."""
+
+    @staticmethod
+    def forward(ctx: Any, halves: Tensor) -> Tensor:
+        value, gate = halves.chunk(2, dim=-1)
+        ctx.save_for_backward(halves)
+        return value * F.gelu(gate)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (halves,) = ctx.saved_tensors
+        value, gate = halves.chunk(2, dim=-1)
+        return torch.cat([grad * F.gelu(gate), torch.ops.aten.gelu_backward(grad * value, gate)], dim=-1)
 
 
 class FeedForward(nn.Module):
@@ -156,6 +191,10 @@ class BasicTransformerBlock(Block):
         self.norm1 = LayerNorm(dim)
         self.norm2 = LayerNorm(dim)
         self.norm3 = LayerNorm(dim)
+
+    def shared_inputs(self) -> tuple[tuple[nn.Linear, ...], ...]:
+        """Return the layers that are given one input: what stands in their place may compute them together, see `apply_all`."""
+        return self.attn1.projections, self.attn2.projections[1:]
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Map x (B, L, C) and context (B, S, D) to (B, L, C)."""
