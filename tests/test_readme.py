@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "toy"))
 
 import evaluate  # noqa: E402
+import follow_outlines  # noqa: E402
 import learn_word  # noqa: E402
 import make  # noqa: E402
 
@@ -86,6 +87,7 @@ ACCEPT: dict[str, Callable[[list[str]], object]] = {
     "tools/resize_images_to_resolution.py": resize_images_to_resolution.read_command_line,
     "tools/show_metadata.py": lambda arguments: show_metadata.command_line().parse_args(arguments),
     "examples/toy/evaluate.py": lambda arguments: evaluate.command_line().parse_args(arguments),
+    "examples/toy/follow_outlines.py": lambda arguments: follow_outlines.command_line().parse_args(arguments),
     "examples/toy/learn_word.py": lambda arguments: learn_word.command_line().parse_args(arguments),
     "examples/toy/make.py": lambda arguments: make.command_line().parse_args(arguments),
 }

@@ -131,12 +131,28 @@ def draw(scene: Scene, seed: int | None = None) -> Image.Image:
     """
     jitter = random.Random(seed)
     shift, growth = (0.0, 1.0) if seed is None else (0.03, jitter.uniform(0.93, 1.07))
-    side = SIZE * _SUPERSAMPLING
     centre = (PLACES[scene.place] + jitter.uniform(-shift, shift), 0.5 + jitter.uniform(-shift, shift))
+    return draw_inside(scene, shape_mask(scene.shape, centre, RADII[scene.size] * growth))
+
+
+def shape_mask(shape: str, centre: tuple[float, float], radius: float) -> Image.Image:
+    """Return white where a shape is, four times as large as a picture.
+
+    Args:
+        shape: one of `SHAPES`.
+        centre: of the shape's bounding box, as a share of the picture's side.
+        radius: half the side of the bounding box, likewise.
+    """
+    side = SIZE * _SUPERSAMPLING
     mask = Image.new("L", (side, side), 0)
-    draw_shape(ImageDraw.Draw(mask), scene.shape, (centre[0] * side, centre[1] * side), RADII[scene.size] * growth * side)
-    picture = Image.new("RGB", (side, side), COLOURS[scene.ground])
-    picture.paste(paint(scene.colour, side), mask=mask)
+    draw_shape(ImageDraw.Draw(mask), shape, (centre[0] * side, centre[1] * side), radius * side)
+    return mask
+
+
+def draw_inside(scene: Scene, mask: Image.Image) -> Image.Image:
+    """Draw a scene's colours: the object's where a mask of `shape_mask` is white, the ground's elsewhere."""
+    picture = Image.new("RGB", mask.size, COLOURS[scene.ground])
+    picture.paste(paint(scene.colour, mask.width), mask=mask)
     return picture.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 

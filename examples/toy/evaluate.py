@@ -92,7 +92,7 @@ def draw_captions(
 
     Args:
         checkpoint: the model.
-        additions: options of `sdxl_gen_img.py` that add networks or words.
+        additions: options of `sdxl_gen_img.py` that add networks, words or guide images.
         captions: one for each picture.
         seed: of the first picture.
         cfg_scale: guidance.
@@ -102,18 +102,21 @@ def draw_captions(
     """
     if not Path(checkpoint).exists():
         raise UserError(f"There is no checkpoint {checkpoint}. Make it with: python examples/toy/make.py")
-    from library.generation.additions import planned_words
+    from library.generation.additions import guide_images, planned_controls, planned_words, with_guide_images
     from library.generation.network_files import planned_networks
-    from sdxl_gen_img import attach, load_pipeline
+    from sdxl_gen_img import attach, attach_controls, load_pipeline
 
     given = ["--ckpt", checkpoint, "--prompt", "unused", "--batch_size", "25"]
     options = parse(SdxlGenImgOptions, [*given, *additions])
     pipeline = load_pipeline(checkpoint, planned_words(options.network), options)
     attach(planned_networks(options.network), pipeline, options).set_strengths(None)
+    controls = planned_controls(options.network)
+    attach_controls(controls, pipeline, options)
     requests = [
         ImageRequest(prompt=caption, width=SIZE, height=SIZE, steps=STEPS, cfg_scale=cfg_scale, seed=seed + number, sampler=SAMPLER)
         for number, caption in enumerate(captions)
     ]
+    requests = with_guide_images(requests, guide_images(options.network), len(controls))
     return [picture for start in range(0, len(requests), 25) for picture in pipeline.draw(requests[start : start + 25])]
 
 

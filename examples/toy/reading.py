@@ -49,13 +49,24 @@ class Reading:
 def read_picture(picture: Image.Image) -> Reading:
     """Read a picture of the toy's world."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
-    frame = np.ones(pixels.shape[:2], dtype=bool)
-    frame[FRAME:-FRAME, FRAME:-FRAME] = False
-    ground = np.median(pixels[frame], axis=0)
+    ground = ground_colour(pixels)
     mask = object_mask(pixels, ground)
     if not mask.any():
         return Reading(nearest_colour(ground))
     return Reading(nearest_colour(ground), object_colour(pixels, mask), object_shape(mask))
+
+
+def ground_colour(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the ground's own colour (3,), from pixels (height, width, 3)."""
+    frame = np.ones(pixels.shape[:2], dtype=bool)
+    frame[FRAME:-FRAME, FRAME:-FRAME] = False
+    return np.asarray(np.median(pixels[frame], axis=0), dtype=np.float32)
+
+
+def object_pixels(picture: Image.Image) -> Mask:
+    """Return 1 where the object of a picture is."""
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    return object_mask(pixels, ground_colour(pixels))
 
 
 def object_mask(pixels: NDArray[np.float32], ground: NDArray[np.float32]) -> Mask:
