@@ -44,7 +44,7 @@ def cache(options: CacheLatentsOptions, definition: DatasetConfig) -> None:
     from library.training.accelerator import DTypes, make_accelerator
     from library.training.caching_tools import open_to_cache
     from library.training.out_of_memory import telling_of_memory_while_caching
-    from library.training.preparation import fill_latents, model_source
+    from library.training.preparation import fill_latents, model_source, tell_of_tiles
 
     family = SdxlFamily.open(model_source(options.model, options.precision))
     accelerator = make_accelerator(options.precision, options.distributed)
@@ -52,6 +52,7 @@ def cache(options: CacheLatentsOptions, definition: DatasetConfig) -> None:
     dtype = DTypes.of(options.precision, options.precision.no_half_vae, None).vae
     load = functools.cache(lambda: family.load_vae(dtype, accelerator.device))
     with telling_of_memory_while_caching(options):
+        tell_of_tiles(dataset, family, options.precision)
         fill_latents(dataset, family, load, dtype, cache_options(options), accelerator)
 
 

@@ -43,6 +43,8 @@ class ModelSource:
     """Take the `.fp16.` files of a diffusers folder where there are any."""
     keep_vae_precision: bool = False
     """Take the VAE's plain files all the same, where there are any: it is computed in float32."""
+    tile_vae: bool = False
+    """Let the VAE work on large images in overlapping tiles."""
     tokenizer_cache_dir: str | None = None
     max_token_length: int = 75
     """Prompt length in tokens without the begin and end tokens: 75, 150 or 225."""
@@ -107,6 +109,10 @@ class Family(Protocol):
     @property
     def size_multiple(self) -> int:
         """Image sides must be multiples of this many pixels (SDXL: 32)."""
+
+    @property
+    def vae_tile(self) -> int:
+        """Side of the VAE's tiles in pixels (SDXL: 1024), where `ModelSource.tile_vae` asks for them."""
 
     @property
     def denoiser_name(self) -> str:

@@ -63,6 +63,7 @@ _EFFECTIVE: dict[type[ScriptOptions], frozenset[str]] = {
             "true_crop_conditioning",
             "vae",
             "vae_batch_size",
+            "vae_tiling",
         }
     ),
     CacheTextEncoderOutputsOptions: _IN_BOTH_TOOLS

@@ -26,7 +26,9 @@ _NAMES = {
     **dict.fromkeys(("fp8_base", "fp8_base_unet", "base_quant"), DECIDES),
     **dict.fromkeys(("cache_latents", "cache_latents_posterior", "cache_text_encoder_outputs", "text_cache_variants"), DECIDES),
     **dict.fromkeys(("gradient_accumulation_steps", "dataset_class"), DECIDES),
-    **dict.fromkeys(("vae_batch_size", "no_half_vae", "fused_backward_pass", "fused_optimizer_groups", "ema_device"), ROUNDS),
+    **dict.fromkeys(
+        ("vae_batch_size", "vae_tiling", "no_half_vae", "fused_backward_pass", "fused_optimizer_groups", "ema_device"), ROUNDS
+    ),
     **dict.fromkeys(("pretrained_model_name_or_path", "vae", "base_weights", "network_weights", "dim_from_weights"), FREE),
     **dict.fromkeys(("tokenizer_cache_dir", "disable_mmap_load_safetensors", "lowram", "clip_skip", "v2"), FREE),
     **dict.fromkeys(("training_comment", "no_metadata", "ddp_timeout"), FREE),

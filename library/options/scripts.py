@@ -129,6 +129,7 @@ _TRAINING_ADDITIONS = frozenset(
         "text_cache_variants",
         "timestep_distribution",
         "true_crop_conditioning",
+        "vae_tiling",
     }
 )
 
@@ -241,6 +242,7 @@ class CacheLatentsOptions(_CachingOptions):
 
     script: ClassVar[str] = "tools/cache_latents.py"
     purpose: ClassVar[str] = "Encode the images of a dataset and keep the latents on disk beside them."
+    additions: ClassVar[frozenset[str]] = _CachingOptions.additions | {"vae_tiling"}
 
     caption: CaptionTextOptions = field(default_factory=CaptionTextOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)

@@ -169,6 +169,8 @@ def remedies(options: TrainingOptions, sizes: Sizes) -> Iterator[str]:
         yield f"--cache_text_encoder_outputs, where the text encoders are not trained: they leave{_saves(sizes.text_encoders)}"
     if not precision.gradient_checkpointing:
         yield "--gradient_checkpointing: most of the activations, for a third more time"
+    elif precision.checkpoint_fraction < 1:
+        yield "leaving out --checkpoint_fraction: activations of the blocks that are not computed again"
     if precision.mixed_precision == "no":
         yield "--mixed_precision bf16: half of the activations and of frozen weights"
     name = optimizer.optimizer_type.lower()
@@ -194,6 +196,8 @@ def remedies(options: TrainingOptions, sizes: Sizes) -> Iterator[str]:
 def _remedies_before(options: TrainingOptions | CacheLatentsOptions) -> Iterator[str]:
     if options.cache.vae_batch_size > 1:
         yield f"--vae_batch_size 1 instead of {options.cache.vae_batch_size}"
+    if not options.precision.vae_tiling:
+        yield "--vae_tiling: pictures with a side above 1024 are encoded in tiles, with slightly other latents"
     if options.precision.no_half_vae:
         yield "leaving out --no_half_vae, where bfloat16 is at hand: half of what the VAE needs"
     if options.precision.mixed_precision == "no":

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from library.dataset.cache_stamps import CacheReport
 from library.dataset.dataset import Dataset
+from library.dataset.foreign import ForeignDataset
 from library.dataset.latent_cache import cache_latents
 from library.dataset.latent_encoder import LatentEncoder
 from library.dataset.text_cache import cache_text_outputs
@@ -53,6 +54,7 @@ def model_source(model: ModelOptions, precision: WorkingPrecisionOptions) -> Mod
         mmap=not model.disable_mmap_load_safetensors,
         prefer_fp16_variant=precision.mixed_precision == "fp16",
         keep_vae_precision=isinstance(precision, VaePrecisionOptions) and precision.no_half_vae,
+        tile_vae=isinstance(precision, VaePrecisionOptions) and precision.vae_tiling,
         tokenizer_cache_dir=model.tokenizer_cache_dir,
         max_token_length=model.max_token_length or 75,
     )
@@ -119,6 +121,7 @@ def prepare_latents(setting: Setting, *, keep: bool) -> nn.Module | None:
     options, accelerator, family = setting.options, setting.accelerator, setting.family
     dtype = setting.dtypes.vae
     load = cache(lambda: family.load_vae(dtype, accelerator.device))
+    tell_of_tiles(setting.dataset, family, options.precision)
     if encodes_images(setting):
         return load()
     if caches_latents(setting):
@@ -131,6 +134,17 @@ def prepare_latents(setting: Setting, *, keep: bool) -> nn.Module | None:
     load.cache_clear()
     free_memory()
     return vae
+
+
+def tell_of_tiles(dataset: Dataset, family: Family, precision: VaePrecisionOptions) -> None:
+    """Say where `--vae_tiling` does nothing because no picture is large enough."""
+    if not precision.vae_tiling or isinstance(dataset, ForeignDataset):  # of whose pictures little is known beforehand
+        return
+    if max((side for _, bucket in dataset.buckets for side in bucket), default=0) <= family.vae_tile:
+        log.warning(
+            "--vae_tiling has no effect on the training images: none has a side above %d pixels.",
+            family.vae_tile,
+        )
 
 
 def fill_texts(

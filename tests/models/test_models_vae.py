@@ -1,6 +1,7 @@
 """The VAE's names, and its numbers against diffusers reading the same file."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,20 @@ def test_sizes_are_read_back_from_tensor_shapes() -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in build_part("vae", SdxlSizes()).state_dict().items()}
     assert vae_sizes(shapes, {}) == SdxlSizes().vae
     assert vae_sizes(shapes, {"arch.vae.scaling_factor": "0.5"}).scaling_factor == 0.5
+
+
+def test_large_images_are_encoded_in_tiles_where_that_is_asked_for(family) -> None:
+    whole = family.load_vae(torch.float32, CPU)
+    tiled = replace(family, source=replace(family.source, tile_vae=True)).load_vae(torch.float32, CPU)
+    called: list[int] = []
+    tiled.encoder.register_forward_pre_hook(lambda _, inputs: called.append(inputs[0].shape[-1]))
+    for width, tiles in ((64, [64]), (1088, [1024, 320])):
+        images = torch.rand(1, 3, 64, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        expected, found = (family.encode_posterior(vae, images) for vae in (whole, tiled))
+        assert called == tiles and found.shape == expected.shape
+        assert torch.equal(found, expected) == (width <= family.vae_tile)
+        assert (found - expected).square().mean().sqrt() < 0.1 * expected.std()
+        called.clear()
 
 
 def test_encoding_and_decoding_equal_diffusers(family, pipeline) -> None:

@@ -77,6 +77,11 @@ def test_full_memory_before_training_is_told_so_and_other_errors_pass() -> None:
     [
         (CacheLatentsOptions(cache=CacheOptions(vae_batch_size=4)), "pictures", "--vae_batch_size 1 instead of 4"),
         (
+            CacheLatentsOptions(),
+            "pictures",
+            "--vae_tiling: pictures with a side above 1024 are encoded in tiles, with slightly other latents",
+        ),
+        (
             CacheTextEncoderOutputsOptions(dataset=DatasetOptions(train_batch_size=3)),
             "captions",
             "--train_batch_size 1 instead of 3",

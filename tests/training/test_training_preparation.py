@@ -4,6 +4,7 @@ import logging
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,14 @@ from library.diffusion.schedule import NoiseSchedule
 from library.models.weights import Hold
 from library.options.groups.cache import CacheOptions
 from library.options.groups.model import ModelOptions
-from library.options.groups.precision import TrainingPrecisionOptions
+from library.options.groups.precision import TrainingPrecisionOptions, VaePrecisionOptions
 from library.options.scripts import TrainingOptions
 from library.training import preparation
 from library.training.accelerator import DTypes
 from library.training.denoiser import load_denoiser
 from library.training.events import EventLog
 from library.training.outputs import RunLength
-from library.training.preparation import model_source, prepare_latents, prepare_text
+from library.training.preparation import model_source, prepare_latents, prepare_text, tell_of_tiles
 from library.training.setting import PartDTypes, Setting
 from tests.dataset.dataset_samples import FakeFamily, FakeVae, config, make_image, section, subset
 
@@ -227,3 +228,13 @@ def test_the_attention_that_is_asked_for_reaches_the_denoiser(folder: Path) -> N
         options = replace(plain.options, precision=TrainingPrecisionOptions(**flags))
         load_denoiser(replace(plain, options=options), FLOAT)
         assert family.attention == kind
+
+
+@pytest.mark.parametrize(("side", "is_told"), [(1024, True), (1088, False)])
+def test_tiles_that_no_picture_is_large_enough_for_are_told(side: int, is_told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    dataset: Any = SimpleNamespace(buckets={(0, (512, side)): [0]})
+    tell_of_tiles(dataset, SimpleNamespace(vae_tile=1024), VaePrecisionOptions(vae_tiling=True))  # type: ignore[arg-type]
+    assert ("--vae_tiling has no effect" in caplog.text) == is_told
+    caplog.clear()
+    tell_of_tiles(dataset, SimpleNamespace(vae_tile=1024), VaePrecisionOptions())  # type: ignore[arg-type]
+    assert not caplog.text

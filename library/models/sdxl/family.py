@@ -28,6 +28,7 @@ from library.models.sdxl.sizes import SdxlSizes
 from library.models.sdxl.text_encoders import OpenClipTextEncoder, merge_rows, text_body
 from library.models.sdxl.tokenizer import ClipBpe, load_bpe, tokenize
 from library.models.sdxl.unet import UNet
+from library.models.sdxl.vae import VAE_TILE
 from library.models.sdxl.weighted_text import encode_prompts
 from library.models.weights import Hold, content_hash, fill
 from library.models.word_files import read_word, save_word
@@ -77,6 +78,7 @@ class SdxlFamily:
     latent_channels = 4
     latent_stride = 8
     size_multiple = 32
+    vae_tile = VAE_TILE
     denoiser_name = "unet"
     encoder_names = ("te1", "te2")
     large_modules = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer")
@@ -144,7 +146,10 @@ class SdxlFamily:
 
     def load_vae(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Load the VAE, frozen and in evaluation mode. In float16 SDXL's own overflows: load it in float32 then."""
-        return self._load("vae", dtype, device)
+        vae = self._load("vae", dtype, device)
+        if self.source.tile_vae:
+            cast(Any, vae).enable_tiling()
+        return vae
 
     def load_denoiser(self, dtype: torch.dtype, device: torch.device, hold: Hold | None = None) -> nn.Module:
         """Load the U-Net, frozen and in evaluation mode; see `Family.load_denoiser`."""

@@ -4,10 +4,13 @@ import re
 from collections.abc import Mapping
 
 import torch
-from diffusers import AutoencoderKL
+from torch import nn
 
 from library.models.sdxl.sizes import VaeSizes
 from library.models.weights import Entry, Part
+
+VAE_TILE = 1024
+"""Side of tiles in pixels."""
 
 _RENAMES = tuple(
     (re.compile(pattern), replacement)
@@ -67,11 +70,13 @@ def count_levels(names: Mapping[str, object]) -> int:
     return 1 + max((int(m[1]) for name in names if (m := re.match(r"encoder\.down(?:_blocks)?\.(\d+)\.", name))), default=-1)
 
 
-def build_vae(sizes: VaeSizes) -> AutoencoderKL:
+def build_vae(sizes: VaeSizes) -> nn.Module:
     """Build the VAE with all parameters on the meta device."""
+    from diffusers import AutoencoderKL  # two seconds, which a run with cached latents is spared
+
     levels = len(sizes.widths)
     with torch.device("meta"):
-        return AutoencoderKL(
+        vae: nn.Module = AutoencoderKL(
             in_channels=sizes.image_channels,
             out_channels=sizes.image_channels,
             down_block_types=("DownEncoderBlock2D",) * levels,
@@ -80,7 +85,8 @@ def build_vae(sizes: VaeSizes) -> AutoencoderKL:
             layers_per_block=sizes.layers_per_block,
             latent_channels=sizes.latent_channels,
             norm_num_groups=sizes.norm_groups,
-            sample_size=1024,
+            sample_size=VAE_TILE,
             scaling_factor=sizes.scaling_factor,
             force_upcast=True,
         )
+    return vae

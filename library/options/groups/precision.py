@@ -27,6 +27,7 @@ class VaePrecisionOptions(WorkingPrecisionOptions):
     """Number types, memory and attention where there is a VAE."""
 
     no_half_vae: bool = flag("Keep the VAE in float32 whatever the mixed precision.")
+    vae_tiling: bool = flag("Let the VAE work on pictures above 1024 in overlapping tiles: less memory, slightly other latents.")
 
 
 class StepPrecisionOptions(WorkingPrecisionOptions):
