@@ -28,6 +28,13 @@ def wants_sharding(environment: Mapping[str, str] = os.environ) -> bool:
     return environment.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1") and environment.get("WORLD_SIZE", "1") != "1"
 
 
+def what_divides(distributed: ProcessGroupOptions) -> str | None:
+    """Return what divides a run over its processes; None where each has everything."""
+    if isinstance(distributed, DistributedOptions) and distributed.deepspeed:
+        return "DeepSpeed"
+    return "FSDP" if wants_sharding() else None
+
+
 def distributed_problems(options: TrainingOptions) -> Iterator[str]:
     """Yield what cannot be trained in several processes in the way the launcher was told."""
     if options.distributed.ddp_static_graph and options.length.gradient_accumulation_steps > 1:

@@ -12,6 +12,7 @@ from library.memory.pretend import PretendAccelerator
 from library.memory.trace import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS
 from library.memory.traceable import untraceable
 from library.models.family import Family, ModelSource
+from library.options.checks_distributed import what_divides
 from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
 from library.training.building import Recipe, make_setting, report
@@ -101,6 +102,11 @@ def why_not(setting: Setting) -> str | None:
     """Say in a sentence why the memory of a run cannot be forecast; None where it can."""
     if reason := untraceable(setting.options.optimizer):
         return reason
+    if divider := what_divides(setting.options.distributed):
+        return (
+            f"The memory of a run that {divider} divides over its processes is not forecast. Leave it out to see what a process "
+            "needs that has everything."
+        )
     return None
 
 

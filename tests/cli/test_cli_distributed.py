@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from library.training.loss_ledger import read_ledger
+from tests.cli import test_cli_train_control_net_lllite as train_control
+from tests.cli import test_cli_train_textual_inversion as train_word
 from tests.cli.training_commands import (
     FINETUNE,
     ROOT,
@@ -28,6 +33,7 @@ from tests.cli.training_commands import (
 )
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is optional")
+ON_CPU = {"DS_ACCELERATOR": "cpu"}
 EXAMPLES = ROOT / "examples" / "accelerate"
 PLAIN = ["--optimizer_type", "SGD", "--max_grad_norm", "0"]
 """Steps as large as the gradients are, of which every share counts."""
@@ -110,10 +116,15 @@ def test_a_model_trained_in_two_processes_is_that_of_one(tiny_checkpoint: Path, 
 
 
 def divide_small_weights() -> None:
-    """Let DeepSpeed divide the weights of a tiny model, too."""
-    import library.training.zero
+    """Let DeepSpeed divide the weights of a tiny model too, and step them in several groups, as it does those of a large one."""
+    from library.training import engine, zero
 
-    library.training.zero.KEPT_WHOLE = 16
+    def config(*given: Any) -> dict[str, Any]:
+        made = zero.zero_config(*given)
+        made["zero_optimization"] |= {"stage3_param_persistence_threshold": 16, "sub_group_size": 300_000}
+        return made
+
+    patch.object(engine, "zero_config", config).start()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +143,7 @@ def test_a_model_divided_over_two_processes_is_that_of_one(
     What divides is asked for with an example's configuration, without the settings named.
     """
     launched = environment_launched(EXAMPLES / config)
-    divided = {name: value for name, value in launched.items() if without not in name} | {"DS_ACCELERATOR": "cpu"}
+    divided = {name: value for name, value in launched.items() if without not in name} | ON_CPU
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a house --s 1\na tree --s 1\na road --s 1\n", encoding="utf-8")
     more = ["--learning_rate", "0.05", "--train_text_encoder", "--optimizer_args", "momentum=0.9", "--max_grad_norm", "0.5"]
@@ -181,10 +192,35 @@ def test_deepspeed_divides_the_work_of_two_processes_and_goes_on_from_its_state(
             tiny_checkpoint, dataset, tmp_path / str(count), *PLAIN, *more, "--logging_dir", str(tmp_path / f"logs{count}")
         )
         zero = ["--deepspeed", "--zero_stage", *stage.split()] if count == 2 else []
-        done = run_processes([*args, *zero], count=count, more={"DS_ACCELERATOR": "cpu"})
+        done = run_processes([*args, *zero], count=count, more=ON_CPU)
         assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path, "net.safetensors")
     args = arguments(tiny_checkpoint, dataset, tmp_path / "resumed", *PLAIN, *more, *zero)
-    done = run_processes([*args, "--resume", str(tmp_path / "2" / "net-000001-state")], more={"DS_ACCELERATOR": "cpu"})
+    done = run_processes([*args, "--resume", str(tmp_path / "2" / "net-000001-state")], more=ON_CPU)
     assert done.returncode == 0, done.stderr
     assert_same_bits(tmp_path / "resumed" / "net.safetensors", tmp_path / "2" / "net.safetensors")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("kind", [train_word, train_control])
+def test_words_and_control_networks_learn_in_two_processes_what_they_learn_in_one(
+    kind: ModuleType, tiny_checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    dataset = write_dataset(tmp_path, photos, batch_size=4)
+    text = dataset.read_text().replace("shuffle_caption = true\n", "").replace("caption_tag_dropout_rate = 0.2\n", "")
+    controls = f'conditioning_data_dir = "{(tmp_path / "images").as_posix()}"\n' if kind is train_control else ""
+    dataset.write_text(text + controls)
+    halved = tmp_path / "halved.toml"
+    halved.write_text(dataset.read_text().replace("batch_size = 4", "batch_size = 2"))
+    more = [*PLAIN, "--learning_rate", "5", "--max_train_epochs", "2", "--gradient_accumulation_steps", "2"]
+    more += ["--output_name", "it"]
+    zero = ["--deepspeed", "--offload_optimizer_device", "cpu"]
+    for name, of, count, asked in (("one", dataset, 1, []), ("averaged", halved, 2, []), ("divided", halved, 2, zero)):
+        args = kind.command(tiny_checkpoint, of, tmp_path / name, *more, *asked)
+        done = run_processes(args, kind.SCRIPT, count=count, more=ON_CPU)
+        assert done.returncode == 0, done.stderr
+    one, *others = (weights(tmp_path / name / "it.safetensors") for name in ("one", "averaged", "divided"))
+    for theirs in others:
+        for key, tensor in one.items():
+            largest = 1e-4 * tensor.abs().max() + 1e-8  # what is added to every key alike learns from rounding errors alone
+            assert (theirs[key] - tensor).abs().max() <= largest, key

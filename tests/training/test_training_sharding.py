@@ -3,14 +3,19 @@
 import importlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
 
 from library.options.checks_distributed import SHARDED_OPTIMIZERS
+from library.options.groups.distributed import DistributedOptions
+from library.options.scripts import SdxlTrainOptions
+from library.training.dry_run import why_not
 from library.training.full_tensors import (
     full_optimizer_state,
     full_tensors,
@@ -18,6 +23,7 @@ from library.training.full_tensors import (
     load_full_tensors,
     shares_of_optimizer_state,
 )
+from library.training.setting import Setting
 from library.training.zero import DividedShares, ZeroOptimizer
 from tests.cli.training_commands import warm_processes
 
@@ -126,6 +132,18 @@ def work(rank: int, folder: str) -> None:
     told = {"differences": found, "halves": state_of_halves(rank)}
     Path(folder, f"found{rank}.json").write_text(json.dumps(told), encoding="utf-8")
     torch.distributed.destroy_process_group()
+
+
+def test_the_memory_of_a_divided_run_is_not_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(**given: Any) -> str | None:
+        options = replace(SdxlTrainOptions(), distributed=DistributedOptions(**given))
+        return why_not(cast(Setting, SimpleNamespace(options=options)))
+
+    assert told() is None
+    assert "DeepSpeed divides" in (told(deepspeed=True) or "")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "FSDP divides" in (told() or "")
 
 
 @pytest.fixture(scope="module")
