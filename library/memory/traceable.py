@@ -35,8 +35,8 @@ def untraceable(options: OptimizerOptions) -> str | None:
     if path in KEPT_BY_BITSANDBYTES or (path.startswith(_TRACED) and path not in _LOOK_AT_VALUES):
         return None
     return (
-        f"--trace cannot forecast {optimizer_name(options)}: its step depends on the values of tensors, or needs real ones. "
-        "Measure it without --trace, or forecast another --optimizer_type, such as AdamW, AdamW8bit or Adafactor."
+        f"The memory of {optimizer_name(options)} cannot be forecast: its step depends on values, or needs real tensors. "
+        "Measure it, or forecast another --optimizer_type, such as AdamW, AdamW8bit or Adafactor."
     )
 
 

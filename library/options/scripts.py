@@ -111,6 +111,7 @@ _TRAINING_ADDITIONS = frozenset(
         "dataset_report",
         "dry_run",
         "dry_run_vram",
+        "memory_budget",
         "ema_decay",
         "ema_device",
         "log_events",

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,7 @@ from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
 from library.training.building import Recipe, make_setting, report
 from library.training.events import EventLog
+from library.training.fitting import attempts, fit, tracer, with_options
 from library.training.forecast import BESIDE_TENSORS, Forecast, Tracing
 from library.training.resume import start_position
 from library.training.setting import Setting
@@ -87,6 +88,8 @@ def dry_run(
     if reason := why_not(setting):
         log.warning("%s", reason)
         raise SystemExit(CANNOT_TELL)
+    picked, _ = fit(recipe, setting, requests, saved)
+    recipe, setting, options = with_options(recipe, picked), replace(setting, options=picked), picked
     device = Device.of(options.forecast.dry_run_vram)
     tracing = Tracing(recipe, setting, requests, device.kind)
     forecast = tracing.forecast()
@@ -95,6 +98,10 @@ def dry_run(
     log.info("Memory of %s\n%s", device.name, "\n".join(forecast_lines(forecast)))
     log.info("%s", verdict(forecast, device))
     if device.memory is not None and forecast.needed > device.memory:
+        trace = tracer(recipe, setting, requests, device.kind)
+        found = attempts(options, forecast, device.memory, trace, keeps_the_run=False)
+        lines = [f"  {attempt.line()}" for attempt in found]
+        log.info("What would help, the cheapest first, and what would be needed then:\n%s", "\n".join(lines or ["  nothing known"]))
         raise SystemExit(DOES_NOT_FIT)
 
 

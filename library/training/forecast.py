@@ -6,7 +6,7 @@ from the headers of its files, those of a batch from the plan of the data.
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +32,7 @@ from library.training.loop import one_step
 from library.training.phases import (
     DEVICE,
     LATENTS,
+    PHASES,
     SAMPLES,
     SAVING,
     STEP,
@@ -72,7 +73,7 @@ class Forecast:
     @property
     def needed(self) -> int:
         """Bytes that a device should have: beside tensors, the driver's context and libraries, and what lies between tensors."""
-        return int(self.peak.total * BETWEEN_TENSORS) + BESIDE_TENSORS
+        return needed_for(self.peak.total)
 
 
 BESIDE_TENSORS = 600 * 2**20
@@ -81,23 +82,20 @@ BETWEEN_TENSORS = 1.03
 """What PyTorch's allocator holds for each byte of tensors at the peak."""
 
 
-def forecast_run(recipe: Recipe, setting: Setting, requests: Sequence[ImageRequest], device_type: str = "cuda") -> Forecast:
-    """Trace what a run does on its device.
+def needed_for(size: int) -> int:
+    """Return the bytes that a device should have for bytes of tensors; see `Forecast.needed`."""
+    return int(size * BETWEEN_TENSORS) + BESIDE_TENSORS
+
+
+class Tracing:
+    """A run made of fake tensors.
 
     Args:
         recipe: of the script.
         setting: of the run.
         requests: sample prompts; empty where no sample images are drawn.
         device_type: what the run is on; decides the kernels of torch's optimizers.
-
-    Raises:
-        UserError: of the data nothing is known before training.
     """
-    return Tracing(recipe, setting, requests, device_type).forecast()
-
-
-class Tracing:
-    """A run made of fake tensors; see `forecast_run`."""
 
     def __init__(self, recipe: Recipe, setting: Setting, requests: Sequence[ImageRequest], device_type: str = "cuda") -> None:
         self._recipe = recipe
@@ -109,28 +107,32 @@ class Tracing:
         self.defaults: Mapping[str, Any] = {}
         """Of the optimizer, once it was built."""
 
-    def forecast(self) -> Forecast:
-        """Trace every phase."""
-        uses = largest_batch(self._asked)
+    def forecast(self, wanted: Collection[str] = PHASES) -> Forecast:
+        """Trace phases, all of them unless told otherwise; the training step always is.
+
+        Raises:
+            UserError: of the data nothing is known before training.
+        """
         with fake_tensors() as mode:
             setting = pretended(self._asked)
+            uses = largest_batch(setting)
             dtypes = self._recipe.dtypes_of_parts(setting)
             width, height = setting.dataset.item_of(uses[0]).geometry.bucket
             phases: dict[str, Peak] = {}
             if not keeps_text_encoders(setting):
                 phases[TEXTS], cond = encoding_captions(setting, dtypes.text_encoders)
                 setting.dataset.texts = TextsInMemory(_SameForAll({name: value[0] for name, value in cond.items()}))
-            if caches_latents(setting):
+            if caches_latents(setting) and LATENTS in wanted:
                 phases[LATENTS] = encoding_images(setting)
             if not encodes_images(setting):
                 setting.dataset.latents = _AnyLatents(setting.family)  # type: ignore[assignment]  # stands for latents in memory
             with unset_fake_temporarily():  # the loader draws numbers
                 loaded = next(load(setting, [uses]))
             batch = loaded.mapped(lambda tensor: _faked(mode, tensor))
-            phases |= self._training(setting, dtypes, batch)
-        return Forecast(phases, (len(uses), width, height))
+            phases |= self._training(setting, dtypes, batch, wanted)
+        return Forecast({name: phases[name] for name in wanted if name in phases}, (len(uses), width, height))
 
-    def _training(self, setting: Setting, dtypes: PartDTypes, batch: Batch) -> dict[str, Peak]:
+    def _training(self, setting: Setting, dtypes: PartDTypes, batch: Batch, wanted: Collection[str]) -> dict[str, Peak]:
         """Build the run, and trace one update and what happens between updates."""
         text, vae = _text_side(setting, dtypes), _vae(setting)
         denoiser = load_denoiser(setting, dtypes)
@@ -163,7 +165,7 @@ class Tracing:
             register_resident(counter, modules, optimizer, kept)
             return counter
 
-        if self._requests:
+        if self._requests and SAMPLES in wanted:
             with trained.trainable.evaluation(), torch.no_grad():
                 cond = batch.text_cond or encode_captions(setting.family, batch.captions[:1], text.encoders, DEVICE)
                 phases[SAMPLES] = drawing_samples(setting, denoiser, vae, cond, self._requests, resident())

@@ -15,6 +15,7 @@ from library.training.setting import Setting
 
 TEXTS, LATENTS, STEP, SAMPLES, SAVING = "encoding captions", "encoding images", "training step", "sample images", "saving"
 """The phases of a run, in their order; saving converts one tensor at a time."""
+PHASES = (TEXTS, LATENTS, STEP, SAMPLES, SAVING)
 DEVICE = torch.device("cpu")
 """What is traced is on: autograd's engine wants streams of any other device, and sizes are the same."""
 

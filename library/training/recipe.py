@@ -7,6 +7,7 @@ import logging
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -20,6 +21,7 @@ from library.training.compiling import compile_denoiser
 from library.training.denoiser import arrange_denoiser, load_denoiser
 from library.training.dry_run import dry_run
 from library.training.events import events_of_run
+from library.training.fitting import fit, with_options
 from library.training.hub import open_uploads
 from library.training.identity import check_same_run, identity_of
 from library.training.interrupt import StopRequest
@@ -73,7 +75,8 @@ def run_recipe(
         return
     with events_of_run(options.logging.log_events) as events, telling_of_memory(options) as resident:
         setting = make_setting(open_family, options, data, saved.seed if saved else None, events)
-        carry_out(recipe, setting, saved, requests, resident)
+        picked, _ = fit(recipe, setting, requests, saved)
+        carry_out(with_options(recipe, picked), replace(setting, options=picked), saved, requests, resident)
 
 
 def carry_out(

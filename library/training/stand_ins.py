@@ -49,5 +49,7 @@ def use_kernels_of(optimizer: torch.optim.Optimizer, device_type: str) -> None:
     """
     choose_kernels(optimizer, device_type)
     for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SGD) and group.get("fused"):
+            group["fused"] = None  # has no fake kernel and would run on real memory; both kernels make nothing
         if device_type == "cuda" and group.get("foreach", False) is None and not (group.get("fused") or group["differentiable"]):
             group["foreach"] = True  # torch's choice on a GPU

@@ -1,14 +1,12 @@
 """--dry_run: what a run will be, and how much memory it will need, from the headers of its files alone."""
 
+import json
 import struct
 from pathlib import Path
 
 import pytest
 
-from tests.cli.training_commands import ROOT, arguments, run_command, write_dataset
-
-INVERSION = str(ROOT / "sdxl_train_textual_inversion.py")
-CONTROL = str(ROOT / "sdxl_train_control_net_lllite.py")
+from tests.cli.training_commands import FINETUNE, arguments, finetune_arguments, run_command, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +56,23 @@ def test_what_does_not_fit_ends_with_status_3_and_wrong_options_with_2(header_al
     assert small.returncode == 3 and "It does not fit" in small.stderr
     wrong = run_command(arguments(header_alone, dataset, tmp_path, "--dry_run", "--optimizer_type", "AdamX"))
     assert wrong.returncode == 2 and "AdamX" in wrong.stderr and "Memory" not in wrong.stderr
+
+
+def test_a_budget_is_kept_with_plain_options_that_a_resumed_run_has_too(
+    tiny_checkpoint: Path, dataset: Path, tmp_path: Path
+) -> None:
+    given = ("--memory_budget", "0.71GB", "--cache_latents", "--cache_text_encoder_outputs", "--save_state")
+    begun = run_command(finetune_arguments(tiny_checkpoint, dataset, tmp_path, *given, "--max_train_steps", "1"), script=FINETUNE)
+    assert begun.returncode == 0, begun.stderr
+    assert "To keep within --memory_budget 0.71GB, the run gets --optimizer_type AdamW8bit: 0." in begun.stderr
+    assert json.loads((tmp_path / "model-run.json").read_text())["options"]["optimizer_type"] == "AdamW8bit"
+    more = ("--resume", str(tmp_path / "model-state"), "--max_train_steps", "2")
+    resumed = run_command(finetune_arguments(tiny_checkpoint, dataset, tmp_path, *given, *more), script=FINETUNE)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((tmp_path / "model-run.json").read_text())["options"]["optimizer_type"] == "AdamW8bit"
+
+
+def test_a_budget_that_nothing_keeps_is_refused_with_the_closest(header_alone: Path, dataset: Path, tmp_path: Path) -> None:
+    ended = run_command(finetune_arguments(header_alone, dataset, tmp_path, "--memory_budget", "0.5GB"), script=FINETUNE)
+    assert ended.returncode == 2
+    assert "--memory_budget 0.5GB: the run needs" in ended.stderr and "--gradient_checkpointing: 0." in ended.stderr

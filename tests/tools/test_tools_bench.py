@@ -134,7 +134,7 @@ def test_a_trace_forecasts_the_peak_without_measuring(tmp_path: Path, capsys: py
         (["--mode", "loora"], ["loora", "lora", "finetune"]),
         (["--stepz", "3"], ["--stepz", "--steps"]),
         (["--batch_size", "0"], ["batch_size"]),
-        (["--optimizer_type", "Prodigy", "--trace"], ["--trace cannot forecast Prodigy"]),
+        (["--optimizer_type", "Prodigy", "--trace"], ["The memory of Prodigy cannot be forecast"]),
         (["--optimizer_type", "Prodigy", "--count_operations"], ["--count_operations cannot step Prodigy"]),
         (["--fp8_base", "--mode", "finetune"], ["--fp8_base holds frozen weights in few bits"]),
         (["--full_bf16"], ["--full_bf16", "--mixed_precision bf16"]),
