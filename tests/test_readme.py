@@ -27,7 +27,7 @@ from library.options.scripts import (
     SdxlTrainOptions,
     SdxlTrainTextualInversionOptions,
 )
-from tools import canny, resize_images_to_resolution, show_metadata
+from tools import bench_start, canny, resize_images_to_resolution, show_metadata
 from tools.bench import BenchScriptOptions, check
 from tools.bench_dataset import command_line as bench_dataset_parser
 from tools.convert_sdxl import command_line as convert_parser
@@ -67,6 +67,10 @@ def accept_bench(arguments: Sequence[str]) -> None:
     check(parse(BenchScriptOptions, arguments))
 
 
+def accept_command(words: Sequence[str]) -> None:
+    ACCEPT[words[0]](list(words[1:]))
+
+
 ACCEPT: dict[str, Callable[[list[str]], object]] = {
     "start.py": start.read_command_line,
     "sdxl_train.py": lambda arguments: parse(SdxlTrainOptions, arguments),
@@ -81,6 +85,7 @@ ACCEPT: dict[str, Callable[[list[str]], object]] = {
     "tools/bench.py": accept_bench,
     "tools/cache_latents.py": lambda arguments: parse(CacheLatentsOptions, arguments),
     "tools/cache_text_encoder_outputs.py": lambda arguments: parse(CacheTextEncoderOutputsOptions, arguments),
+    "tools/bench_start.py": lambda arguments: accept_command(bench_start.command_line().parse_args(arguments).command),
     "tools/bench_dataset.py": lambda arguments: bench_dataset_parser().parse_args(arguments),
     "tools/canny.py": canny.read_command_line,
     "tools/convert_sdxl.py": lambda arguments: output_layout(convert_parser().parse_args(arguments)),
