@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from library.files.atomic import atomic_write_text
 from library.memory.traceable import untraceable
 from library.options.checks import checkpoint_problems, packed_problems, precision_problems, quant_problems
-from library.options.checks_optimizer import fused_problems, optimizer_name, optimizer_problems
+from library.options.checks_optimizer import fused_problems, host_state_problems, optimizer_name, optimizer_problems
 from library.options.checks_swap import swap_problems, trained_swap_problems
 from library.options.entry import run_script
 from library.options.errors import UsageError
@@ -81,6 +81,7 @@ def check(options: BenchScriptOptions) -> None:
         problems += [*packed_problems(options.precision), *trained_swap_problems(options.precision, options.optimizer)]
     problems += quant_problems(options.precision)
     problems += fused_problems(options.optimizer, 1, options.precision.mixed_precision)
+    problems += host_state_problems(options.optimizer, options.precision.mixed_precision, is_divided=False)
     if options.bench.trace and not problems and (problem := untraceable(options.optimizer)):
         problems.append(problem)
     if options.bench.count_operations and not problems and untraceable(options.optimizer):
@@ -135,6 +136,7 @@ def what_is_run(options: BenchScriptOptions, hardware: dict[str, Any]) -> dict[s
         share = precision.offload_fraction
         flags.append(f"{precision.blocks_to_swap} blocks in main memory" if share is None else f"{share:.0%} of it in main memory")
     flags += [f"frozen weights in {precision.denoiser_quant}"] if precision.denoiser_quant else []
+    flags += ["optimizer state in main memory"] if options.optimizer.optimizer_states == "host" else []
     flags += ["fused backward pass"] if options.optimizer.fused_backward_pass else []
     groups = options.optimizer.fused_optimizer_groups
     flags += [f"{groups} fused groups"] if groups else []

@@ -46,6 +46,8 @@ class PretendAccelerator:
         num_processes: that share the data; this is the first of them.
     """
 
+    host = torch.device("meta")
+    """Stands for main memory: what is there does not count."""
     process_index = 0
     is_main_process = True
     is_local_main_process = True

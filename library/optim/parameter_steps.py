@@ -1,12 +1,13 @@
 """Step a part of an optimizer's parameters, and bfloat16 ones without losing small steps."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from library.optim.host_states import HostStates
 from library.optim.stochastic_rounding import round_stochastically
 
 
@@ -18,11 +19,13 @@ class ParameterSteps:
 
     Args:
         optimizer: as `make_optimizer` gives it. Stepping parameters one after the other equals one step of all only where nothing
-            is computed over several of them, see `library.options.checks_optimizer.steps_alone`.
+            is computed over several of them, see `library.options.checks_optimizer.steps_alone`. Where `HostStates` keeps its
+            state in main memory, that of the parameters comes to their device meanwhile.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
+        self._host_states = HostStates.of(optimizer)
         everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._numbers = {parameter: number for number, parameter in enumerate(everything)}
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -35,7 +38,8 @@ class ParameterSteps:
             seed: of the rounding; a parameter's draws depend on it and on the parameter's place in the optimizer alone.
         """
         halves = [p for p in parameters if p.dtype == torch.bfloat16 and p.grad is not None]
-        with self._narrowed_to(set(parameters)), self._in_float32(halves, seed):
+        brought = nullcontext() if self._host_states is None else self._host_states.brought(parameters)
+        with brought, self._narrowed_to(set(parameters)), self._in_float32(halves, seed):
             self._optimizer.step()
 
     @contextmanager
@@ -105,10 +109,13 @@ def load_optimizer_state(optimizer: Any, saved: Mapping[str, Any]) -> None:
     Raises:
         ValueError, KeyError: the state belongs to another optimizer.
     """
-    optimizer.load_state_dict(saved)
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if (host_states := HostStates.of(inner)) is not None:
+        host_states.load(optimizer.load_state_dict, saved)
+    else:
+        optimizer.load_state_dict(saved)
     if getattr(optimizer, "restores_exactly", False):
         return
-    inner = getattr(optimizer, "optimizer", optimizer)
     numbers = [number for group in saved["param_groups"] for number in group["params"]]
     parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):

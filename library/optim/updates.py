@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from library.optim.finite import FiniteGate
 from library.optim.gradient_norms import GradientNorms
+from library.optim.host_states import HOST, HostStates
 from library.optim.parameter_steps import ParameterSteps
 from library.options.checks_optimizer import steps_alone
 from library.options.errors import UserError
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _CHUNK = 64 * 2**20
 """Elements whose float32 copies exist at a time while bfloat16 weights are stepped: a quarter of a GiB."""
+_CHUNK_OF_HOST = 16 * 2**20
+"""Elements whose state is on the device at a time where it lies in main memory: 128 MiB for AdamW."""
 
 
 class Updater(Protocol):
@@ -96,9 +99,13 @@ class UpdateInBackward:
         steps: of the optimizer.
         groups: every trained parameter once, in the groups that are stepped together.
         max_grad_norm: of each tensor's gradient; 0 for no limit.
+        chunk: most elements that are stepped at a time.
     """
 
-    def __init__(self, steps: ParameterSteps, groups: Sequence[Sequence[nn.Parameter]], max_grad_norm: float) -> None:
+    def __init__(
+        self, steps: ParameterSteps, groups: Sequence[Sequence[nn.Parameter]], max_grad_norm: float, chunk: int = _CHUNK
+    ) -> None:
+        self._chunk = chunk
         self._steps = steps
         self._groups = [list(group) for group in groups]
         self._max_grad_norm = max_grad_norm
@@ -136,7 +143,7 @@ class UpdateInBackward:
 
     def _step(self, number: int) -> None:
         self._arrived[number] = 0
-        for chunk in chunked([parameter for parameter in self._groups[number] if parameter.grad is not None], _CHUNK):
+        for chunk in chunked([parameter for parameter in self._groups[number] if parameter.grad is not None], self._chunk):
             if self.gate is None or self.gate.admits(chunk):
                 self._steps.step(chunk, self._seed)
             for parameter in chunk:
@@ -156,12 +163,16 @@ def make_updater(
         optimizer: as `make_optimizer` gives it.
         prepared: the same as accelerate wraps it.
         parameters: everything that is trained, in the order of the optimizer's groups.
-        options: `--fused_backward_pass`, `--fused_optimizer_groups`, `--max_grad_norm`.
-        accelerator: `accelerate.Accelerator`.
+        options: `--fused_backward_pass`, `--fused_optimizer_groups`, `--max_grad_norm`, `--optimizer_states`.
+        accelerator: `accelerate.Accelerator`, or what acts like it and says with `host` what stands for main memory.
 
     Raises:
         UserError: parameters are to be stepped inside the backward pass in more than one process.
     """
+    on_host = options.optimizer_states == "host"
+    if on_host:
+        keep_states(optimizer, accelerator.device, getattr(accelerator, "host", HOST))
+    chunk = _CHUNK_OF_HOST if on_host else _CHUNK
     steps = ParameterSteps(optimizer)
     groups = fused_groups(optimizer.param_groups, options)
     if groups is not None:
@@ -175,18 +186,26 @@ def make_updater(
                 "--max_grad_norm %g limits each tensor's gradient by itself, since tensors are stepped in the backward pass.",
                 options.max_grad_norm,
             )
-        return UpdateInBackward(steps, groups, options.max_grad_norm)
+        return UpdateInBackward(steps, groups, options.max_grad_norm, chunk)
     if accelerator.scaler is not None and any(parameter.dtype == torch.float16 for parameter in parameters):
         accept_half_gradients(accelerator.scaler)
     has_halves = any(parameter.dtype == torch.bfloat16 for parameter in parameters)
-    chunks = chunked(parameters, _CHUNK) if steps_alone(options) else [list(parameters)]
+    chunks = chunked(parameters, chunk) if steps_alone(options) else [list(parameters)]
 
     def step_rounding(seed: int) -> None:
         for chunk in chunks:
             steps.step(chunk, seed)
 
-    step = step_rounding if has_halves else lambda seed: prepared.step()
+    step = step_rounding if has_halves or on_host else lambda seed: prepared.step()
     return UpdateAfterBackward(accelerator, prepared, parameters, options.max_grad_norm, step)
+
+
+def keep_states(optimizer: torch.optim.Optimizer, device: torch.device, host: torch.device) -> None:
+    """Keep an optimizer's state in main memory, where that is not what it is trained in."""
+    if device == host:
+        logger.info("--optimizer_states host: training runs in main memory, so the optimizer's state is there already.")
+    else:
+        HostStates(optimizer, host)
 
 
 def fused_groups(param_groups: Sequence[dict[str, Any]], options: OptimizerOptions) -> list[list[nn.Parameter]] | None:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from library.options.checks_distributed import distributed_notes, distributed_problems
+from library.options.checks_distributed import distributed_notes, distributed_problems, wants_sharding
 from library.options.checks_hub import hub_notes, hub_problems
 from library.options.checks_objective import objective_notes, objective_problems
-from library.options.checks_optimizer import fused_problems, is_schedule_free
+from library.options.checks_optimizer import fused_problems, host_state_problems, is_schedule_free
 from library.options.checks_rates import network_rates, rate_notes, rate_problems
 from library.options.checks_swap import compiled_swap_problems, swap_problems, trained_swap_problems
 from library.options.dataset_class import class_notes, class_problems
@@ -88,6 +88,8 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
     yield from quant_problems(options.precision)
     yield from _compile_problems(options.compile)
     yield from fused_problems(options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision)
+    divided = options.distributed.deepspeed or wants_sharding()
+    yield from host_state_problems(options.optimizer, options.precision.mixed_precision, is_divided=divided)
     yield from _ema_problems(options)
     yield from objective_problems(options.noise, options.loss, options.model.v_parameterization)
     yield from _sample_problems(options.sample)

@@ -151,6 +151,30 @@ def fused_problems(options: OptimizerOptions, accumulation: int, mixed_precision
         )
 
 
+def host_state_problems(options: OptimizerOptions, mixed_precision: str, *, is_divided: bool) -> Iterator[str]:
+    """Yield what keeps the optimizer's state from lying in main memory, where that was asked for.
+
+    Args:
+        options: of the optimizer.
+        mixed_precision: "no", "fp16" or "bf16".
+        is_divided: whether DeepSpeed or FSDP divides the state over processes.
+    """
+    if options.optimizer_states != "host":
+        return
+    name = optimizer_name(options)
+    if is_divided:
+        yield "--optimizer_states host is not for DeepSpeed and FSDP, which place states themselves."
+    if mixed_precision == "fp16":
+        yield "--optimizer_states host cannot step in parts under the gradient scaling of --mixed_precision fp16. Use bf16 or no."
+    if class_path(options).startswith("bitsandbytes.optim.Paged"):
+        yield f"--optimizer_states host: {name} moves its state itself. Choose one of the two, or {name.replace('Paged', '')}."
+    elif not steps_alone(options):
+        yield (
+            f"--optimizer_states host steps parameters in parts, but {name} steps all of them at once, or is not known to do "
+            "otherwise. Choose another --optimizer_type, such as AdamW or AdamW8bit."
+        )
+
+
 def optimizer_problems(options: OptimizerOptions) -> list[str]:
     """Return what is wrong with the optimizer options, one sentence each."""
     arguments, problems = read_arguments(options.optimizer_args, "--optimizer_args")

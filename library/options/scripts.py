@@ -122,6 +122,7 @@ _TRAINING_ADDITIONS = frozenset(
         "masked_loss_normalize",
         "offload_fraction",
         "on_non_finite",
+        "optimizer_states",
         "resume_changed",
         "strict_config",
         "base_quant",

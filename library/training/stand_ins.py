@@ -25,14 +25,18 @@ def what_is_traced(optimizer: OptimizerOptions) -> OptimizerOptions:
 
 
 def computed_state(optimizer: OptimizerOptions, parameters: Sequence[nn.Parameter]) -> int:
-    """Return the bytes of the state that is not traced, because a stand-in keeps none.
+    """Return the bytes of the state on the device that is not traced, because a stand-in keeps none.
 
     Args:
         optimizer: as it was asked for.
         parameters: that it steps.
     """
     kept = KEPT_BY_BITSANDBYTES.get(class_path(optimizer))
-    return 0 if kept is None else sum(kept_bytes(parameter.numel(), *kept) for parameter in parameters)
+    return (
+        0
+        if kept is None or optimizer.optimizer_states == "host"
+        else sum(kept_bytes(parameter.numel(), *kept) for parameter in parameters)
+    )
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -1,11 +1,14 @@
 """Weights in 8 and 4 bits: what they lose, what a network learns beside them, and what autograd and loading hold."""
 
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import networks.lora
 from library.memory.blocks import NF4
@@ -16,8 +19,9 @@ from library.memory.trace import StorageCounter
 from library.models.family import ModelSource
 from library.models.sdxl.build import build_unet
 from library.models.sdxl.family import SdxlFamily
-from library.models.sdxl.sizes import plan_unet
+from library.models.sdxl.sizes import SdxlSizes, plan_unet
 
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results"
 CPU = torch.device("cpu")
 GENERATOR = torch.Generator().manual_seed(4)
 
@@ -230,3 +234,23 @@ def test_a_block_of_full_width_gives_loss_and_gradient_of_its_unpacked_weights(c
         found.append([loss.detach(), *(each.grad for each in inputs)])
         unpack_layers(block)
     assert all(torch.equal(ours, plain) and ours.any() for ours, plain in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_the_full_unet_takes_the_memory_that_is_documented(name: str) -> None:
+    documented = {
+        result: json.loads((RESULTS / f"{result}.json").read_text(encoding="utf-8"))["traced_peak_gib"]["weights"]
+        for result in ("traced_lora", f"traced_lora_{name}")
+    }
+    with torch.device("meta"):
+        unet = build_unet(SdxlSizes().unet)
+    codec = CODECS[name]
+    kinds = Counter(
+        layer.weight.shape
+        for layer in unet.modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and codec.accepts(layer.weight.shape)
+    )
+    with FakeTensorMode():
+        each = {shape: packed(torch.empty(shape, dtype=torch.bfloat16), codec).parts for shape in kinds}
+    saved = sum(count * (2 * shape.numel() - sum(part.nbytes for part in each[shape])) for shape, count in kinds.items())
+    assert documented["traced_lora"] - documented[f"traced_lora_{name}"] == pytest.approx(saved / 2**30, rel=0.05)

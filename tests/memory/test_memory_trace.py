@@ -46,6 +46,9 @@ CASES = {
     ),
     "LoRA": Case(SMALL.model_copy(update={"mode": "lora"}), StepPrecisionOptions(), OptimizerOptions()),
     "LoRA beside 8 bits": Case(SMALL.model_copy(update={"mode": "lora"}), StepPrecisionOptions(fp8_base=True), OptimizerOptions()),
+    "LoRA beside 4 bits": Case(
+        SMALL.model_copy(update={"mode": "lora"}), StepPrecisionOptions(base_quant="nf4"), OptimizerOptions()
+    ),
     "AdamW": Case(SMALLER, StepPrecisionOptions(), OptimizerOptions(), "cuda"),
     "RMSprop, foreach": Case(SMALLER, StepPrecisionOptions(), OptimizerOptions(optimizer_type="RMSprop"), "cuda"),
     "bf16 weights, AdamW": Case(SMALLER, BF16, OptimizerOptions(), "cuda"),

@@ -27,6 +27,15 @@ REFUSED = [
     ("--gradient_checkpointing --checkpoint_fraction 0", "--checkpoint_fraction"),
     ("--blocks_to_swap 9 --offload_fraction 0.5", "Give one of them"),
     ("--blocks_to_swap 9 --torch_compile --dynamo_backend cudagraphs", "wants weights to stay where they are"),
+    ("--optimizer_states host --mixed_precision fp16", "--optimizer_states host cannot step in parts under"),
+    (
+        "--optimizer_states host --optimizer_type Prodigy --learning_rate 1",
+        "--optimizer_states host steps parameters in parts, but",
+    ),
+    (
+        "--optimizer_states host --optimizer_type PagedAdamW8bit",
+        "PagedAdamW8bit moves its state itself. Choose one of the two, or Ada",
+    ),
     ("--fp8_base --base_quant nf4", "--fp8_base and --base_quant nf4 hold the same weights in two ways"),
     ("--fp8_base_unet --base_quant int8", "--fp8_base_unet and --base_quant int8 hold the same weights in two ways"),
     ("--ddp_static_graph --gradient_accumulation_steps 2", "excludes --gradient_accumulation_steps above 1"),

@@ -29,6 +29,9 @@ class OptimizerOptions(OptionGroup):
         "stop",
         "What to do when a loss or a gradient is not finite: stop and tell why, or tell, leave out that update and go on.",
     )
+    optimizer_states: Literal["device", "host"] = option(
+        "device", "Where the optimizer's state lies: host is main memory, from which each part comes for its step."
+    )
     fused_backward_pass: bool = flag("Step each parameter inside the backward pass and free its gradient at once.")
     fused_optimizer_groups: Annotated[int | None, SameAsUnset(0)] = option(
         None,
