@@ -34,14 +34,15 @@ class Pass(Enum):
 
 
 class SwappedBlock:
-    """A block with its large tensors in main memory, one behind the other.
+    """A block with its large tensors in main memory, one behind the other, and the small ones on the device.
 
     Args:
-        module: on its device; its tensors are moved.
+        module: on any device; its tensors are moved.
         arena: main memory.
+        device: that computes.
     """
 
-    def __init__(self, module: nn.Module, arena: Arena) -> None:
+    def __init__(self, module: nn.Module, arena: Arena, device: torch.device) -> None:
         self.module = module
         self.tensors = large_tensors(module)
         self._offsets = [0]
@@ -52,6 +53,9 @@ class SwappedBlock:
         for view, tensor in zip(self._at_home, self.tensors, strict=True):
             view.copy_(tensor.detach())
         self.point_at(self._at_home)
+        is_moved = {id(tensor) for tensor in self.tensors}
+        for small in (part for parameter in module.parameters() for part in parts_of(parameter) if id(part) not in is_moved):
+            small.data = small.data.to(device)
         self.taken_back: Mark = None
         """The end of the last copy to main memory."""
 
@@ -132,6 +136,11 @@ class BlockSwap:
         return [block.home for block in self._blocks]
 
     @property
+    def places(self) -> list[Tensor]:
+        """The buffers of bytes on the device."""
+        return [place.buffer for place in self._places]
+
+    @property
     def on_device(self) -> list[int]:
         """The numbers of the blocks that are there or on their way."""
         return [place.block for place in self._places if place.block is not None]
@@ -173,7 +182,6 @@ class BlockSwap:
     def bring_home(self) -> None:
         """Have all blocks in main memory and nowhere else, for whoever writes to the parameters next."""
         for place in self._places:
-            self._transfers.wait(place.arrived)
             self._vacate(place)
         self.settle()
         self._last = None
@@ -189,7 +197,8 @@ class BlockSwap:
         if number not in place.views:
             place.views[number] = block.views_of(place.buffer)
         place.block = number
-        place.arrived = self._transfers.bring(place.buffer[: block.size], block.home, is_free, block.taken_back)
+        # A block that has just left is home: what took its place came on the same lane, and waited for it.
+        place.arrived = self._transfers.bring(place.buffer[: block.size], block.home, is_free)
         return place
 
     def _vacate(self, place: Place) -> Mark:
@@ -322,21 +331,36 @@ def swap_blocks(model: nn.Module, blocks: Sequence[nn.Module], places: int, devi
     The model's state dict can be read and loaded as before.
 
     Args:
-        model: whose blocks they are.
+        model: whose blocks they are; on any device, and on `device` afterwards but for the blocks.
         blocks: in the order of the forward pass; more than `places`.
         places: how many are on the device at a time.
         device: that computes.
     """
     arena = Arena(is_pinned=device.type == "cuda")
-    swap = BlockSwap([SwappedBlock(block, arena) for block in blocks], places, device)
+    swap = BlockSwap([SwappedBlock(block, arena, device) for block in blocks], places, device)
     swap.attach()
+    if device.type != "cpu":
+        model.to(device)
     model.register_state_dict_pre_hook(lambda *_: swap.settle())
     model.register_load_state_dict_pre_hook(lambda *_: swap.bring_home())
     _swaps[model] = swap
     return swap
 
 
+def wait_for_swapping(module: nn.Module) -> None:
+    """Wait until the parameters of swapped blocks are where they point to; for those who read them other than as a state dict."""
+    for part in module.modules():
+        if part in _swaps:
+            _swaps[part].settle()
+
+
 def kept_in_main_memory(model: nn.Module) -> list[Tensor]:
     """Return the buffers in main memory of a model whose blocks are swapped; none of another."""
     swap = _swaps.get(model)
     return [] if swap is None else swap.in_main_memory
+
+
+def places_on_device(model: nn.Module) -> list[Tensor]:
+    """Return the buffers on the device that a model's blocks take turns in, if they are swapped."""
+    swap = _swaps.get(model)
+    return [] if swap is None else swap.places

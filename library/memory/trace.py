@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from library.memory.block_swap import kept_in_main_memory
+from library.memory.block_swap import kept_in_main_memory, places_on_device
 
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS = "weights", "gradients", "optimizer", "activations"
 _BLOCK = 512
@@ -151,6 +151,7 @@ def register_resident(
     """
     counter.leave_out(buffer for module in modules for buffer in kept_in_main_memory(module))
     parameters = [parameter for module in modules for parameter in module.parameters()]
+    counter.register((place for module in modules for place in places_on_device(module)), WEIGHTS)
     counter.register([*parameters, *(buffer for module in modules for buffer in module.buffers()), *kept], WEIGHTS)
     counter.register([value for state in optimizer.state.values() for value in state.values()], OPTIMIZER)
     counter.register([parameter.grad for parameter in parameters if parameter.grad is not None], GRADIENTS)

@@ -20,11 +20,11 @@ class Transfers(Protocol):
     def mark(self) -> Mark:
         """Return the point that the computation has reached: everything asked of the device so far."""
 
-    def bring(self, target: Tensor, source: Tensor, *after: Mark) -> Mark:
-        """Copy from main memory to the device once some points are reached, and return the end of the copy."""
+    def bring(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
+        """Copy from main memory to the device once a point is reached, and return the end of the copy; one follows the other."""
 
-    def take_away(self, target: Tensor, source: Tensor, *after: Mark) -> Mark:
-        """Copy from the device to main memory once some points are reached, and return the end of the copy."""
+    def take_away(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
+        """Copy from the device to main memory once a point is reached, and return the end of the copy; one follows the other."""
 
     def compute_after(self, mark: Mark) -> None:
         """Let whatever is computed from now on begin after a point; the host does not wait."""
@@ -39,11 +39,11 @@ class InTurn:
     def mark(self) -> Mark:
         """There is nothing to wait for."""
 
-    def bring(self, target: Tensor, source: Tensor, *after: Mark) -> Mark:
+    def bring(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
         """Copy."""
         target.copy_(source)
 
-    def take_away(self, target: Tensor, source: Tensor, *after: Mark) -> Mark:
+    def take_away(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
         """Copy."""
         target.copy_(source)
 
@@ -75,11 +75,11 @@ class BesideComputation:
         """Return an event of the stream that computes."""
         return torch.cuda.current_stream(self._device).record_event()
 
-    def bring(self, target: Tensor, source: Tensor, *after: Mark) -> Mark:
+    def bring(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
         """Copy on the inward stream."""
         return self._copy(self._inward, target, source, after)
 
-    def take_away(self, target: Tensor, source: Tensor, *after: Mark) -> Mark:
+    def take_away(self, target: Tensor, source: Tensor, after: Mark) -> Mark:
         """Copy on the outward stream."""
         return self._copy(self._outward, target, source, after)
 
@@ -93,10 +93,8 @@ class BesideComputation:
         if mark is not None:
             mark.synchronize()
 
-    def _copy(self, stream: torch.cuda.Stream, target: Tensor, source: Tensor, after: tuple[Mark, ...]) -> Mark:
-        for mark in after:
-            if mark is not None:
-                stream.wait_event(mark)
+    def _copy(self, stream: torch.cuda.Stream, target: Tensor, source: Tensor, after: Mark) -> Mark:
+        stream.wait_event(after)
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
         return stream.record_event()

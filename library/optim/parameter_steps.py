@@ -127,6 +127,12 @@ def load_optimizer_state(optimizer: Any, saved: Mapping[str, Any]) -> None:
         to_train()
 
 
+def move_state(optimizer: Any, device: torch.device) -> None:
+    """Put an optimizer's state on a device; counts, which have no axes, stay where the optimizer has them."""
+    for state in optimizer.state.values():
+        state.update({key: value.to(device) for key, value in state.items() if isinstance(value, Tensor) and value.ndim})
+
+
 def _in_saved_type(saved: Any, loaded: Any) -> Any:
     """Return what was loaded, with every tensor in it, also within lists, in the type it was saved in."""
     if isinstance(saved, Tensor) and isinstance(loaded, Tensor):

@@ -14,9 +14,15 @@ from library.training.setting import PartDTypes, Setting
 
 
 def load_denoiser(setting: Setting, dtypes: PartDTypes) -> nn.Module:
-    """Load the denoiser, frozen, and prepare it."""
-    denoiser = setting.family.load_denoiser(dtypes.denoiser, setting.accelerator.device, dtypes.hold_denoiser)
-    prepare_denoiser(setting.family, denoiser, setting.options.precision, setting.accelerator.device)
+    """Load the denoiser, frozen, and prepare it.
+
+    One whose blocks are swapped may be larger than the device, so it stays in main memory until `arrange_denoiser` divides it. What
+    is packed on the way is not: packing is the device's work.
+    """
+    precision, device = setting.options.precision, setting.accelerator.device
+    waits = precision.swaps_blocks and dtypes.hold_denoiser is None
+    denoiser = setting.family.load_denoiser(dtypes.denoiser, HOST if waits else device, dtypes.hold_denoiser)
+    prepare_denoiser(setting.family, denoiser, precision, device)
     return denoiser
 
 
@@ -65,6 +71,17 @@ def arrange_denoiser(
         blocks = list(family.blocks(denoiser).values())
         swapped = [blocks[number] for number in blocks_to_swap(denoiser, blocks, precision, places)]
         swap_blocks(denoiser, swapped, places, device)
+
+
+def check_swapping(family: Family, precision: StepPrecisionOptions) -> None:
+    """Refuse numbers of blocks that no model of this size has, before anything is loaded or cached.
+
+    Raises:
+        UserError: naming what is allowed.
+    """
+    if precision.swaps_blocks:
+        skeleton = family.skeletons()[family.denoiser_name]
+        blocks_to_swap(skeleton, list(family.blocks(skeleton).values()), precision, FROZEN_PLACES)
 
 
 def blocks_to_swap(denoiser: nn.Module, blocks: Sequence[nn.Module], precision: StepPrecisionOptions, places: int) -> list[int]:

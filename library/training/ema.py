@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from library.memory.block_swap import wait_for_swapping
 from library.optim.updates import chunked
 from library.training.position import Position
 from library.training.saving import Saver
@@ -49,6 +50,7 @@ class MovingAverage:
         named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
         self._names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
+        self._module = module
         self._decay = decay
         ends = list(itertools.accumulate(len(chunk) for chunk in chunked(self._parameters, _CHUNK)))
         self._parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
@@ -70,6 +72,7 @@ class MovingAverage:
     def after_update(self, position: Position) -> None:
         """Move the average towards the weights."""
         share = 1 - decay_after(position.update, self._decay)
+        wait_for_swapping(self._module)
         weights = [parameter.detach() for parameter in self._parameters]
         if self._staged is None:
             self._move(weights, share)

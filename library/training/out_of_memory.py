@@ -188,6 +188,8 @@ def remedies(options: TrainingOptions, sizes: Sizes) -> Iterator[str]:
         yield f"--base_quant nf4: nearly three quarters of them, for larger errors{_saves(sizes.denoiser * 47 // 64)}"
     if is_finetuning and not precision.full_bf16:
         yield f"--full_bf16 with --mixed_precision bf16: half of weights and gradients{_saves(sizes.trained)}"
+    if not precision.swaps_blocks and (not is_finetuning or optimizer.fused_backward_pass):
+        yield "--blocks_to_swap 40, or more: so many blocks of the U-Net wait in main memory, for slower steps"
     if not precision.cpu_offload_checkpointing:
         yield "--cpu_offload_checkpointing: what checkpoints keep, for slower steps"
     yield "a lower --resolution: activations in proportion to the area"

@@ -18,7 +18,7 @@ from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
 from library.training.building import Recipe, build_step, make_setting, report
 from library.training.compiling import compile_denoiser
-from library.training.denoiser import arrange_denoiser, load_denoiser
+from library.training.denoiser import arrange_denoiser, check_swapping, load_denoiser
 from library.training.dry_run import dry_run
 from library.training.events import events_of_run
 from library.training.fitting import fit, with_options
@@ -99,6 +99,7 @@ def carry_out(
     uploads = open_uploads(options.hub) if accelerator.is_main_process else None
     start = start_position(options.state, saved, length, setting.batches_per_epoch, options.length.gradient_accumulation_steps)
 
+    check_swapping(setting.family, options.precision)
     part_dtypes = recipe.dtypes_of_parts(setting)
     text = prepare_text(setting, requests, part_dtypes)
     vae = prepare_latents(setting, keep=bool(requests))
@@ -141,11 +142,18 @@ def load_saved(saved: SavedPlace, saver: Saver, training_log: TrainingLog) -> No
 
 def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelParts) -> tuple[TrainingRun, Saver]:
     """Build optimizer, schedule, step, loader and saver: everything the loop needs but those who look on."""
+    options, swaps = setting.options, setting.options.precision.swaps_blocks
     run, engine, optimizer = build_step(setting, trained, parts)
     saver = Saver(
         plan=SavePlan.of(setting.options.output, setting.options.state, trained.extension, setting.length.num_epochs),
         trainable=trained.trainable,
-        live=Resumable(trained.trainable.module, engine.optimizer, run.schedule, setting.accelerator.scaler),
+        live=Resumable(
+            trained.trainable.module,
+            engine.optimizer,
+            run.schedule,
+            setting.accelerator.scaler,
+            state_on=setting.accelerator.device if swaps and options.optimizer.optimizer_states != "host" else None,
+        ),
         dtype=setting.dtypes.saved,
         metadata=recipe.metadata(setting, trained),
         averaged=lambda: averaged_weights(optimizer),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from library.dataset.batch import Batch
+from library.memory.block_swap import wait_for_swapping
 from library.training.loop import TrainingRun, batch_seed
 from library.training.non_finite import Spoiled, Taken
 from library.training.step import TrainStep
@@ -82,6 +83,7 @@ def examine(run: TrainingRun, spoiled: Spoiled, *, with_gradients: bool) -> list
 
 def spoiled_weight(module: nn.Module) -> str | None:
     """Return the first trained parameter that has values that are not finite, or None."""
+    wait_for_swapping(module)
     for name, parameter in module.named_parameters():
         own: Any = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if parameter.requires_grad and not bool(torch.isfinite(own).all()):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from library.files.atomic import atomic_folder
 from library.files.safetensors_io import open_safetensors, save_safetensors
 from library.optim.own_settings import OwnSettings
-from library.optim.parameter_steps import load_optimizer_state
+from library.optim.parameter_steps import load_optimizer_state, move_state
 from library.options.errors import UserError
 from library.training.full_tensors import (
     Gathered,
@@ -81,6 +81,8 @@ class Resumable:
     scaler: Any | None
     extras: dict[str, StatefulTensors] = field(default_factory=dict)
     """Further tensors by the name of their file."""
+    state_on: torch.device | None = None
+    """Where the optimizer's state belongs, if not where its parameters are between steps."""
 
 
 def save_state(
@@ -194,6 +196,8 @@ def load_state(folder: Path, live: Resumable) -> None:
             if part is live.optimizer:
                 _check_settings(part, saved)
                 load_optimizer_state(part, shares_of_optimizer_state(saved, part))
+                if live.state_on is not None:
+                    move_state(part, live.state_on)
             else:
                 part.load_state_dict(saved)
         except (ValueError, KeyError, RuntimeError, AttributeError) as error:

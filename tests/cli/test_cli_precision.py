@@ -14,7 +14,7 @@ def test_a_network_is_trained_drawn_measured_and_resumed_beside_a_model_in_few_b
     (tmp_path / "prompts.txt").write_text("a red house --d 3 --s 1\n")
     base = ["--base_quant", "nf4", "--mixed_precision", "bf16", "--gradient_checkpointing", "--max_train_steps", "2"]
     base += ["--optimizer_type", "AdamW8bit", "--validation_split", "0.34"]
-    more = [*base, "--save_every_n_steps", "1", "--save_state"]
+    more = [*base, "--blocks_to_swap", "12", "--save_every_n_steps", "1", "--save_state"]
     more += ["--sample_prompts", str(tmp_path / "prompts.txt"), "--sample_every_n_steps", "2"]
     more += ["--validate_every_n_steps", "2", "--max_validation_steps", "1"]
     done = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "out", *more))
@@ -39,7 +39,7 @@ def test_compiled_blocks_and_activations_in_main_memory_change_no_bit_and_a_run_
     dataset.write_text(dataset.read_text().replace("enable_bucket = true", "enable_bucket = false"))
     base = ["--network_train_unet_only", "--gradient_checkpointing", "--cache_latents", "--max_train_steps", "2", "--torch_compile"]
     more = [*base, "--dynamo_backend", "eager", "--cpu_offload_checkpointing", "--checkpoint_fraction", "0.5"]
-    more += ["--save_every_n_steps", "1", "--save_state"]
+    more += ["--blocks_to_swap", "20", "--save_every_n_steps", "1", "--save_state"]
     compiled = run_command(arguments(tiny_checkpoint, dataset, tmp_path / "compiled", *more))
     assert compiled.returncode == 0, compiled.stderr
     assert "blocks with eager for 1 shapes" in compiled.stderr

@@ -78,20 +78,16 @@ def test_a_run_stopped_killed_and_resumed_twice_ends_with_the_same_bits(whole_ru
     assert_same_bits(tmp_path / "model.safetensors", out / "model.safetensors")
 
 
-def test_bfloat16_weights_stepped_in_the_backward_pass_resume_bit_for_bit(
+def test_bfloat16_weights_stepped_in_the_backward_pass_resume_bit_for_bit_with_blocks_in_main_memory(
     tiny_checkpoint: Path, photos: Path, tmp_path: Path
 ) -> None:
     dataset = write_dataset(tmp_path, photos, count=4)
-    finetune(tiny_checkpoint, dataset, tmp_path / "whole", *FUSED_BF16, "--save_every_n_steps", "1", "--save_state")
-    finetune(
-        tiny_checkpoint,
-        dataset,
-        tmp_path / "resumed",
-        *FUSED_BF16,
-        "--resume",
-        str(tmp_path / "whole" / "model-step00000001-state"),
-    )
-    assert_same_bits(tmp_path / "resumed" / "model.safetensors", tmp_path / "whole" / "model.safetensors")
+    more = [*FUSED_BF16, "--save_every_n_steps", "1", "--save_state", "--ema_decay", "0.9"]
+    finetune(tiny_checkpoint, dataset, tmp_path / "whole", *more)
+    more += ["--offload_fraction", "0.6", "--resume", str(tmp_path / "whole" / "model-step00000001-state")]
+    finetune(tiny_checkpoint, dataset, tmp_path / "resumed", *more)
+    for name in ("model", "model-ema", "model-step00000003-state/model"):
+        assert_same_bits(tmp_path / "resumed" / f"{name}.safetensors", tmp_path / "whole" / f"{name}.safetensors")
     saved = weights(tmp_path / "whole" / "model.safetensors")
     assert {tensor.dtype for name, tensor in saved.items() if name.startswith(UNET)} == {torch.bfloat16}
     assert {name.startswith(UNET) for name in changed(tiny_checkpoint, tmp_path / "whole" / "model.safetensors")} == {True}

@@ -96,7 +96,7 @@ def test_a_resumed_run_ends_at_the_same_bits(
     whole_run: tuple[Path, str], tiny_checkpoint: Path, dataset: Path, tmp_path: Path
 ) -> None:
     out, _ = whole_run
-    more = ("--resume", out / "lines-step00000002-state", "--validation_split", "0.4", *SAME_RUN)
+    more = ("--resume", out / "lines-step00000002-state", "--validation_split", "0.4", "--blocks_to_swap", "12", *SAME_RUN)
     done = run_command(command(tiny_checkpoint, dataset, tmp_path, *more), script=SCRIPT)
     assert done.returncode == 0, done.stderr
     assert_same_bits(tmp_path / "lines.safetensors", out / "lines.safetensors")

@@ -78,6 +78,7 @@ def test_a_resumed_run_ends_at_the_same_bits(
 ) -> None:
     out, _ = whole_run
     state = ("--resume", out / "mychar-step00000002-state", "--gradient_checkpointing", "--ema_decay", "0.5", *QUANT)
+    state += ("--blocks_to_swap", "12")
     done = run_command(command(tiny_checkpoint, dataset, tmp_path, *state), script=SCRIPT)
     assert done.returncode == 0, done.stderr
     assert_same_bits(tmp_path / "mychar.safetensors", out / "mychar.safetensors")

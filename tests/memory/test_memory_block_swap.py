@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from library.memory.block_swap import FROZEN_PLACES, TRAINED_PLACES, BlockSwap, Pass, kept_in_main_memory, swap_blocks, upcoming
+from library.memory.block_swap import FROZEN_PLACES, TRAINED_PLACES, Pass, kept_in_main_memory, swap_blocks, upcoming
 from library.memory.host_activations import keep_on_host
 from library.memory.swap_choice import check_count, choose, count_for_share
 from library.memory.transfers import InTurn
+from library.optim.parameter_steps import move_state
 from library.options.errors import UserError
 from tests.memory.test_memory_packed import unet_and_lora
 
@@ -43,17 +44,17 @@ def test_what_comes_next_turns_round_at_the_ends() -> None:
 
 
 class Recorded(InTurn):
-    """Copies, and notes which blocks come and go; a block's weights are its number at first."""
+    """Copies, and notes which blocks come and go; a block's first weight is its number."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
 
-    def bring(self, target: Tensor, source: Tensor, *after: Any) -> None:
-        super().bring(target, source)
+    def bring(self, target: Tensor, source: Tensor, after: Any) -> None:
+        super().bring(target, source, after)
         self.notes.append(f"+{int(source.view(torch.float32)[0])}")
 
-    def take_away(self, target: Tensor, source: Tensor, *after: Any) -> None:
-        super().take_away(target, source)
+    def take_away(self, target: Tensor, source: Tensor, after: Any) -> None:
+        super().take_away(target, source, after)
         self.notes.append(f"-{int(source.view(torch.float32)[0])}")
 
     def take(self) -> str:
@@ -61,27 +62,32 @@ class Recorded(InTurn):
         return taken
 
 
-def stack(monkeypatch: pytest.MonkeyPatch, places: int, *, is_trained: bool, recompute: bool) -> tuple[Any, BlockSwap, Recorded]:
-    """Five linear layers, of which each is a block; and what they are called with."""
-    layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5)).requires_grad_(is_trained)
-    for number, layer in enumerate(layers):
-        layer.weight.data.fill_(number)
-    recorded = Recorded()
-    monkeypatch.setattr("library.memory.block_swap.transfers_of", lambda device: recorded)
-    swap = swap_blocks(layers, list(layers), places, CPU)
+class Stack:
+    """Five linear layers, of which each is a block; swapped where there are places."""
 
-    def forward(x: Tensor) -> Tensor:
-        for layer in layers:
-            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
-            assert len(swap.on_device) <= places
+    def __init__(
+        self, places: int | None, transfers: InTurn, monkeypatch: pytest.MonkeyPatch, *, is_trained: bool, recompute: bool
+    ):
+        self.recompute = recompute
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5)).requires_grad_(is_trained)
+        for number, layer in enumerate(self.layers):
+            layer.weight.data[0, 0] = number
+        monkeypatch.setattr("library.memory.block_swap.transfers_of", lambda device: transfers)
+        self.swap = None if places is None else swap_blocks(self.layers, list(self.layers), places, CPU)
+        self.places = places
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
+            assert self.swap is None or len(self.swap.on_device) == self.places
         return x.sum()
-
-    return forward, swap, recorded
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_frozen_blocks_are_brought_one_ahead_and_never_taken_back(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, swap, recorded = stack(monkeypatch, FROZEN_PLACES, is_trained=False, recompute=recompute)
+    recorded = Recorded()
+    forward = Stack(FROZEN_PLACES, recorded, monkeypatch, is_trained=False, recompute=recompute)
     loss = forward(torch.ones(1, 4, requires_grad=True))
     assert recorded.take() == "+0 +1 +2 +3 +4"
     loss.backward()
@@ -89,20 +95,21 @@ def test_frozen_blocks_are_brought_one_ahead_and_never_taken_back(recompute: boo
     with torch.no_grad():
         forward(torch.ones(1, 4))
     assert recorded.take() == "+2 +3 +4 +0"  # and the next pass begins with 0
-    assert sorted(swap.on_device) == [0, 4]
+    assert sorted(forward.swap.on_device) == [0, 4]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_trained_blocks_go_back_after_the_backward_pass_alone(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward, swap, recorded = stack(monkeypatch, TRAINED_PLACES, is_trained=True, recompute=recompute)
+    recorded = Recorded()
+    forward = Stack(TRAINED_PLACES, recorded, monkeypatch, is_trained=True, recompute=recompute)
     loss = forward(torch.ones(1, 4))
     assert recorded.take() == "+0 +1 +2 +3 +4"
     loss.backward()
     assert recorded.take() == "-4 +1 -3 +0"
     forward(torch.ones(1, 4))
     assert recorded.take() == "-0 +3 -1 +4"
-    swap.bring_home()
-    assert recorded.take() == "-2" and swap.on_device == []
+    forward.swap.bring_home()
+    assert recorded.take() == "-2" and forward.swap.on_device == []
 
 
 MODES = {
@@ -142,4 +149,116 @@ def gradients(
 def test_predictions_and_gradients_are_the_same_to_the_last_bit(mode: str) -> None:
     recompute, others = MODES[mode]
     plain, swapped = (gradients(number, recompute, **others) for number in (None, 12))
+    assert all(torch.equal(*pair) for pair in zip(plain, swapped, strict=True))
+
+
+class Late(InTurn):
+    """Copies at the last moment: when somebody waits for one, or for one that comes after it on the same lane."""
+
+    def __init__(self) -> None:
+        self.lanes: dict[str, list[tuple[Tensor, Tensor, Any]]] = {"in": [], "out": []}
+
+    def bring(self, target: Tensor, source: Tensor, after: Any) -> Any:
+        return self._note("in", target, source, after)
+
+    def take_away(self, target: Tensor, source: Tensor, after: Any) -> Any:
+        return self._note("out", target, source, after)
+
+    def compute_after(self, mark: Any) -> None:
+        self._run(mark)
+
+    def wait(self, mark: Any) -> None:
+        self._run(mark)
+
+    def _note(self, lane: str, target: Tensor, source: Tensor, after: Any) -> Any:
+        self.lanes[lane].append((target, source, after))
+        return lane, len(self.lanes[lane])
+
+    def _run(self, mark: Any) -> None:
+        if mark is None:
+            return
+        lane, end = mark
+        for number in range(end):
+            target, source, after = self.lanes[lane][number]
+            self.lanes[lane][number] = (target, target, None)
+            self._run(after)
+            if source is not target:
+                target.copy_(source)
+
+
+def trained_states(layers: nn.ModuleList, forward: Any) -> list[Tensor]:
+    """The weights while a stack is trained in its backward pass, saved and loaded in between."""
+    for weight in layers.parameters():
+
+        def step(parameter: Tensor) -> None:
+            parameter.data.sub_(parameter.grad, alpha=1e-4)
+            parameter.grad = None
+
+        weight.register_post_accumulate_grad_hook(step)
+    found = []
+    for number in range(4):
+        x = torch.linspace(-1, 1, 12).view(3, 4)
+        with torch.no_grad():
+            found.append(forward(x))
+        forward(x).square().backward()
+        saved = {name: tensor.clone() for name, tensor in layers.state_dict().items()}
+        found += saved.values()
+        if number == 1:
+            layers.load_state_dict({name: tensor / 2 for name, tensor in saved.items()})
+    return found
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_copies_that_are_made_as_late_as_can_be_are_in_time(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(places: int | None, transfers: InTurn) -> list[Tensor]:
+        forward = Stack(places, transfers, monkeypatch, is_trained=True, recompute=recompute)
+        return trained_states(forward.layers, forward)
+
+    plain = run(None, InTurn())
+    for places in (2, 3, 4):
+        assert all(torch.equal(*pair) for pair in zip(plain, run(places, Late()), strict=True))
+    assert all(not torch.equal(plain[number], plain[number + 11]) for number in range(11))  # something is learned
+
+
+def test_swapped_weights_are_placed_by_nobody_else_and_the_state_of_their_optimizer_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Stack(TRAINED_PLACES, InTurn(), monkeypatch, is_trained=True, recompute=False)
+    optimizer = torch.optim.Adam(forward.layers.parameters())
+    forward(torch.ones(1, 4)).backward()
+    optimizer.step()
+    forward.layers.to("meta")
+    assert {weight.device.type for weight in forward.layers.parameters()} == {"cpu"} and len(forward.swap.in_main_memory) == 5
+    move_state(optimizer, torch.device("meta"))
+    of_weight = optimizer.state[forward.layers[0].weight]
+    assert of_weight["exp_avg"].device.type == "meta" and of_weight["step"].device.type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_on_a_gpu_nothing_changes_and_nothing_is_waited_for(recompute: bool, is_trained: bool) -> None:
+    def run(places: int | None) -> list[Tensor]:
+        torch.manual_seed(0)
+        layers = nn.ModuleList(nn.Linear(2048, 2048) for _ in range(8)).requires_grad_(is_trained)
+        if places is None:
+            layers.to("cuda")
+        else:
+            swap_blocks(layers, list(layers), places, torch.device("cuda"))
+        for weight in layers.parameters():
+            if is_trained:
+                weight.register_post_accumulate_grad_hook(lambda p: (p.data.sub_(p.grad, alpha=1e-3), setattr(p, "grad", None)))
+        x = torch.randn(64, 2048, device="cuda", requires_grad=True)
+        found = []
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(4):
+                h = x
+                for layer in layers:
+                    h = torch.utils.checkpoint.checkpoint(layer, h, use_reentrant=False) if recompute else layer(h)
+                h.square().mean().backward()
+                found.append(h.detach())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [*(each.cpu() for each in [*found, x.grad]), *(tensor.cpu() for tensor in layers.state_dict().values())]
+
+    plain, swapped = run(None), run(TRAINED_PLACES if is_trained else FROZEN_PLACES)
     assert all(torch.equal(*pair) for pair in zip(plain, swapped, strict=True))
