@@ -112,7 +112,7 @@ def test_each_step_is_timed_on_its_own_so_that_a_disturbed_one_shows() -> None:
 @pytest.mark.parametrize(("slowest", "told"), [(1.4, False), (1.6, True)])
 def test_an_uneven_measurement_says_so(slowest: float, told: bool) -> None:
     steps = {"median": 1.0, "fastest": 1.0, "slowest": slowest}
-    speed = benchmark.Speed(1.0, steps, 1.0, 1.0, 1.0, 1.0, 1.0, {"resident": 1.0}, 1)
+    speed = benchmark.Speed(1.0, steps, 1.0, 1.0, 1.0, 1.0, 1.0, {"resident": 1.0}, 1, {})
     assert ("measure again" in bench.measured(speed)["single steps"]) == told
 
 
