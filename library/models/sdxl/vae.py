@@ -72,7 +72,7 @@ def count_levels(names: Mapping[str, object]) -> int:
 
 def build_vae(sizes: VaeSizes) -> nn.Module:
     """Build the VAE with all parameters on the meta device."""
-    from diffusers import AutoencoderKL  # two seconds, which a run with cached latents is spared
+    from diffusers import AutoencoderKL  # more than a second, which a run with cached latents is spared
 
     levels = len(sizes.widths)
     with torch.device("meta"):
