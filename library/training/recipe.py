@@ -38,7 +38,8 @@ from library.training.resume_command import resume_command, secrets_given
 from library.training.saving import Saver
 from library.training.setting import Setting, Trained
 from library.training.sharding import divided
-from library.training.state import Resumable, SavedPlace, load_state
+from library.training.state import TRAIN_STATE, Resumable, SavedPlace, load_state
+from library.training.state_files import refuse_damaged
 from library.training.step import ModelParts
 from library.training.trained_table import report_trained
 from library.training.trouble import add_guard
@@ -137,7 +138,10 @@ def load_saved(saved: SavedPlace, saver: Saver, training_log: TrainingLog) -> No
     """Take up the state of the run that is resumed, with its averages of the loss."""
     load_state(saved.folder, saver.live)
     if saved.losses:
-        training_log.losses.load_state_dict(saved.losses)
+        try:
+            training_log.losses.load_state_dict(saved.losses)
+        except (KeyError, TypeError, ValueError) as error:
+            refuse_damaged(saved.folder / TRAIN_STATE, f"its losses cannot be read ({error!r})")
 
 
 def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelParts) -> tuple[TrainingRun, Saver]:

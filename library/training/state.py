@@ -37,6 +37,9 @@ from library.training.state_files import check_files, check_present, load_part, 
 
 TRAIN_STATE = "train_state.json"
 
+_IDENTITY = frozenset({"options", "seed", "models", "data", "processes", "updates"})
+"""What a state that knows its run says of it; see `library.training.identity`."""
+
 _NOT_IN_EVERY_VERSION = frozenset(
     {"initial_lr", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay", "d_denom", "d_hat"}
 )
@@ -166,7 +169,12 @@ def _place(folder: Path, saved: Mapping[str, Any]) -> SavedPlace:
         return SavedPlace(folder, position=None, epoch=epoch, update=update)
     position = Position(epoch=epoch, batch=int(saved["current_batch"]), update=update)
     seed, batches = int(saved["seed"]), int(saved["batches_per_epoch"])
-    return SavedPlace(folder, position, epoch, update, seed, batches, dict(saved.get("losses", {})), saved.get("identity"))
+    if not 0 <= position.batch <= batches:
+        raise ValueError(f"batch {position.batch} of {batches}")
+    identity = saved.get("identity")
+    if identity is not None and (missing := _IDENTITY - identity.keys()):
+        raise KeyError(min(missing))
+    return SavedPlace(folder, position, epoch, update, seed, batches, dict(saved.get("losses", {})), identity)
 
 
 def load_state(folder: Path, live: Resumable) -> None:

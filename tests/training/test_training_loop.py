@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +16,12 @@ from accelerate import Accelerator
 from library.options.errors import UserError
 from library.options.scripts import SdxlTrainOptions
 from library.training.interrupt import StopRequest
+from library.training.logs import LossRecorder
 from library.training.loop import batch_seed
 from library.training.position import Position, window_size
+from library.training.recipe import load_saved
 from library.training.resume_command import launcher, resume_command, secrets_given, words_before_script
-from library.training.state import load_state, read_place, save_state
+from library.training.state import SavedPlace, load_state, read_place, save_state
 from tests.training.fake_run import SEED, FakeRun, Recorder, dataset, state_folder
 from tests.training.test_training_saving import make_saver
 
@@ -183,6 +187,11 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
 
 
+def rewrite(folder: Path, **values: Any) -> None:
+    saved = json.loads((folder / "train_state.json").read_text())
+    (folder / "train_state.json").write_text(json.dumps(saved | values))
+
+
 def forget_sizes(folder: Path) -> None:
     saved = json.loads((folder / "train_state.json").read_text())
     (folder / "train_state.json").write_text(json.dumps({key: value for key, value in saved.items() if key != "files"}))
@@ -195,6 +204,9 @@ def forget_sizes(folder: Path) -> None:
         (lambda folder: (folder / "optimizer.bin").unlink(), "has no optimizer.bin"),
         (lambda folder: (folder / "extras" / "average.safetensors").unlink(), r"has no extras/average\.safetensors"),
         (lambda folder: (folder / "train_state.json").write_text("{"), r"train_state\.json is damaged: it cannot be read"),
+        (lambda folder: rewrite(folder, current_batch=6), r"cannot be read .*batch 6 of 5"),
+        (lambda folder: rewrite(folder, identity={"options": {}}), r"cannot be read .*'data'"),
+        (lambda folder: rewrite(folder, identity=[1]), r"train_state\.json is damaged: it cannot be read"),
         (lambda folder: cut(folder / "scheduler.bin"), r"scheduler\.bin is damaged: it has [\d,]+ bytes and was written with"),
         (lambda folder: (forget_sizes(folder), cut(folder / "optimizer.bin")), r"optimizer\.bin is damaged: it has no end"),
         (lambda folder: (forget_sizes(folder), cut(folder / "model.safetensors")), r"model\.safetensors is damaged: .* cut short"),
@@ -220,6 +232,13 @@ def test_a_file_of_a_state_that_was_damaged_without_getting_shorter_is_named(tmp
     read_place(state_folder(tmp_path))
     with pytest.raises(UserError, match=r"optimizer\.bin is damaged: .* choose another state folder"):
         load_state(state_folder(tmp_path), run.live)
+
+
+def test_losses_of_a_state_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("library.training.recipe.load_state", lambda folder, live: None)
+    saved = SavedPlace(tmp_path, None, 1, 5, losses={"total": 1.0})
+    with pytest.raises(UserError, match=r"train_state\.json is damaged: its losses cannot be read"):
+        load_saved(saved, SimpleNamespace(live=None), SimpleNamespace(losses=LossRecorder()))
 
 
 def test_the_state_of_another_network_is_refused(tmp_path: Path) -> None:
