@@ -118,10 +118,13 @@ def first_vectors(family: Family, encoders: Sequence[nn.Module], options: Textua
                 f"Give --num_vectors_per_token {len(saved[0])}."
             )
         return saved
-    text = options.init_word or _ANYTHING
+    given = (options.init_word or "").strip()
+    text = given or _ANYTHING
     found = family.word_vectors(text, encoders)
     num_found = len(found[0])
-    if options.init_word is None:
+    if not num_found:
+        raise UserError(f"--init_word {text!r} has no token in the vocabulary. Give a word that the model knows, such as girl.")
+    if not given:
         log.info('The word begins as "%s". --init_word with a word of the same kind is a better start.', text)
     elif num_found not in (1, count):
         used = "over and over" if num_found < count else f"the first {count} of them"

@@ -123,7 +123,7 @@ class SdxlFamily:
 
     def word_vectors(self, text: str, encoders: Sequence[nn.Module]) -> list[Tensor]:
         """Return the vectors of a text's tokens in the tables of TE1 and TE2; see `Family.word_vectors`."""
-        ids = self._bpe.encode(text)
+        ids = self._bpe.with_words(()).encode(text)  # the new words themselves have no vectors yet
         return [_token_embedding(encoder).weight.detach()[ids].float() for encoder in encoders]
 
     def extend_vocabulary(self, encoders: Sequence[nn.Module], rows: Sequence[Tensor]) -> list[nn.Parameter]:
