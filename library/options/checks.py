@@ -9,7 +9,7 @@ from pathlib import Path
 from library.options.checks_distributed import distributed_notes, distributed_problems, wants_sharding
 from library.options.checks_hub import hub_notes, hub_problems
 from library.options.checks_objective import objective_notes, objective_problems
-from library.options.checks_optimizer import fused_problems, host_state_problems, is_schedule_free
+from library.options.checks_optimizer import fused_problems, host_state_problems, is_schedule_free, sets_its_own_rate
 from library.options.checks_rates import network_rates, rate_notes, rate_problems
 from library.options.checks_swap import compiled_swap_problems, swap_problems, trained_swap_problems
 from library.options.dataset_class import class_notes, class_problems
@@ -21,10 +21,10 @@ from library.options.groups.generation import GenModelOptions, GenNetworkOptions
 from library.options.groups.logging import LoggingOptions
 from library.options.groups.model import ModelOptions
 from library.options.groups.network import NetworkOptions
+from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions, WorkingPrecisionOptions
 from library.options.groups.sample import SampleOptions
-from library.options.groups.textual_inversion import TextualInversionOptions
-from library.options.idle import folder_notes, idle_notes, network_notes
+from library.options.idle import folder_notes, idle_notes, network_notes, word_notes
 from library.options.scripts import (
     CacheLatentsOptions,
     CacheTextEncoderOutputsOptions,
@@ -50,10 +50,11 @@ def find_problems(options: ScriptOptions) -> list[str]:
         case SdxlTrainOptions():
             return [*_training_problems(options), *_finetune_problems(options)]
         case SdxlTrainTextualInversionOptions():
-            return [*_training_problems(options), *_word_problems(options.word)]
+            return [*_training_problems(options), *_word_problems(options), *_only_rate_problems(options.optimizer)]
         case SdxlTrainControlNetLLLiteOptions():
             rates = rate_problems(options.optimizer, [options.optimizer.learning_rate])
-            return [*_training_problems(options), *_control_problems(options.control), *rates]
+            control = _control_problems(options.control)
+            return [*_training_problems(options), *control, *rates, *_only_rate_problems(options.optimizer)]
         case CacheLatentsOptions() | CacheTextEncoderOutputsOptions():
             return [*_model_problems(options.model), *_source_problems(options.dataset), *_tool_problems(options.dataset)]
         case SdxlGenImgOptions():
@@ -68,6 +69,8 @@ def find_notes(options: ScriptOptions) -> list[str]:
             return [*_training_notes(options), *_finetune_notes(options)]
         case SdxlTrainNetworkOptions():
             return [*_training_notes(options), *rate_notes(options), *network_notes(options.network)]
+        case SdxlTrainTextualInversionOptions():
+            return [*_training_notes(options), *word_notes(options.word)]
         case TrainingOptions():
             return list(_training_notes(options))
         case SdxlGenImgOptions():
@@ -211,16 +214,28 @@ def _base_weights_problems(network: NetworkOptions) -> Iterator[str]:
         yield f"--base_weights_multiplier: {len(strengths)} strengths for {len(files)} files of --base_weights. Give one per file."
 
 
-def _word_problems(word: TextualInversionOptions) -> Iterator[str]:
+def _word_problems(options: SdxlTrainTextualInversionOptions) -> Iterator[str]:
+    word, longest = options.word, options.model.max_token_length or 75
     text = word.token_string
     if not text:
         yield "--token_string is missing. Give the word to learn, one that has no meaning yet, such as mychar."
     elif not re.fullmatch(r"\w(?:\S*\w)?", text):
         yield f"--token_string {text!r} is not one word. Give a word without blanks that begins and ends in a letter or digit."
+    if word.num_vectors_per_token > longest:
+        yield (
+            f"--num_vectors_per_token {word.num_vectors_per_token}: a caption has room for {longest} tokens, and what is beyond "
+            f"them would not be learned. Give at most {longest}; 1 to 16 are usual."
+        )
     if word.weights is not None and not Path(word.weights).is_file():
         yield f"--weights: there is no file {word.weights}."
     if word.use_object_template and word.use_style_template:
         yield "--use_object_template and --use_style_template exclude each other. Choose one."
+
+
+def _only_rate_problems(optimizer: OptimizerOptions) -> Iterator[str]:
+    """Yield that nothing is trained where one rate is that of everything."""
+    if optimizer.learning_rate == 0 and not sets_its_own_rate(optimizer):
+        yield "--learning_rate is 0, so nothing is trained. Raise it."
 
 
 def _control_problems(control: ControlNetLLLiteOptions) -> Iterator[str]:

@@ -7,6 +7,7 @@ from library.options.checks_optimizer import is_schedule_free
 from library.options.declare import OptionGroup
 from library.options.groups.network import NetworkOptions
 from library.options.groups.output import ModelOutputOptions
+from library.options.groups.textual_inversion import TextualInversionOptions
 from library.options.scripts import TrainingOptions
 
 _SCHEDULES_OF = {
@@ -38,6 +39,11 @@ def _draws(options: TrainingOptions) -> bool:
     return sample.sample_at_first or max(sample.sample_every_n_steps or 0, sample.sample_every_n_epochs or 0) > 0
 
 
+def _keeps_caches(options: TrainingOptions) -> bool:
+    text = options.cache.text
+    return options.cache.cache_latents_to_disk or (text is not None and text.cache_text_encoder_outputs_to_disk)
+
+
 def _tracks(options: TrainingOptions) -> bool:
     return options.logging.log_with is not None or options.logging.logging_dir is not None
 
@@ -63,6 +69,19 @@ _NEEDS = (
         ("sample_prompts", "sample_sampler"),
         "--sample_every_n_epochs, --sample_every_n_steps or --sample_at_first",
         _draws,
+    ),
+    _Need("cache", ("highvram",), "--cache_latents", lambda options: options.cache.cache_latents),
+    _Need(
+        "cache",
+        ("text_cache_variants",),
+        "--cache_text_encoder_outputs",
+        lambda options: options.cache.text is not None,
+    ),
+    _Need(
+        "cache",
+        ("skip_cache_check",),
+        "--cache_latents_to_disk or --cache_text_encoder_outputs_to_disk",
+        _keeps_caches,
     ),
     _Need("logging", ("log_prefix",), "--logging_dir", lambda options: options.logging.logging_dir is not None),
     _Need("logging", ("log_tracker_name", "log_tracker_config", "log_config"), "--logging_dir or --log_with", _tracks),
@@ -104,6 +123,12 @@ def network_notes(network: NetworkOptions) -> Iterator[str]:
                 yield f"--{name} has no effect beside --dim_from_weights, which takes it from the file."
 
 
+def word_notes(word: TextualInversionOptions) -> Iterator[str]:
+    """Yield that nothing is copied for a word that is read from a file."""
+    if word.weights is not None and word.init_word is not None:
+        yield "--init_word has no effect beside --weights, whose word is learned on."
+
+
 def folder_notes(output: ModelOutputOptions) -> Iterator[str]:
     """Yield that `--use_safetensors` says nothing where no diffusers folder is written that could have other files."""
     if output.use_safetensors and output.save_model_as != "diffusers":
@@ -125,4 +150,4 @@ def _schedule_notes(options: TrainingOptions) -> Iterator[str]:
 
 
 def _differs(group: OptionGroup, name: str) -> bool:
-    return bool(getattr(group, name) != type(group).model_fields[name].default)
+    return name in type(group).model_fields and bool(getattr(group, name) != type(group).model_fields[name].default)

@@ -144,6 +144,7 @@ def test_mistakes_are_told_in_sentences(
         ),
         (("--network_weights", "nowhere.safetensors"), 2, ["there is no file nowhere.safetensors"]),
         (("--masked_loss",), 2, ["--masked_loss"]),
+        (("--learning_rate", "0"), 2, ["--learning_rate is 0, so nothing is trained"]),
         (("--dataset_config", plain), 2, ["there are no control images for"]),
         (("--dataset_config", cropped), 2, ["random_crop of", "cannot be used with control images"]),
         (drawn, 2, ["line 1: there is no image that the picture is to follow", "there is no image nowhere.png (--cn)"]),

@@ -91,6 +91,7 @@ def test_going_on_from_a_word_with_templates_and_a_rate_of_its_own(
     more = ("--weights", out / "mychar.safetensors", "--use_style_template", "--caption_prefix", "", "--debug_dataset")
     done = run_command(command(tiny_checkpoint, dataset, tmp_path, *more), script=SCRIPT)
     assert done.returncode == 0, done.stderr
+    assert "--init_word has no effect beside --weights" in done.stderr
     captions = (tmp_path / "debug_dataset" / TEXTS).read_text(encoding="utf-8")
     assert captions.count("in the style of mychar") == 3
     more = ("--weights", out / "mychar.safetensors", "--max_train_steps", "1", "--learning_rate", "1e-9", "--save_model_as", "pt")
@@ -121,6 +122,8 @@ def test_mistakes_are_told_in_sentences(tiny_checkpoint: Path, dataset: Path, tm
     cases = [
         (("--token_string", "two words"), 2, "is not one word"),
         (("--weights", "nowhere.pt"), 2, "there is no file nowhere.pt"),
+        (("--num_vectors_per_token", "76"), 2, "--num_vectors_per_token 76: a caption has room for 75 tokens"),
+        (("--learning_rate", "0"), 2, "--learning_rate is 0, so nothing is trained"),
         (("--use_object_template", "--use_style_template"), 2, "exclude each other"),
         (("--cache_text_encoder_outputs",), 2, "--cache_text_encoder_outputs"),
         (("--token_string", "cat"), 1, "'cat' is in the vocabulary of the text encoders"),

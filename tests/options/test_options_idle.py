@@ -24,6 +24,10 @@ IDLE = [
     ("--log_config", "without --logging_dir or --log_with", "--log_with wandb"),
     ("--log_grad_norm", "or --log_events", "--log_events events.jsonl"),
     ("--wandb_run_name x --logging_dir logs", "without --log_with wandb", "--log_with wandb"),
+    ("--highvram", "without --cache_latents", "--cache_latents"),
+    ("--text_cache_variants 3", "without --cache_text_encoder_outputs", "--cache_text_encoder_outputs"),
+    ("--skip_cache_check --cache_latents", "without --cache_latents_to_disk or", "--cache_latents_to_disk"),
+    ("--skip_cache_check --cache_latents", "or --cache_text_encoder", "--cache_text_encoder_outputs_to_disk"),
     ("--lr_scheduler_num_cycles 2", "with --lr_scheduler constant", "--lr_scheduler cosine_with_restarts"),
     (
         "--lr_scheduler_power 2 --lr_scheduler linear",
