@@ -71,6 +71,11 @@ class Forecast:
         return self.phases[self.largest]
 
     @property
+    def while_training(self) -> int:
+        """Bytes that tensors hold at most once training has begun."""
+        return max(peak.total for name, peak in self.phases.items() if name not in (TEXTS, LATENTS))
+
+    @property
     def needed(self) -> int:
         """Bytes that a device should have: beside tensors, the driver's context and libraries, and what lies between tensors."""
         return needed_for(self.peak.total)

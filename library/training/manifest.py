@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,17 @@ class Manifest:
         path: of the file.
         facts: see `run_facts`.
         continues: whether a run before this one is continued, whose manifest is kept.
+        memory: asked at the end what the run needed on its device.
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any], *, continues: bool) -> None:
+    def __init__(self, path: Path, facts: dict[str, Any], *, continues: bool, memory: Callable[[], Any] = lambda: None) -> None:
         self._path = path
+        self._memory = memory
         self._content = {
             "version": MANIFEST_VERSION,
             **facts,
             "saved": [],
+            "memory": None,
             "end": None,
             "earlier_runs": _earlier_runs(path) if continues else [],
         }
@@ -69,7 +73,8 @@ class Manifest:
         self._content["saved"].append({"step": saved.position.update, "what": saved.what, "path": str(saved.path)})
 
     def ended(self, end: RunEnd) -> None:
-        """Write how the run ended."""
+        """Write how the run ended, and what memory it needed."""
+        self._content["memory"] = self._memory()
         self._content["end"] = {
             "outcome": end.outcome,
             "message": end.message,

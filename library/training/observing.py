@@ -17,6 +17,7 @@ from library.optim.gradient_norms import GradientNorms
 from library.options.disclosure import loggable_config
 from library.training.ema import moving_average
 from library.training.events import SCHEMA_VERSION
+from library.training.forecast import Forecast
 from library.training.identity import identity_of
 from library.training.inputs import sample_requests
 from library.training.loader import make_loader
@@ -24,6 +25,8 @@ from library.training.logs import Gauges, TrainingLog, on_one_device
 from library.training.loop import TrainingRun
 from library.training.loss_ledger import LossLedger
 from library.training.manifest import Manifest, run_facts
+from library.training.paging import PagingWatch
+from library.training.peak_memory import PeakMemory
 from library.training.position import Position
 from library.training.preparation import TextSide
 from library.training.preview_plan import PreviewPlan
@@ -51,6 +54,7 @@ def add_observers(
     *,
     tracker_name: str,
     start: Position,
+    forecast: Forecast | None = None,
 ) -> TrainingLog:
     """Give a run everyone who looks on, and the saver the log's averages for its states.
 
@@ -64,16 +68,16 @@ def add_observers(
         requests: sample prompts; empty where no sample images are drawn.
         tracker_name: project name in trackers, unless another is given.
         start: where the run starts.
+        forecast: of its memory, where one was made.
 
     Returns:
         The log, to be closed when the run is over.
     """
     trackers = open_trackers(tracker_name, setting)
-    progress = Progress(setting.length.total_updates, start.update, visible=setting.accelerator.is_main_process)
     meter = StepMeter(setting.accelerator.device)
     training_log = TrainingLog(
         trackers,
-        progress,
+        Progress(setting.length.total_updates, start.update, visible=setting.accelerator.is_main_process),
         lambda: saver.live.optimizer.param_groups,
         trained.descriptions,
         gauges(setting, trained, run, saver),
@@ -84,15 +88,17 @@ def add_observers(
     )
     run.observe_loss, saver.losses = training_log.observe_loss, training_log.state_dict
     saver.after_save.append(lambda saved: tell_saved(setting, saved))
-    manifests = write_manifest(setting, trained, saver, start)
+    peak = peak_memory(setting, forecast)
     run.observers = [
         *run.observers,
+        *peak,
         *moving_average(setting, trained, saver),
         training_log,
+        *paging_watch(setting, meter),
         *validation(setting, trained, saver.averaged, run, training_log, trackers),
         *previews(setting, trained, saver.averaged, parts, text, requests, trackers),
         saver,
-        *manifests,
+        *write_manifest(setting, trained, saver, start, peak),
         *loss_ledger(setting, run),
         meter,
     ]
@@ -115,12 +121,36 @@ def gauges(setting: Setting, trained: Trained, run: TrainingRun, saver: Saver) -
     return read
 
 
-def write_manifest(setting: Setting, trained: Trained, saver: Saver, start: Position) -> list[Manifest]:
+def paging_watch(setting: Setting, meter: StepMeter) -> list[PagingWatch]:
+    """Return the observer that warns when a full GPU becomes slow; in each process that has one."""
+    device = setting.accelerator.device
+    return [PagingWatch(meter, device)] if device.type == "cuda" else []
+
+
+def peak_memory(setting: Setting, forecast: Forecast | None) -> list[PeakMemory]:
+    """Return the observer that measures what a GPU needs, and tells it at the end, in the main process."""
+    device = setting.accelerator.device
+    if device.type != "cuda":
+        return []
+    peak = PeakMemory(device, forecast, setting.events)
+    if setting.accelerator.is_main_process:
+        setting.events.at_end.append(peak.ended)
+    return [peak]
+
+
+def write_manifest(
+    setting: Setting, trained: Trained, saver: Saver, start: Position, peak: Sequence[PeakMemory] = ()
+) -> list[Manifest]:
     """Return the observer that writes the run's manifest, in the main process."""
     if not setting.accelerator.is_main_process:
         return []
     facts = run_facts(setting, trained, start, dict(saver.identity or identity_of(setting)))
-    manifest = Manifest(beside_output(setting, "run.json"), facts, continues=setting.options.state.resume is not None)
+    manifest = Manifest(
+        beside_output(setting, "run.json"),
+        facts,
+        continues=setting.options.state.resume is not None,
+        memory=peak[0].figures if peak else lambda: None,
+    )
     saver.after_save.append(manifest.saved)
     setting.events.at_end.append(manifest.ended)
     return [manifest]

@@ -22,6 +22,7 @@ from library.training.denoiser import arrange_denoiser, check_swapping, load_den
 from library.training.dry_run import dry_run
 from library.training.events import events_of_run
 from library.training.fitting import fit, with_options
+from library.training.forecast import Forecast
 from library.training.hub import open_uploads
 from library.training.identity import check_same_run, identity_of
 from library.training.interrupt import StopRequest
@@ -76,12 +77,17 @@ def run_recipe(
         return
     with events_of_run(options.logging.log_events) as events, telling_of_memory(options) as resident:
         setting = make_setting(open_family, options, data, saved.seed if saved else None, events)
-        picked, _ = fit(recipe, setting, requests, saved)
-        carry_out(with_options(recipe, picked), replace(setting, options=picked), saved, requests, resident)
+        picked, forecast = fit(recipe, setting, requests, saved)
+        carry_out(with_options(recipe, picked), replace(setting, options=picked), saved, requests, resident, forecast)
 
 
 def carry_out(
-    recipe: Recipe, setting: Setting, saved: SavedPlace | None, requests: Sequence[ImageRequest], resident: Resident
+    recipe: Recipe,
+    setting: Setting,
+    saved: SavedPlace | None,
+    requests: Sequence[ImageRequest],
+    resident: Resident,
+    forecast: Forecast | None,
 ) -> None:
     """Load the model, make its parts trainable, and train; see `run_recipe`.
 
@@ -91,6 +97,7 @@ def carry_out(
         saved: where the resumed state stood, if any.
         requests: sample prompts.
         resident: learns what lies in memory.
+        forecast: of memory, where one was made.
     """
     options = setting.options
     accelerator, length = setting.accelerator, setting.length
@@ -117,7 +124,9 @@ def carry_out(
     report_trained(setting, trained, saver.live.optimizer.defaults, start.update)
     compile_denoiser(setting, run, trained, denoiser)
     saver.identity = identity
-    training_log = add_observers(run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, start=start)
+    training_log = add_observers(
+        run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, start=start, forecast=forecast
+    )
     if uploads is not None:
         saver.after_save.append(uploads.add)
     try:

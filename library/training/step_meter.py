@@ -15,7 +15,9 @@ class StepFigures(NamedTuple):
     seconds: float
     """As the host saw it; saving, validation and sample images are not in it."""
     memory: int
-    """Bytes: the most that tensors held on a GPU so far; on other devices the memory of the process."""
+    """Bytes: the most that tensors held on a GPU since training began; on other devices the memory of the process."""
+    reserved: int = 0
+    """Bytes that PyTorch holds on a GPU, for tensors and between them; 0 on other devices."""
 
 
 class StepMeter:
@@ -34,7 +36,8 @@ class StepMeter:
         """Return the figures of the update that was just made."""
         seconds = time.perf_counter() - self._began
         if self._device is not None:
-            return StepFigures(seconds, torch.cuda.max_memory_allocated(self._device))
+            records = torch.cuda.memory_stats(self._device)
+            return StepFigures(seconds, records.get("allocated_bytes.all.peak", 0), records.get("reserved_bytes.all.current", 0))
         return StepFigures(seconds, self._process.memory_info().rss)
 
     def before_training(self, position: Position) -> None:
