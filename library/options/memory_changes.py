@@ -144,9 +144,6 @@ CHANGES: tuple[Change, ...] = (
 )  # fmt: skip
 """The cheapest first."""
 
-PICKED = tuple((group, name) for change in CHANGES for group, new in change.values.items() for name in new)
-"""Attribute and name of all options that changes set."""
-
 
 def levels(options: Options, *, keeps_the_run: bool) -> Iterator[tuple[Options, tuple[Change, ...]]]:
     """Yield the options with more and more changes, the cheapest first, and the changes that are in them.

@@ -10,17 +10,14 @@ import torch
 from library.generation.request import ImageRequest
 from library.memory.pretend import PretendAccelerator
 from library.memory.trace import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS
-from library.memory.traceable import untraceable
 from library.models.family import Family, ModelSource
-from library.options.checks_distributed import what_divides
 from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
 from library.training.building import Recipe, make_setting, report
 from library.training.events import EventLog
-from library.training.fitting import attempts, fit, tracer, with_options
+from library.training.fitting import attempts, fit, tracer, why_not, with_options
 from library.training.forecast import BESIDE_TENSORS, Forecast, Tracing
 from library.training.resume import start_position
-from library.training.setting import Setting
 from library.training.state import SavedPlace
 from library.training.trained_table import report_trained
 
@@ -85,7 +82,7 @@ def dry_run(
     accumulation = options.length.gradient_accumulation_steps
     start = start_position(options.state, saved, setting.length, setting.batches_per_epoch, accumulation)
     report(setting)
-    if reason := why_not(setting):
+    if reason := why_not(options):
         log.warning("%s", reason)
         raise SystemExit(CANNOT_TELL)
     picked, _ = fit(recipe, setting, requests, saved)
@@ -103,18 +100,6 @@ def dry_run(
         lines = [f"  {attempt.line()}" for attempt in found]
         log.info("What would help, the cheapest first, and what would be needed then:\n%s", "\n".join(lines or ["  nothing known"]))
         raise SystemExit(DOES_NOT_FIT)
-
-
-def why_not(setting: Setting) -> str | None:
-    """Say in a sentence why the memory of a run cannot be forecast; None where it can."""
-    if reason := untraceable(setting.options.optimizer):
-        return reason
-    if divider := what_divides(setting.options.distributed):
-        return (
-            f"The memory of a run that {divider} divides over its processes is not forecast. Leave it out to see what a process "
-            "needs that has everything."
-        )
-    return None
 
 
 def forecast_lines(forecast: Forecast) -> list[str]:

@@ -1,15 +1,16 @@
 """Which options make a run fit into the memory of a device: found by forecasting it with them, the cheapest in time first."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from library.generation.request import ImageRequest
 from library.memory.trace import Peak
 from library.memory.traceable import untraceable
+from library.options.checks_distributed import what_divides
 from library.options.errors import UsageError
-from library.options.memory_changes import PICKED, Change, levels, with_changes
+from library.options.memory_changes import CHANGES, Change, levels, with_changes
 from library.options.scripts import TrainingOptions
 from library.training.building import Recipe
 from library.training.forecast import Forecast, Tracing, needed_for, quiet
@@ -17,6 +18,9 @@ from library.training.setting import Setting
 from library.training.state import SavedPlace
 
 log = logging.getLogger(__name__)
+
+_MISSING = object()
+"""Equals no value that a state may have."""
 
 
 @dataclass(frozen=True)
@@ -116,19 +120,19 @@ def fit(
         saved: where the resumed state stood: a run goes on with what was picked for it.
 
     Returns:
-        The options, and the forecast with them; None where they come with the state.
+        The options, and the forecast with them; None without a budget.
 
     Raises:
-        UsageError: nothing makes it fit.
+        UsageError: nothing makes it fit, or the memory of the run cannot be forecast.
     """
     options, budget = setting.options, setting.options.forecast.budget
     if budget is None:
         return options, None
-    if saved is not None and saved.identity is not None:
-        return picked_before(options, saved.identity["options"]), None
-    if reason := untraceable(options.optimizer):
-        raise UsageError([reason])
+    if reason := why_not(options):
+        raise UsageError([f"--memory_budget: {reason}"])
     trace = tracer(recipe, setting, requests, "cuda")
+    if saved is not None and saved.identity is not None:
+        return go_on(options, saved.identity["options"], trace)
     forecast = trace(options)
     if forecast.needed <= budget:
         log.info("The run keeps within --memory_budget %s as it is: %s.", options.forecast.memory_budget, gib(forecast.needed))
@@ -147,19 +151,57 @@ def fit(
     return closest.options, closest.forecast
 
 
-def picked_before(options: TrainingOptions, recorded: dict[str, dict[str, Any]]) -> TrainingOptions:
-    """Return the options with what a state says was picked for its run.
+def go_on(
+    options: TrainingOptions, recorded: Mapping[str, Mapping[str, Any]], trace: Callable[[TrainingOptions], Forecast]
+) -> tuple[TrainingOptions, Forecast]:
+    """Return the options of a resumed run with what was picked when it began, and their forecast; tell both.
+
+    Args:
+        options: as they were given, with a budget.
+        recorded: see `picked_before`.
+        trace: forecasts a run with other options.
+    """
+    chosen = picked_before(options, recorded)
+    options = with_changes(options, chosen)
+    forecast, text = trace(options), options.forecast.memory_budget
+    flags = " ".join(change.flags for change in chosen) or "as it began"
+    log.info("With --memory_budget %s, the resumed run goes on %s: %s.", text, flags, gib(forecast.needed))
+    if forecast.needed > (options.forecast.budget or 0):
+        log.warning(
+            "That is more than --memory_budget %s: nothing is picked anew for a run that is resumed. Add what saves more and does "
+            "not change its numbers, such as --gradient_checkpointing or --blocks_to_swap.",
+            text,
+        )
+    return options, forecast
+
+
+def picked_before(options: TrainingOptions, recorded: Mapping[str, Mapping[str, Any]]) -> list[Change]:
+    """Return the changes that a state has, that a budget may have picked, and that the person did not give.
 
     Args:
         options: as they were given.
         recorded: see `library.options.resuming.compared_options`.
     """
     values = {name: value for kind in recorded.values() for name, value in kind.items()}
-    for group, name in PICKED:
-        if name in values:
-            update = {name: values[name]}
-            options = replace(options, **{group: getattr(options, group).model_copy(update=update)})
-    return options
+    found: list[Change] = []
+    for change in CHANGES:
+        wanted = {name: value for new in change.values.values() for name, value in new.items()}
+        is_recorded = all(values.get(name, _MISSING) == value for name, value in wanted.items())
+        if change.keeps_the_run and is_recorded and change.suits(options):
+            found.append(change)
+    return found
+
+
+def why_not(options: TrainingOptions) -> str | None:
+    """Say in a sentence why the memory of a run cannot be forecast; None where it can."""
+    if reason := untraceable(options.optimizer):
+        return reason
+    if divider := what_divides(options.distributed):
+        return (
+            f"The memory of a run that {divider} divides over its processes is not forecast. Leave it out to see what a process "
+            "needs that has everything."
+        )
+    return None
 
 
 def gib(size: int) -> str:

@@ -1,5 +1,6 @@
 """Which changes are found for a device, where forecasts are made up."""
 
+import logging
 from dataclasses import replace
 
 import pytest
@@ -8,17 +9,15 @@ from library.memory.trace import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, Pea
 from library.options.parse import parse
 from library.options.resuming import compared_options
 from library.options.scripts import SdxlTrainNetworkOptions, TrainingOptions
-from library.training.fitting import Attempt, attempts, least, picked_before
+from library.training.fitting import Attempt, attempts, go_on, least, picked_before, why_not
 from library.training.forecast import Forecast, needed_for
 from library.training.phases import STEP
 
-OPTIONS = parse(
-    SdxlTrainNetworkOptions,
-    [
-        "--pretrained_model_name_or_path", ".", "--train_data_dir", ".", "--resolution", "64", "--output_dir", "o",
-        "--network_module", "networks.lora", "--network_train_unet_only",
-    ],
-)  # fmt: skip
+ARGUMENTS = [
+    "--pretrained_model_name_or_path", ".", "--train_data_dir", ".", "--resolution", "64", "--output_dir", "o",
+    "--network_module", "networks.lora", "--network_train_unet_only",
+]  # fmt: skip
+OPTIONS = parse(SdxlTrainNetworkOptions, ARGUMENTS)
 GIB = 2**30
 
 
@@ -76,6 +75,40 @@ def test_no_change_saves_more_than_it_says() -> None:
         assert attempt.forecast.peak.total >= least(forecast(OPTIONS).peak, attempt.changes)
 
 
-def test_a_resumed_run_has_what_was_picked_for_it() -> None:
-    picked = replace(OPTIONS, precision=OPTIONS.precision.model_copy(update={"gradient_checkpointing": True}))
-    assert picked_before(OPTIONS, compared_options(picked)).precision == picked.precision
+@pytest.mark.parametrize(
+    ("given", "began", "flags"),
+    [
+        ([], ["--gradient_checkpointing"], ["--gradient_checkpointing"]),
+        (
+            [],
+            ["--optimizer_type", "AdamW8bit", "--offload_fraction", "0.6"],
+            ["--optimizer_type AdamW8bit", "--offload_fraction 0.6"],
+        ),
+        (["--base_quant", "fp8"], ["--base_quant", "nf4"], ["--base_quant nf4"]),
+        (["--optimizer_type", "Lion"], ["--optimizer_type", "AdamW8bit"], []),  # given otherwise: compared with the state, not lost
+        (["--cache_latents"], [], []),
+        ([], ["--cache_latents"], []),
+        ([], [], []),
+    ],
+)
+def test_a_resumed_run_has_what_was_picked_for_it_and_what_was_given(given: list[str], began: list[str], flags: list[str]) -> None:
+    recorded = compared_options(parse(SdxlTrainNetworkOptions, [*ARGUMENTS, *began]))
+    assert [change.flags for change in picked_before(parse(SdxlTrainNetworkOptions, [*ARGUMENTS, *given]), recorded)] == flags
+
+
+def test_a_resumed_run_that_no_longer_keeps_within_its_budget_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    began = compared_options(parse(SdxlTrainNetworkOptions, [*ARGUMENTS, "--gradient_checkpointing"]))
+    for budget, is_kept in (("12GB", True), ("2GB", False)):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            options, forecasted = go_on(parse(SdxlTrainNetworkOptions, [*ARGUMENTS, "--memory_budget", budget]), began, forecast)
+        assert options.precision.gradient_checkpointing and forecasted == forecast(options)
+        assert "goes on --gradient_checkpointing: 10." in caplog.text
+        assert ("That is more than" not in caplog.text) == is_kept
+
+
+def test_the_memory_of_what_is_divided_is_not_forecast() -> None:
+    assert why_not(OPTIONS) is None
+    divided = replace(OPTIONS, distributed=OPTIONS.distributed.model_copy(update={"deepspeed": True}))
+    assert "DeepSpeed divides" in (why_not(divided) or "")
+    assert "Prodigy" in (why_not(parse(SdxlTrainNetworkOptions, [*ARGUMENTS, "--optimizer_type", "Prodigy"])) or "")
