@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = {
     path.name: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks/results").glob("traced_*.json"))
 }
+FIGURES = {"table_gb": 1, "forecast_gb": 1, "ratio": 2}
+"""Of the table of sd-scripts, with the decimals shown."""
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "total")
 
 
@@ -46,6 +48,16 @@ def test_the_table_of_training_has_the_same_peaks() -> None:
     assert len(table) == 6
     for weights, how, peak in table:
         assert peaks[weights, how] == peak, (weights, how)
+
+
+def test_the_table_of_sd_scripts_stands_beside_its_forecasts() -> None:
+    table = rows("performance.md", r"^\| (R\d+) \| .+? \| (\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$")
+    result = json.loads((ROOT / "benchmarks/results/forecast_table.json").read_text(encoding="utf-8"))
+    assert table == [
+        (each["row"], str(each["batch_size"]), *(f"{each[name]:.{places}f}" for name, places in FIGURES.items()))
+        for each in result["rows"]
+        if each["optimizer"] == "AdamW8bit"
+    ]
 
 
 @pytest.mark.parametrize("name", RESULTS)
