@@ -1,4 +1,4 @@
-"""ControlNet-LLLite while pictures are drawn: which guide images the model follows, and in which steps."""
+"""Control networks while pictures are drawn: which guide images the model follows, and in which steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from library.dataset.formats import teach_pillow
 from library.generation.additions import ControlFile
 from library.generation.request import ImageRequest
+from library.models.control import Control
 from library.options.errors import UserError
-from networks.control_net_lllite import ControlNetLLLite, from_file
+from networks.control_net_lllite import from_file
 
 
 class Controls:
@@ -23,13 +24,13 @@ class Controls:
         files: one for each, with strength and share of steps.
     """
 
-    def __init__(self, networks: Sequence[ControlNetLLLite], files: Sequence[ControlFile]) -> None:
+    def __init__(self, networks: Sequence[Control], files: Sequence[ControlFile]) -> None:
         self._networks = list(networks)
         self._files = list(files)
 
     @classmethod
     def attach(cls, files: Sequence[ControlFile], denoiser: nn.Module, dtype: torch.dtype, device: torch.device) -> "Controls":
-        """Load control networks into a denoiser.
+        """Load ControlNet-LLLite files into a denoiser.
 
         Raises:
             UserError: a file cannot be read or is of another model.

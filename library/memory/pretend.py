@@ -8,17 +8,28 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from library.files.safetensors_io import TensorFile
+
 
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
-    """Make tensors of shapes and types without data; modules of them can be moved and converted, which PyTorch refuses."""
-    apply = nn.Module._apply
+    """Make tensors of shapes and types without data; modules of them can be moved and converted, which PyTorch refuses.
+
+    Of files with tensors only what their headers say is read.
+    """
+    apply, read = nn.Module._apply, TensorFile.__getitem__
     nn.Module._apply = _apply_to_each  # type: ignore[method-assign]
+    TensorFile.__getitem__ = _without_values  # type: ignore[method-assign]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             yield mode
     finally:
         nn.Module._apply = apply  # type: ignore[method-assign]
+        TensorFile.__getitem__ = read  # type: ignore[method-assign]
+
+
+def _without_values(file: TensorFile, name: str) -> Tensor:
+    return torch.empty(file.infos[name].shape, dtype=file.infos[name].dtype)
 
 
 def _apply_to_each(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

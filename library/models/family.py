@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.diffusion.objective import Objective
+from library.models.control import ControlNet
 from library.models.new_words import NewWord
 from library.models.prompt_weights import PromptStyle
 from library.models.weights import Hold
@@ -151,6 +152,18 @@ class Family(Protocol):
             dtype: of the weights.
             device: where they go.
             hold: what layers keep instead of some tensors, such as the same in fewer bits.
+        """
+
+    def make_control_net(self, file: str | None, dtype: torch.dtype, device: torch.device) -> ControlNet:
+        """Make a ControlNet of the denoiser, trainable and not applied yet.
+
+        Args:
+            file: of the one to go on from; None begins with a copy of the denoiser's weights.
+            dtype: of its weights.
+            device: where they go.
+
+        Raises:
+            UserError: the file cannot be read, or is of another model.
         """
 
     def trusts_foreign_text_caches(self) -> bool:

@@ -15,7 +15,7 @@ from library.options.checks_swap import compiled_swap_problems, swap_problems, t
 from library.options.dataset_class import class_notes, class_problems
 from library.options.groups.cache import CacheOptions
 from library.options.groups.compile import GONE_BACKENDS, CompileOptions
-from library.options.groups.control_net import ControlNetLLLiteOptions
+from library.options.groups.control_net import ControlNetLLLiteOptions, ControlNetOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.generation import GenModelOptions, GenNetworkOptions, PictureOptions, PromptOptions
 from library.options.groups.logging import LoggingOptions
@@ -31,6 +31,7 @@ from library.options.scripts import (
     ScriptOptions,
     SdxlGenImgOptions,
     SdxlTrainControlNetLLLiteOptions,
+    SdxlTrainControlNetOptions,
     SdxlTrainNetworkOptions,
     SdxlTrainOptions,
     SdxlTrainTextualInversionOptions,
@@ -55,6 +56,8 @@ def find_problems(options: ScriptOptions) -> list[str]:
             rates = rate_problems(options.optimizer, [options.optimizer.learning_rate])
             control = _control_problems(options.control)
             return [*_training_problems(options), *control, *rates, *_only_rate_problems(options.optimizer)]
+        case SdxlTrainControlNetOptions():
+            return [*_training_problems(options), *_control_net_problems(options.control, options.optimizer)]
         case CacheLatentsOptions() | CacheTextEncoderOutputsOptions():
             return [*_model_problems(options.model), *_source_problems(options.dataset), *_tool_problems(options.dataset)]
         case SdxlGenImgOptions():
@@ -247,6 +250,20 @@ def _control_problems(control: ControlNetLLLiteOptions) -> Iterator[str]:
         yield "--network_dim is missing. Give the inner width of each module, for example 64."
     if control.network_weights is not None and not Path(control.network_weights).is_file():
         yield f"--network_weights: there is no file {control.network_weights}."
+
+
+def _control_net_problems(control: ControlNetOptions, optimizer: OptimizerOptions) -> Iterator[str]:
+    path = control.controlnet_model_name_or_path
+    if path is not None and not Path(path).is_file():
+        yield f"--controlnet_model_name_or_path: there is no file {path}. Give the .safetensors file of a ControlNet."
+    if path is None and control.control_net_lr == 0:
+        yield (
+            "--control_net_lr 0 keeps at zero what joins a new ControlNet to the model, so it would never have an effect. "
+            "Raise it, or give --controlnet_model_name_or_path."
+        )
+    elif control.control_net_lr == optimizer.learning_rate == 0:
+        yield "--control_net_lr and --learning_rate are both 0, so nothing is trained. Raise one of them."
+    yield from rate_problems(optimizer, [rate for rate in (control.control_net_lr, optimizer.learning_rate) if rate])
 
 
 def _finetune_problems(options: SdxlTrainOptions) -> Iterator[str]:

@@ -77,7 +77,7 @@ def mask_problems(sections: Sequence[SectionConfig], source: str, masked_loss: b
     if conditioned and not masked_loss:
         return [
             f"{source}: conditioning_data_dir of {', '.join(conditioned)} holds masks, which are used with --masked_loss only. "
-            "Give --masked_loss, or leave the folder out; what follows images is trained by sdxl_train_control_net_lllite.py."
+            "Give --masked_loss, or leave the folder out; what follows images is trained by sdxl_train_control_net.py."
         ]
     if masked_loss and not conditioned and not any(subset.alpha_mask for subset in subsets):
         return [

@@ -18,7 +18,7 @@ from library.options.scripts import SCRIPTS, ScriptOptions
 
 DOCS = Path(__file__).parents[2] / "docs"
 
-_LETTERS = dict(zip(SCRIPTS, "FNICGLT", strict=True))
+_LETTERS = dict(zip(SCRIPTS, "FNIXCGLT", strict=True))
 
 _INTRODUCTION = """\
 # Options

@@ -15,7 +15,6 @@ _OTHER_SCRIPTS = frozenset(
         "clip_g",
         "clip_g_dropout_rate",
         "clip_l_dropout_rate",
-        "control_net_lr",
         "cross_attn_lr",
         "double_blocks_to_swap",
         "enable_scaled_pos_embed",

@@ -30,6 +30,7 @@ _NAMES = {
         ("vae_batch_size", "vae_tiling", "no_half_vae", "fused_backward_pass", "fused_optimizer_groups", "ema_device"), ROUNDS
     ),
     **dict.fromkeys(("pretrained_model_name_or_path", "vae", "base_weights", "network_weights", "dim_from_weights"), FREE),
+    "controlnet_model_name_or_path": FREE,
     **dict.fromkeys(("tokenizer_cache_dir", "disable_mmap_load_safetensors", "lowram", "clip_skip", "v2"), FREE),
     "optimizer_states": FREE,
     **dict.fromkeys(("training_comment", "no_metadata", "ddp_timeout"), FREE),

@@ -10,7 +10,7 @@ from library.options.groups.caption import CaptionOptions, CaptionTextOptions
 from library.options.groups.compile import CompileOptions
 from library.options.groups.config import ConfigOptions
 from library.options.groups.console import ConsoleOptions
-from library.options.groups.control_net import ControlNetLLLiteOptions
+from library.options.groups.control_net import ControlNetLLLiteOptions, ControlNetOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.distributed import DistributedOptions, ProcessGroupOptions
 from library.options.groups.ema import EmaOptions
@@ -203,6 +203,21 @@ class SdxlTrainControlNetLLLiteOptions(TrainingOptions):
 
 
 @dataclass(frozen=True)
+class SdxlTrainControlNetOptions(TrainingOptions):
+    """Options of `sdxl_train_control_net.py`."""
+
+    script: ClassVar[str] = "sdxl_train_control_net.py"
+    purpose: ClassVar[str] = "Train a ControlNet, with which an SDXL model follows images such as outlines."
+    follows_images: ClassVar[bool] = True
+    lacks: ClassVar[frozenset[str]] = SdxlTrainControlNetLLLiteOptions.lacks
+    additions: ClassVar[frozenset[str]] = SdxlTrainControlNetLLLiteOptions.additions
+
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+    control: ControlNetOptions = field(default_factory=ControlNetOptions)
+
+
+@dataclass(frozen=True)
 class _CachingOptions(ScriptOptions):
     """What both caching tools take: the options of training, most of them without effect there."""
 
@@ -285,6 +300,7 @@ SCRIPTS: tuple[type[ScriptOptions], ...] = (
     SdxlTrainOptions,
     SdxlTrainNetworkOptions,
     SdxlTrainTextualInversionOptions,
+    SdxlTrainControlNetOptions,
     SdxlTrainControlNetLLLiteOptions,
     SdxlGenImgOptions,
     CacheLatentsOptions,

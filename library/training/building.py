@@ -92,7 +92,7 @@ def build_step(setting: Setting, trained: Trained, parts: ModelParts) -> tuple[T
         train_text=trained.trains_text,
         set_strength=trained.trainable.set_strength,
         masks_from_control=options.loss.masked_loss,
-        see=trained.control and trained.control.see,
+        see=None if trained.control is None else trained.control.see,
     )
     engine = make_engine(setting, trained, step, optimizer)
     run = TrainingRun(

@@ -81,7 +81,8 @@ def compile_denoiser(setting: Setting, run: TrainingRun, trained: Trained, denoi
         return
     examples = batch_of_each_shape(setting)
     kinds = setting.family.large_modules
-    modules = [module for module in denoiser.modules() if type(module).__name__ in kinds]
+    found = [*denoiser.modules(), *(() if trained.control is None else trained.control.modules())]
+    modules = [module for module in found if type(module).__name__ in kinds]
     blocks = CompiledBlocks(modules, options.dynamo_backend, max(len(examples), LEAST_SHAPES))
     if trained.is_divided or not examples:  # every process would have to meet the same shapes in the same order
         log.info("The %d blocks of the denoiser are compiled by %s as they are met.", len(blocks), options.dynamo_backend)

@@ -12,6 +12,7 @@ from library.dataset.dataset import Dataset
 from library.diffusion.objective import Objective
 from library.memory.codecs import CODECS
 from library.memory.packed import hold_packed
+from library.models.control import Control
 from library.models.family import Family
 from library.models.prompt_weights import PromptStyle
 from library.models.weights import Hold
@@ -22,7 +23,6 @@ from library.training.events import EventLog
 from library.training.outputs import RunLength, save_stem
 from library.training.position import Position
 from library.training.trainable import Trainable
-from networks.control_net_lllite import ControlNetLLLite
 
 MetadataAt = Callable[[str, Position], dict[str, str]]
 """(file stem, place) to the metadata of a model saved there."""
@@ -105,7 +105,7 @@ class Trained:
     """Whether a batch may leave trained parameters without a gradient, which several processes then have to look for."""
     is_divided: bool = False
     """Whether each process has a share of every parameter; see `library.training.sharding`."""
-    control: ControlNetLLLite | None = None
+    control: Control | None = None
     """The network that makes the model follow control images, where one is trained."""
 
 

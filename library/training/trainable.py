@@ -148,7 +148,7 @@ class NetworkTrainable:
             self._write(path, dtype, metadata)
 
     def _write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        if type(self.network).__module__.partition(".")[0] == "networks":
+        if type(self.network).__module__.partition(".")[0] in ("networks", "library"):
             self.network.save_weights(str(path), dtype, dict(metadata))
             return
         with atomic_write(path, keeps_ending=True) as temporary:  # networks of other packages write in place

@@ -4,13 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import safe_open
 
 from library.models.family import ModelSource
 from library.models.sdxl.family import SdxlFamily
 from networks.control_net_lllite import ControlNetLLLite, Widths, from_file, widths_of
-from tests.cli.training_commands import ROOT, assert_same_bits, run_command, weights, write_dataset
+from tests.cli.training_commands import (
+    ROOT,
+    assert_same_bits,
+    run_command,
+    weights,
+    write_dataset,
+    write_dataset_with_controls,
+)
 
 SCRIPT = str(ROOT / "sdxl_train_control_net_lllite.py")
 SAME_RUN = ("--gradient_checkpointing", "--network_dropout", "0.2", "--ema_decay", "0.5", "--fp8_base")
@@ -28,18 +35,7 @@ def command(checkpoint: Path, dataset: Path, output: Path, *more: object) -> lis
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     """A dataset file with control images beside the pictures."""
-    folder = tmp_path_factory.mktemp("data")
-    config = write_dataset(folder, photos, count=3)
-    controls = folder / "controls"
-    controls.mkdir()
-    for path in (folder / "images").glob("*.jpg"):
-        with Image.open(path) as image:
-            ImageOps.invert(image.convert("RGB")).save(controls / f"{path.stem}.png")
-    text = (
-        config.read_text(encoding="utf-8").replace("caption_tag_dropout_rate = 0.2\n", "").replace("shuffle_caption = true\n", "")
-    )
-    config.write_text(f'{text}conditioning_data_dir = "{controls.as_posix()}"\n', encoding="utf-8")
-    return config
+    return write_dataset_with_controls(tmp_path_factory.mktemp("data"), photos)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +58,20 @@ def write_dataset(folder: Path, photos: Path, *, batch_size: int = 2, repeats: i
         (images / path.name).with_suffix(".txt").write_text(caption.strip() + ", photo, outdoors, bright", encoding="utf-8")
     config = folder / "dataset.toml"
     config.write_text(DATASET.format(batch_size=batch_size, repeats=repeats, images=images.as_posix()), encoding="utf-8")
+    return config
+
+
+def write_dataset_with_controls(folder: Path, photos: Path) -> Path:
+    """Describe three photographs, with their negatives in the folder `controls` as what is to be followed."""
+    config = write_dataset(folder, photos, count=3)
+    controls = folder / "controls"
+    controls.mkdir()
+    for path in (folder / "images").glob("*.jpg"):
+        with Image.open(path) as image:
+            ImageOps.invert(image.convert("RGB")).save(controls / f"{path.stem}.png")
+    text = config.read_text(encoding="utf-8")
+    text = text.replace("caption_tag_dropout_rate = 0.2\n", "").replace("shuffle_caption = true\n", "")
+    config.write_text(f'{text}conditioning_data_dir = "{controls.as_posix()}"\n', encoding="utf-8")
     return config
 
 

@@ -11,6 +11,7 @@ from library.options.parse import parse
 from library.options.scripts import (
     CacheLatentsOptions,
     SdxlTrainControlNetLLLiteOptions,
+    SdxlTrainControlNetOptions,
     SdxlTrainNetworkOptions,
     SdxlTrainOptions,
     SdxlTrainTextualInversionOptions,
@@ -127,6 +128,7 @@ def test_divided_weights_exclude_what_deepspeed_cannot_do_with_them(typed: str, 
     [
         (SdxlTrainNetworkOptions, "--network_module networks.lora"),
         (SdxlTrainTextualInversionOptions, "--token_string word"),
+        (SdxlTrainControlNetOptions, ""),
         (SdxlTrainControlNetLLLiteOptions, "--cond_emb_dim 32 --network_dim 64"),
     ],
 )

@@ -14,6 +14,7 @@ ESSENTIALS = {
     "sdxl_train.py": f"{_DATA} --output_dir o",
     "sdxl_train_network.py": f"{_DATA} --output_dir o --network_module networks.lora",
     "sdxl_train_textual_inversion.py": f"{_DATA} --output_dir o --token_string mychar",
+    "sdxl_train_control_net.py": f"{_DATA} --output_dir o",
     "sdxl_train_control_net_lllite.py": f"{_DATA} --output_dir o --cond_emb_dim 32 --network_dim 64",
     "sdxl_gen_img.py": "--ckpt m --prompt cat",
     "tools/cache_latents.py": _DATA,

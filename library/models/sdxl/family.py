@@ -21,13 +21,14 @@ from library.models.new_words import ExtendedEmbedding, NewWord
 from library.models.prompt_weights import PromptStyle
 from library.models.sdxl.build import build_part, file_names
 from library.models.sdxl.checkpoint import Checkpoint, told_prediction
+from library.models.sdxl.control_net import SdxlControlNet, make_control_net
 from library.models.sdxl.embeddings import size_embedding
 from library.models.sdxl.open_model import check_parts, open_checkpoint
 from library.models.sdxl.save_model import save_model, stored_model
 from library.models.sdxl.sizes import SdxlSizes
 from library.models.sdxl.text_encoders import OpenClipTextEncoder, merge_rows, text_body
 from library.models.sdxl.tokenizer import ClipBpe, load_bpe, tokenize
-from library.models.sdxl.unet import UNet
+from library.models.sdxl.unet import UNet, UNetEncoder
 from library.models.sdxl.vae import VAE_TILE
 from library.models.sdxl.weighted_text import encode_prompts
 from library.models.weights import Hold, content_hash, fill
@@ -154,6 +155,10 @@ class SdxlFamily:
     def load_denoiser(self, dtype: torch.dtype, device: torch.device, hold: Hold | None = None) -> nn.Module:
         """Load the U-Net, frozen and in evaluation mode; see `Family.load_denoiser`."""
         return self._load("unet", dtype, device, hold)
+
+    def make_control_net(self, file: str | None, dtype: torch.dtype, device: torch.device) -> SdxlControlNet:
+        """Make a ControlNet of the U-Net, whose weights are read from the files again; see `Family.make_control_net`."""
+        return make_control_net(self.sizes, self.checkpoint.parts["unet"], file, dtype, device)
 
     def trusts_foreign_text_caches(self) -> bool:
         """Trust them for diffusers folders: of single files, sd-scripts reads OpenCLIP's projection the wrong way round."""
@@ -290,12 +295,12 @@ class SdxlFamily:
         return replace(self, checkpoint=replace(self.checkpoint, parts=parts))
 
     def set_attention(self, denoiser: nn.Module, kind: str) -> None:
-        """Choose how the U-Net computes attention: "sdpa", "xformers", "mem_eff_attn" or "plain"."""
-        cast(UNet, denoiser).set_attention(kind)
+        """Choose how the U-Net, or a ControlNet, computes attention: "sdpa", "xformers", "mem_eff_attn" or "plain"."""
+        cast(UNetEncoder, denoiser).set_attention(kind)
 
     def enable_gradient_checkpointing(self, denoiser: nn.Module, fraction: float = 1.0) -> None:
         """Keep only the inputs of blocks for the backward pass; see `Family.enable_gradient_checkpointing`."""
-        cast(UNet, denoiser).enable_gradient_checkpointing(fraction)
+        cast(UNetEncoder, denoiser).enable_gradient_checkpointing(fraction)
 
     def enable_text_checkpointing(self, encoders: Sequence[nn.Module | None]) -> None:
         """Keep only the inputs of layers for the backward pass; puts the encoders in training mode."""

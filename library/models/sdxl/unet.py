@@ -3,7 +3,7 @@
 Shapes: B batch, h and w latent height and width (multiples of 4), S context tokens, D context width, V vector width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ from library.models.sdxl.sizes import (
 )
 
 
-class UNet(nn.Module):
-    """Predicts the noise (or velocity) in latents from a timestep, a text context and a vector of pooled text and sizes.
+class UNetEncoder(nn.Module):
+    """What a U-Net and its ControlNet share: the embeddings, the way down and the middle block.
 
     Runs in the dtype of its weights, or in autocast's. Each residual block, basic transformer block and sampler can be made to keep
     only its inputs for the backward pass; that acts whenever gradients are recorded.
@@ -48,44 +48,39 @@ class UNet(nn.Module):
         self.label_emb = nn.Sequential(_two_linears(sizes.vector_dim, sizes.time_dim))
         self.input_blocks = nn.ModuleList(_make_block(block, sizes) for block in sizes.input_blocks)
         self.middle_block = _make_block(sizes.middle_block, sizes)
-        self.output_blocks = nn.ModuleList(_make_block(block, sizes) for block in sizes.output_blocks)
-        self.out = nn.Sequential(
-            GroupNorm(sizes.norm_groups, sizes.model_channels),
-            nn.SiLU(),
-            nn.Conv2d(sizes.model_channels, sizes.out_channels, 3, padding=1),
-        )
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights."""
         return self.time_embed[0].weight.dtype  # type: ignore[return-value]  # a Sequential's item is a plain Module to mypy
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor) -> Tensor:
-        """Run the network.
-
-        Args:
-            x: (B, 4, h, w) noisy latents.
-            timesteps: (B,) or (), 0 … 999, integer or fractional.
-            context: (B, S, D) text context.
-            y: (B, V) pooled text and size embeddings.
-
-        Returns:
-            (B, 4, h, w) in the dtype the convolutions run in.
-        """
+    def embedded(self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x and context in the type of the computation, and the embedding (B, E) of timesteps and y; see `UNet.forward`."""
         dtype = product_dtype(x, self.dtype)  # inputs that many layers share are cast once
         x, context, y = x.to(dtype), context.to(dtype), y.to(dtype)
         time = sinusoid(timesteps.expand(x.shape[0]), self.sizes.model_channels).to(dtype)
-        emb = self.time_embed(time) + self.label_emb(y)
+        return x, context, self.time_embed(time) + self.label_emb(y)
 
-        h, skips = x, []
+    def encoded(self, x: Tensor, context: Tensor, emb: Tensor, hint: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """Run the input blocks and the middle block.
+
+        Args:
+            x: (B, 4, h, w).
+            context: (B, S, D).
+            emb: (B, E).
+            hint: (B, C, h, w), added to what the first block gives; None for none.
+
+        Returns:
+            What each input block gave, and what the middle block gave.
+        """
+        h = x
+        skips: list[Tensor] = []
         for block in self.input_blocks:
             h = self._run_block(block, h, emb, context)
+            if hint is not None and not skips:
+                h = h + hint
             skips.append(h)
-        h = self._run_block(self.middle_block, h, emb, context)
-        for block in self.output_blocks:
-            h = self._run_block(block, torch.cat([h, skips.pop()], dim=1), emb, context)
-        out: Tensor = self.out(h)
-        return out
+        return skips, self._run_block(self.middle_block, h, emb, context)
 
     def blocks(self) -> dict[str, Block]:
         """Return residual blocks, basic transformer blocks and samplers by name, in the order of the forward pass."""
@@ -137,6 +132,44 @@ class UNet(nn.Module):
             else:
                 h = run_block(layer, h)
         return h
+
+
+class UNet(UNetEncoder):
+    """Predicts the noise (or velocity) in latents from a timestep, a text context and a vector of pooled text and sizes."""
+
+    def __init__(self, sizes: UNetSizes) -> None:
+        super().__init__(sizes)
+        self.output_blocks = nn.ModuleList(_make_block(block, sizes) for block in sizes.output_blocks)
+        self.out = nn.Sequential(
+            GroupNorm(sizes.norm_groups, sizes.model_channels),
+            nn.SiLU(),
+            nn.Conv2d(sizes.model_channels, sizes.out_channels, 3, padding=1),
+        )
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, y: Tensor, residuals: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Run the network.
+
+        Args:
+            x: (B, 4, h, w) noisy latents.
+            timesteps: (B,) or (), 0 … 999, integer or fractional.
+            context: (B, S, D) text context.
+            y: (B, V) pooled text and size embeddings.
+            residuals: added to what each input block hands to the way up, and, the last one, to what the middle block gives.
+
+        Returns:
+            (B, 4, h, w) in the dtype the convolutions run in.
+        """
+        x, context, emb = self.embedded(x, timesteps, context, y)
+        skips, h = self.encoded(x, context, emb)
+        if residuals is not None:
+            skips = [skip + residual.to(skip.dtype) for skip, residual in zip(skips, residuals[:-1], strict=True)]
+            h = h + residuals[-1].to(h.dtype)
+        for block in self.output_blocks:
+            h = self._run_block(block, torch.cat([h, skips.pop()], dim=1), emb, context)
+        out: Tensor = self.out(h)
+        return out
 
 
 def _place(block: Block) -> int:
