@@ -30,7 +30,7 @@ class Observer(Protocol):
         """Called when all batches of `position.epoch` were trained on."""
 
     def after_training(self, position: Position) -> None:
-        """Called once, after the last update; not called when the run was interrupted."""
+        """Called once, after the last update; not called when the run was interrupted before it."""
 
 
 @dataclass
@@ -75,7 +75,7 @@ def train(run: TrainingRun, start: Position, stop: StopRequest) -> Position:
         if position.batch == run.batches_per_epoch:
             notify(run.observers, "after_epoch", position)
             position = position.next_epoch()
-    if not stop.agreed:
+    if position.update >= run.max_updates:  # also where a stop was asked for in the last step: nothing is left to continue
         notify(run.observers, "after_training", position)
     return position
 

@@ -137,7 +137,7 @@ def carry_out(
             if uploads is not None:
                 uploads.is_stopping = lambda: stop.signal is not None
             end = train(run, start, stop)
-            if stop.agreed:
+            if stop.agreed and end.update < run.max_updates:
                 stop_saved(saver, end, stop, setting)
     finally:
         training_log.close()

@@ -1,6 +1,7 @@
 """What a person reads after a mistake: one sentence that names the thing and the way out, and an exit status."""
 
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import zeros
 import sdxl_train_network
 from library.options.errors import UsageError, UserError
 from library.training import recipe
-from tests.cli.training_commands import ROOT, SCRIPT, arguments, environment, run_command, write_dataset
+from tests.cli.training_commands import ROOT, SCRIPT, Blow, arguments, environment, run_command, write_dataset
 
 
 @pytest.fixture
@@ -150,9 +151,13 @@ def test_a_disk_that_takes_no_more_leaves_the_earlier_file_whole(dataset: Path, 
     assert (out / "net.safetensors").read_bytes() == b"the network of yesterday"
 
 
-def test_resuming_a_finished_run_says_that_nothing_is_left(dataset: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_in_its_last_step_is_finished_and_has_nothing_left_to_resume(
+    dataset: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     args = arguments(tiny_checkpoint, dataset, tmp_path / "out", "--max_train_steps", "1", "--save_state_on_train_end")
-    assert run_command(args).returncode == 0
+    done = run_command(args, blow=Blow(signal.SIGTERM, batch=0))
+    assert done.returncode == 0 and "Stopping after this step" in done.stderr and "--resume" not in done.stderr
+    assert (tmp_path / "out" / "net.safetensors").is_file()
     with pytest.raises(UserError, match="Nothing is left to train"):
         sdxl_train_network.main([*args, "--resume", str(tmp_path / "out" / "net-state")])
 

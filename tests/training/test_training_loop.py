@@ -115,6 +115,14 @@ def test_a_signal_lets_the_step_finish_and_ends_the_run(number: signal.Signals) 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_run_that_is_stopped_in_its_last_step_is_complete() -> None:
+    recorder = Recorder(on_update=lambda position: os.kill(os.getpid(), signal.SIGINT) if position.update == 3 else None)
+    run = FakeRun(dataset(5), updates=3, observers=[recorder])
+    with StopRequest() as stop:
+        run.train(stop=stop)
+    assert stop.agreed and [event for event, _ in recorder.events][-1] == "end"
+
+
 def test_a_second_ctrl_c_stops_at_once_but_the_echo_of_a_launcher_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr("library.training.interrupt.time.monotonic", lambda: clock[0])
