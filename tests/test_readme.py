@@ -1,5 +1,6 @@
 """What the documentation tells a person to type is accepted by the commands it names, and its links lead somewhere."""
 
+import json
 import re
 import shlex
 import sys
@@ -91,6 +92,7 @@ ACCEPT: dict[str, Callable[[list[str]], object]] = {
     "tools/bench_dataset.py": lambda arguments: bench_dataset_parser().parse_args(arguments),
     "tools/canny.py": canny.read_command_line,
     "tools/convert_sdxl.py": lambda arguments: output_layout(convert_parser().parse_args(arguments)),
+    "tools/forecast_table.py": lambda arguments: [json.loads((ROOT / path).read_text())["rows"] for path in arguments],
     "tools/resize_images_to_resolution.py": resize_images_to_resolution.read_command_line,
     "tools/show_metadata.py": lambda arguments: show_metadata.command_line().parse_args(arguments),
     "examples/toy/evaluate.py": lambda arguments: evaluate.command_line().parse_args(arguments),
