@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 
-from PIL import features
-
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
 """File name endings that count as pictures, in lower case; every other spelling (.PNG, .Png) counts too."""
 
@@ -67,7 +65,11 @@ def without_package(paths: Iterable[str]) -> dict[str, list[str]]:
 @cache
 def _can_read(ending: str) -> bool:
     plug_in = _PLUG_INS.get(ending)
-    if plug_in is None or (ending == ".avif" and features.check("avif")):
+    if plug_in is None:
+        return True
+    from PIL import features  # commands that list pictures answer --help without it
+
+    if ending == ".avif" and features.check("avif"):
         return True
     for module in plug_in.modules:
         try:

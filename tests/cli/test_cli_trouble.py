@@ -19,10 +19,10 @@ def spoil(number: int) -> None:
 
     calls, train_on = count(), loop.accumulate_gradient
 
-    def spoiled(run: Any, batch: Any, *more: Any) -> Any:
+    def spoiled(run: Any, sent: Any, *more: Any) -> Any:
         if next(calls) == number:
-            batch = replace(batch, latents=batch.latents * torch.nan)
-        return train_on(run, batch, *more)
+            sent = run.send(replace(sent.batch, latents=sent.batch.latents * torch.nan))
+        return train_on(run, sent, *more)
 
     loop.accumulate_gradient = spoiled
 

@@ -18,7 +18,7 @@ from library.dataset.plan import EpochPlan, draw_seed, plan_epoch
 from library.options.errors import UserError
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.length import LengthOptions
-from library.training import recipe
+from library.training import loader as training_loader
 from library.training.outputs import RunLength
 
 
@@ -229,6 +229,6 @@ def test_training_tells_the_loader_how_long_it_is_and_what_an_update_is(folder: 
     accelerator = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
     length = RunLength.of(dataset.batches_per_epoch(1), 2, 12, None)
     setting: Any = SimpleNamespace(options=options, accelerator=accelerator, dataset=dataset, length=length)
-    loader = recipe.make_loader(setting, persistent=False)
+    loader = training_loader.make_loader(setting, persistent=False)
     lengths = [len([*filter(None, batch.captions[0].split(", "))]) for epoch in (1, 2) for batch in loader.epoch(epoch)]
     assert lengths == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2]
