@@ -116,7 +116,7 @@ class DeviceValues:
     def waits(self, what: str) -> None:
         """Count a wait at the innermost place of the project."""
         frames = [each for each in traceback.extract_stack() if each.filename != __file__]
-        place = next((each for each in reversed(frames) if each.filename.startswith(_PROJECT)), frames[-1])
+        place = next((each for each in reversed(frames) if _is_ours(each.filename)), frames[-1])
         name = place.filename.removeprefix(_PROJECT)
         if name not in WAYS_OUT:
             self.found[f"{name}:{place.lineno} ({what})"] += 1
@@ -156,6 +156,10 @@ class _Operations(TorchDispatchMode):
         if is_known:
             self._known.follow([result])
         return result
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(_PROJECT) and "site-packages" not in file  # the environment may lie in the project's folder
 
 
 def _storages(values: Any) -> Iterator[Any]:

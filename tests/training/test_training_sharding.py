@@ -5,8 +5,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,6 @@ from library.training.full_tensors import (
     load_full_tensors,
     shares_of_optimizer_state,
 )
-from library.training.setting import Setting
 from library.training.zero import DividedShares, ZeroOptimizer
 from tests.cli.training_commands import warm_processes
 
@@ -137,7 +135,7 @@ def work(rank: int, folder: str) -> None:
 def test_the_memory_of_a_divided_run_is_not_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     def told(**given: Any) -> str | None:
         options = replace(SdxlTrainOptions(), distributed=DistributedOptions(**given))
-        return why_not(cast(Setting, SimpleNamespace(options=options)))
+        return why_not(options)
 
     assert told() is None
     assert "DeepSpeed divides" in (told(deepspeed=True) or "")
