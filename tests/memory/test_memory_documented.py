@@ -49,7 +49,9 @@ def test_the_table_of_training_has_the_same_peaks() -> None:
     peaks = {
         training_row(result["options"]): f"{result['traced_peak_gib']['total']:.1f}"
         for result in RESULTS.values()
-        if result["options"]["bench"]["mode"] == "finetune" and result["options"]["optimizer"]["optimizer_type"] == "Adafactor"
+        if result["options"]["bench"]["mode"] == "finetune"
+        and result["options"]["optimizer"]["optimizer_type"] == "Adafactor"
+        and not result["options"]["precision"].get("blocks_to_swap")
     }
     table = rows("training.md", r"^\| (\S.*?) \| (.+?) \| ([\d.]+) GiB \|$")
     assert len(table) == 6

@@ -49,13 +49,11 @@ CASES = {
     "LoRA beside 4 bits": Case(
         SMALL.model_copy(update={"mode": "lora"}), StepPrecisionOptions(base_quant="nf4"), OptimizerOptions()
     ),
-    "AdamW": Case(SMALLER, StepPrecisionOptions(), OptimizerOptions(), "cuda"),
     "RMSprop, foreach": Case(SMALLER, StepPrecisionOptions(), OptimizerOptions(optimizer_type="RMSprop"), "cuda"),
     "bf16 weights, AdamW": Case(SMALLER, BF16, OptimizerOptions(), "cuda"),
     "bf16 weights, AdamW8bit": Case(SMALLER, BF16, OptimizerOptions(use_8bit_adam=True)),
     "bf16 weights, fused": Case(SMALLER, BF16, OptimizerOptions(**ADAFACTOR, fused_backward_pass=True)),
     "bf16 weights, fused groups": Case(SMALLER, BF16, OptimizerOptions(**ADAFACTOR, fused_optimizer_groups=4)),
-    "fused groups": Case(SMALLER, StepPrecisionOptions(), OptimizerOptions(**ADAFACTOR, fused_optimizer_groups=4)),
 }
 
 
