@@ -14,6 +14,7 @@ import numpy as np
 
 from library.dataset.file_notes import FileNotes
 from library.files.hashes import sha256_file
+from library.files.npz import DAMAGE, parse_array
 from library.options.errors import UserError
 
 STAMP_NAME = "atelier_stamp"
@@ -54,14 +55,14 @@ def read_stamps(path: str, suffixes: Sequence[str]) -> list[Stamp | None]:
         with zipfile.ZipFile(path) as archive:
             checksums = {info.filename.removesuffix(".npy"): info.CRC for info in archive.infolist()}
             return [_read_stamp(archive, checksums, suffix) for suffix in suffixes]
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path} is damaged ({error}). Delete it, and it will be made again.") from None
 
 
 def _read_stamp(archive: zipfile.ZipFile, checksums: Mapping[str, int], suffix: str) -> Stamp | None:
     if STAMP_NAME + suffix not in checksums:
         return None
-    packed = np.lib.format.read_array(io.BytesIO(archive.read(f"{STAMP_NAME}{suffix}.npy")), allow_pickle=False)
+    packed = parse_array(archive.read(f"{STAMP_NAME}{suffix}.npy"))
     stamp: Stamp = json.loads(packed.tobytes())
     sealed = {name + suffix: checksum for name, checksum in stamp["checksums"].items()}
     return stamp if sealed.items() <= checksums.items() else None

@@ -1,6 +1,9 @@
 """Read and atomically write numpy archives, the files that caches live in."""
 
+import io
+import threading
 import zipfile
+import zlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,23 @@ from library.options.errors import UserError
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
+DAMAGE = (ValueError, EOFError, KeyError, AttributeError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error, OSError)
+"""What reading a damaged archive, or one of a kind that no cache is, may raise."""
+
+_parsing = threading.Lock()
+"""Held while numpy evaluates an array's header as Python: until 3.12, CPython raises SystemError when threads do that at once."""
+
+
+def parse_array(data: bytes) -> np.ndarray[Any, Any]:
+    """Return the array of an npy file's bytes; any number of threads may call this.
+
+    Raises:
+        ValueError: the bytes are no npy file, are cut short, or hold pickled objects.
+    """
+    with _parsing:
+        array: np.ndarray[Any, Any] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    return array
+
 
 def read_npz(path: str | Path, keys: Collection[str] | None = None) -> Arrays:
     """Return the arrays of an archive; with `keys`, only those of them that it holds, the others are not read from the disk.
@@ -20,11 +40,12 @@ def read_npz(path: str | Path, keys: Collection[str] | None = None) -> Arrays:
         UserError: the file is missing, damaged, no npz archive, or holds pickled objects.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files if keys is None or name in keys}
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            return {name: parse_array(archive.read(f"{name}.npy")) for name in names if keys is None or name in keys}
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist. Check the path.") from error
-    except (ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile, OSError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path} is damaged or not an npz archive ({error}). Delete it, and it will be made again.") from error
 
 

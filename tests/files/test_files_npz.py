@@ -1,4 +1,7 @@
+import gc
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -40,3 +43,23 @@ def test_damaged_missing_and_pickled_archives_are_one_sentence(tmp_path):
             read_npz(tmp_path / f"{name}.npz")
     with pytest.raises(UserError, match="does not exist"):
         read_npz(tmp_path / "no.npz")
+
+
+def test_threads_may_read_at_once_while_garbage_is_collected(tmp_path):
+    write_npz(tmp_path / "a.npz", {"a": np.arange(4)})
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+
+    def callback(phase, info):
+        sum(range(20))  # Python code within a collection: here threads change places, also in the midst of parsing
+
+    try:
+        sys.setswitchinterval(1e-6)
+        gc.set_threshold(5, 2, 2)
+        gc.callbacks.append(callback)
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: read_npz(tmp_path / "a.npz")["a"], range(2000)))
+    finally:
+        gc.callbacks.remove(callback)
+        gc.set_threshold(*thresholds)
+        sys.setswitchinterval(interval)
+    assert all(np.array_equal(array, np.arange(4)) for array in found)
