@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from library.memory.blocks import INT8, NF4
+from library.memory.blockwise import INT8, NF4
 from library.memory.fp8 import SCALED_FLOAT8
 from library.memory.packed import Codec
 

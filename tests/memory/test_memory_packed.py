@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import networks.lora
-from library.memory.blocks import NF4
+from library.memory.blockwise import NF4
 from library.memory.codecs import CODECS
 from library.memory.fp8 import SCALED_FLOAT8
 from library.memory.packed import Codec, PackedTensor, hold_packed, pack_layers
