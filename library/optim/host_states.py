@@ -41,12 +41,17 @@ class HostStates:
 
     @contextmanager
     def brought(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        """While entered, the state of these parameters is on their device; it goes back with what a step made of it."""
-        for parameter, key, home in self._large(parameters):
-            self._optimizer.state[parameter][key] = home.to(parameter.device, non_blocking=True, copy=True)
-        yield
-        for parameter, key, value in self._large(parameters):
-            self._optimizer.state[parameter][key] = self._taken_home(parameter, key, value)
+        """While entered, the state of these parameters is on their device; it goes back with what a step made of it.
+
+        It also goes back where the step fails, for want of memory for example: what is done then needs the room.
+        """
+        try:
+            for parameter, key, home in self._large(parameters):
+                self._optimizer.state[parameter][key] = home.to(parameter.device, non_blocking=True, copy=True)
+            yield
+        finally:
+            for parameter, key, value in self._large(parameters):
+                self._optimizer.state[parameter][key] = self._taken_home(parameter, key, value)
 
     def load(self, load_state_dict: Callable[[Mapping[str, Any]], object], saved: Mapping[str, Any]) -> None:
         """Load a state dict without bringing what is large in it to the device.

@@ -82,6 +82,23 @@ def test_steps_saving_and_loading_are_those_of_state_on_the_device_to_the_bit(na
         assert all(torch.equal(value, plain.large_state()[place]) for place, value in run.large_state().items())
 
 
+def test_a_step_that_fails_leaves_no_state_on_the_device() -> None:
+    run = Run("AdamW", torch.float32, on_host=True)
+    run.step(0)
+    homes = {place: value.data_ptr() for place, value in run.large_state().items()}
+    met: list[int] = []
+
+    def fail(*_: object) -> None:
+        met.extend(value.data_ptr() for value in run.large_state().values())
+        raise MemoryError
+
+    run.optimizer.register_step_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        run.step(1)
+    assert set(met) != set(homes.values()), "it was brought before"
+    assert {place: value.data_ptr() for place, value in run.large_state().items()} == homes
+
+
 @pytest.mark.parametrize("more", [{}, {"optimizer_type": "AdamW8bit"}, {"fused_backward_pass": True, "max_grad_norm": 0}])
 def test_the_forecast_has_no_state_on_the_device(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("library.optim.updates._CHUNK_OF_HOST", 2**18)  # the whole of this model would be one chunk
