@@ -38,10 +38,10 @@ def main(argv: Sequence[str]) -> None:
 def train(options: SdxlTrainControlNetLLLiteOptions, data: DatasetConfig, requests: Sequence[ImageRequest]) -> None:
     """Train the network. Torch is loaded here, after everything cheap was checked."""
     from library.models.sdxl.family import SdxlFamily
-    from library.training.control_recipe import ControlRecipe
+    from library.training.control_net_lllite_recipe import ControlNetLLLiteRecipe
     from library.training.recipe import run_recipe
 
-    run_recipe(ControlRecipe(options), SdxlFamily.open, options, data, requests)
+    run_recipe(ControlNetLLLiteRecipe(options), SdxlFamily.open, options, data, requests)
 
 
 if __name__ == "__main__":

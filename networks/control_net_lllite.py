@@ -63,12 +63,7 @@ class ControlNetLLLite(nn.Module):
         self.train()
 
     def see(self, images: Tensor | None) -> None:
-        """Take the control images that the next calls of the U-Net follow.
-
-        Args:
-            images: (N, 3, H, W) in [-1, 1], of the pictures' size in pixels, where the U-Net is given N rows or a multiple of N
-                in which the images repeat in order; None for none.
-        """
+        """Take the control images that the next calls of the U-Net follow; see `library.models.control.Control`."""
         for adapter in self.adapters.values():
             adapter.see(images)
 
@@ -100,16 +95,7 @@ class ControlNetLLLite(nn.Module):
         self.load_state_dict(weights)
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
-        """Write the modules atomically.
-
-        Args:
-            file: `.safetensors`, or with any other extension a PyTorch pickle without metadata.
-            dtype: of all tensors; None keeps their own.
-            metadata: of a safetensors file.
-
-        Raises:
-            UserError: the disk is full or the folder not writable.
-        """
+        """Write the modules atomically; see `library.models.control.Control`."""
         save_tensors(file, to_save(self.state_dict(), dtype), metadata)
 
 

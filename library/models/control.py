@@ -1,6 +1,6 @@
 """Networks that make a denoiser follow images, as steps and pictures know them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -21,6 +21,18 @@ class Control(Protocol):
     def set_multiplier(self, multiplier: float) -> None:
         """Set the strength; 0 leaves the denoiser as it is."""
 
+    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
+        """Write the network atomically.
+
+        Args:
+            file: `.safetensors`, or with any other extension a PyTorch pickle without metadata.
+            dtype: of all tensors; None keeps their own.
+            metadata: of a safetensors file.
+
+        Raises:
+            UserError: the disk is full or the folder not writable.
+        """
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Yield the weights."""
 
@@ -39,15 +51,3 @@ class ControlNet(Control, Protocol):
 
     def new_parameters(self) -> list[nn.Parameter]:
         """Return the weights that the denoiser has no counterpart of."""
-
-    def save_weights(self, file: str, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
-        """Write the network atomically.
-
-        Args:
-            file: `.safetensors`, or with any other extension a PyTorch pickle without metadata.
-            dtype: of all tensors; None keeps their own.
-            metadata: of a safetensors file.
-
-        Raises:
-            UserError: the disk is full or the folder not writable.
-        """

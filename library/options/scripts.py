@@ -188,32 +188,34 @@ class SdxlTrainTextualInversionOptions(TrainingOptions):
 
 
 @dataclass(frozen=True)
-class SdxlTrainControlNetLLLiteOptions(TrainingOptions):
-    """Options of `sdxl_train_control_net_lllite.py`."""
+class _ControlOptions(TrainingOptions):
+    """What both scripts take whose networks follow control images."""
 
-    script: ClassVar[str] = "sdxl_train_control_net_lllite.py"
-    purpose: ClassVar[str] = "Train a ControlNet-LLLite, with which an SDXL model follows images such as outlines."
     follows_images: ClassVar[bool] = True
     lacks: ClassVar[frozenset[str]] = frozenset({"masked_loss", "masked_loss_normalize", "prior_loss_weight", "reg_data_dir"})
     additions: ClassVar[frozenset[str]] = (_TRAINING_ADDITIONS - lacks) | _BEYOND_NETWORKS | {"fused_optimizer_groups"}
 
     cache: CacheOptions = field(default_factory=CacheOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+
+
+@dataclass(frozen=True)
+class SdxlTrainControlNetLLLiteOptions(_ControlOptions):
+    """Options of `sdxl_train_control_net_lllite.py`."""
+
+    script: ClassVar[str] = "sdxl_train_control_net_lllite.py"
+    purpose: ClassVar[str] = "Train a ControlNet-LLLite, with which an SDXL model follows images such as outlines."
+
     control: ControlNetLLLiteOptions = field(default_factory=ControlNetLLLiteOptions)
 
 
 @dataclass(frozen=True)
-class SdxlTrainControlNetOptions(TrainingOptions):
+class SdxlTrainControlNetOptions(_ControlOptions):
     """Options of `sdxl_train_control_net.py`."""
 
     script: ClassVar[str] = "sdxl_train_control_net.py"
     purpose: ClassVar[str] = "Train a ControlNet, with which an SDXL model follows images such as outlines."
-    follows_images: ClassVar[bool] = True
-    lacks: ClassVar[frozenset[str]] = SdxlTrainControlNetLLLiteOptions.lacks
-    additions: ClassVar[frozenset[str]] = SdxlTrainControlNetLLLiteOptions.additions
 
-    cache: CacheOptions = field(default_factory=CacheOptions)
-    output: OutputOptions = field(default_factory=OutputOptions)
     control: ControlNetOptions = field(default_factory=ControlNetOptions)
 
 

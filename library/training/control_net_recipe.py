@@ -8,25 +8,22 @@ from torch import nn
 
 from library.options.scripts import SdxlTrainControlNetOptions
 from library.training.denoiser import prepare_denoiser
+from library.training.frozen_model import FrozenModelRecipe
 from library.training.modelspec import model_spec
 from library.training.preparation import TextSide
-from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
+from library.training.setting import MetadataAt, Setting, Trained
 from library.training.trainable import NetworkTrainable
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ControlNetRecipe:
+class ControlNetRecipe(FrozenModelRecipe):
     """Trains a ControlNet and leaves the model as it is."""
 
     options: SdxlTrainControlNetOptions
 
     tracker_name = "sdxl_control_net_train"
-
-    def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
-        """Load everything in the type of the computation or in fewer bits, as nothing of the model itself is trained."""
-        return PartDTypes.frozen(self.options.precision, setting.dtypes.compute)
 
     def make_trainable(self, setting: Setting, denoiser: nn.Module, text: TextSide, vae: nn.Module | None) -> Trained:
         """Copy the U-Net's way down, or load a ControlNet, and let it take part in the U-Net's forward pass."""

@@ -17,6 +17,7 @@ from library.options.groups.network import NetworkOptions
 from library.options.record import option_values
 from library.options.scripts import SdxlTrainNetworkOptions
 from library.training.data_terms import needs_strength
+from library.training.frozen_model import FrozenModelRecipe
 from library.training.metadata import (
     RunRecord,
     at_save,
@@ -30,7 +31,7 @@ from library.training.metadata import (
 from library.training.modelspec import model_spec
 from library.training.position import Position
 from library.training.preparation import TextSide
-from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
+from library.training.setting import MetadataAt, Setting, Trained
 from library.training.trainable import NetworkTrainable
 from networks.loading import import_network_module, parse_network_args
 from networks.lora_network import LoRANetwork
@@ -40,16 +41,12 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class NetworkRecipe:
+class NetworkRecipe(FrozenModelRecipe):
     """Trains what `--network_module` makes and leaves the model as it is."""
 
     options: SdxlTrainNetworkOptions
 
     tracker_name = "network_train"
-
-    def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
-        """Load everything in the type of the computation or in fewer bits, as nothing of the model itself is trained."""
-        return PartDTypes.frozen(self.options.precision, setting.dtypes.compute)
 
     def make_trainable(self, setting: Setting, denoiser: nn.Module, text: TextSide, vae: nn.Module | None) -> Trained:
         """Make the network, attach it to the denoiser and to the text encoders that are trained, and load its weights."""

@@ -18,11 +18,12 @@ from library.models.family import Family
 from library.options.errors import UserError
 from library.options.groups.textual_inversion import TextualInversionOptions
 from library.options.scripts import SdxlTrainTextualInversionOptions
+from library.training.frozen_model import FrozenModelRecipe
 from library.training.full_tensors import Gathered
 from library.training.modelspec import model_spec
 from library.training.position import Position
 from library.training.preparation import TextSide
-from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
+from library.training.setting import MetadataAt, Setting, Trained
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +32,12 @@ _ANYTHING = "something"
 
 
 @dataclass(frozen=True)
-class WordRecipe:
+class WordRecipe(FrozenModelRecipe):
     """Trains the vectors of one new word."""
 
     options: SdxlTrainTextualInversionOptions
 
     tracker_name = "textual_inversion"
-
-    def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
-        """Load everything in the type of the computation or in fewer bits, as nothing of the model itself is trained."""
-        return PartDTypes.frozen(self.options.precision, setting.dtypes.compute)
 
     def make_trainable(self, setting: Setting, denoiser: nn.Module, text: TextSide, vae: nn.Module | None) -> Trained:
         """Put the word's vectors behind the text encoders' tables."""

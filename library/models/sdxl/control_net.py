@@ -119,7 +119,7 @@ class SdxlControlNet(UNetEncoder):
         return [conv(h) * self.multiplier for conv, h in zip(convolutions, (*down, middle), strict=True)]
 
     def save_weights(self, file: str, dtype: torch.dtype | None, metadata: Mapping[str, str] | None) -> None:
-        """Write the network atomically under diffusers' names; see `library.models.control.ControlNet`."""
+        """Write the network atomically under diffusers' names; see `library.models.control.Control`."""
         tensors = {self.names[name]: tensor for name, tensor in self.state_dict().items()}
         save_tensors(file, to_save(tensors, dtype), metadata)
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from library.options.scripts import SdxlTrainControlNetLLLiteOptions
+from library.training.frozen_model import FrozenModelRecipe
 from library.training.modelspec import model_spec
 from library.training.preparation import TextSide
-from library.training.setting import MetadataAt, PartDTypes, Setting, Trained
+from library.training.setting import MetadataAt, Setting, Trained
 from library.training.trainable import NetworkTrainable
 from networks.control_net_lllite import ControlNetLLLite, Widths
 
@@ -16,16 +17,12 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ControlRecipe:
+class ControlNetLLLiteRecipe(FrozenModelRecipe):
     """Trains a ControlNet-LLLite and leaves the model as it is."""
 
     options: SdxlTrainControlNetLLLiteOptions
 
     tracker_name = "lllite_control_net_train"
-
-    def dtypes_of_parts(self, setting: Setting) -> PartDTypes:
-        """Load everything in the type of the computation or in fewer bits, as nothing of the model itself is trained."""
-        return PartDTypes.frozen(self.options.precision, setting.dtypes.compute)
 
     def make_trainable(self, setting: Setting, denoiser: nn.Module, text: TextSide, vae: nn.Module | None) -> Trained:
         """Put the network's modules before the U-Net's layers, and load their weights."""
