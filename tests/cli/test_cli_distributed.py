@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import astuple
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +14,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from library.training.loss_ledger import read_ledger
-from tests.cli import test_cli_train_control_net_lllite as train_control
+from tests.cli import test_cli_train_control_nets as control_nets
 from tests.cli import test_cli_train_textual_inversion as train_word
 from tests.cli.training_commands import (
     FINETUNE,
@@ -202,13 +201,17 @@ def test_deepspeed_divides_the_work_of_two_processes_and_goes_on_from_its_state(
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("kind", [train_word, train_control])
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [(train_word.SCRIPT, train_word.command), (control_nets.LLLITE.script, control_nets.LLLITE.arguments)],
+    ids=["words", "lllite"],
+)
 def test_words_and_control_networks_learn_in_two_processes_what_they_learn_in_one(
-    kind: ModuleType, tiny_checkpoint: Path, photos: Path, tmp_path: Path
+    script: str, command: Callable[..., list[str]], tiny_checkpoint: Path, photos: Path, tmp_path: Path
 ) -> None:
     dataset = write_dataset(tmp_path, photos, batch_size=4)
     text = dataset.read_text().replace("shuffle_caption = true\n", "").replace("caption_tag_dropout_rate = 0.2\n", "")
-    controls = f'conditioning_data_dir = "{(tmp_path / "images").as_posix()}"\n' if kind is train_control else ""
+    controls = f'conditioning_data_dir = "{(tmp_path / "images").as_posix()}"\n' if script == control_nets.LLLITE.script else ""
     dataset.write_text(text + controls)
     halved = tmp_path / "halved.toml"
     halved.write_text(dataset.read_text().replace("batch_size = 4", "batch_size = 2"))
@@ -216,8 +219,8 @@ def test_words_and_control_networks_learn_in_two_processes_what_they_learn_in_on
     more += ["--output_name", "it"]
     zero = ["--deepspeed", "--offload_optimizer_device", "cpu"]
     for name, of, count, asked in (("one", dataset, 1, []), ("averaged", halved, 2, []), ("divided", halved, 2, zero)):
-        args = kind.command(tiny_checkpoint, of, tmp_path / name, *more, *asked)
-        done = run_processes(args, kind.SCRIPT, count=count, more=ON_CPU)
+        args = command(tiny_checkpoint, of, tmp_path / name, *more, *asked)
+        done = run_processes(args, script, count=count, more=ON_CPU)
         assert done.returncode == 0, done.stderr
     one, *others = (weights(tmp_path / name / "it.safetensors") for name in ("one", "averaged", "divided"))
     for theirs in others:
