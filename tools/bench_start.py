@@ -73,23 +73,27 @@ def measure(command: Sequence[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         events, said = Path(folder) / "events.jsonl", Path(folder) / "said"
         line = [sys.executable, *command, "--max_train_steps", "1", "--log_events", str(events)]
-        began, peak = time.time(), 0
-        found: dict[str, dict[str, float]] = {}
+        began = time.time()
         with said.open("wb") as out, subprocess.Popen(line, cwd=ROOT, stdout=out, stderr=out) as process:
-            while process.poll() is None and "step" not in found:
-                peak = max(peak, _anonymous_bytes(process.pid))
-                worked = _processor_seconds(process.pid)
-                for event in _events(events):
-                    if event["kind"] in ("start", "step") and event["kind"] not in found:
-                        found[event["kind"]] = {
-                            "seconds": round(event["time"] - began, 2),
-                            "processor_seconds": worked,
-                            "peak_bytes": peak,
-                        }
-                time.sleep(_SAMPLE_SECONDS)
+            found = _watch(process, events, began)
         if process.returncode or found.keys() != {"start", "step"}:
             raise UserError(f"The command did not come to its first step:\n{said.read_text(errors='replace')[-2000:]}")
     return {"training_begins": found["start"], "first_step_ends": found["step"]}
+
+
+def _watch(process: subprocess.Popen[bytes], events: Path, began: float) -> dict[str, dict[str, float]]:
+    """Look at a process until it has made a step or ended; returns the seconds and bytes until its start and until that step."""
+    peak = 0
+    found: dict[str, dict[str, float]] = {}
+    while process.poll() is None and "step" not in found:
+        peak = max(peak, _anonymous_bytes(process.pid))
+        worked = _processor_seconds(process.pid)
+        first = {event["kind"]: event for event in reversed(_events(events))}
+        for kind in {"start", "step"} & first.keys() - found.keys():
+            seconds = round(first[kind]["time"] - began, 2)
+            found[kind] = {"seconds": seconds, "processor_seconds": worked, "peak_bytes": peak}
+        time.sleep(_SAMPLE_SECONDS)
+    return found
 
 
 def _events(path: Path) -> list[dict[str, Any]]:

@@ -46,30 +46,23 @@ def parse_prompt_weights(prompt: str, *, breaks: bool = False) -> list[WeightedT
     Returns:
         The runs in order, neighbours of equal weight joined; one empty run for an empty prompt.
     """
-    runs: list[WeightedText] = []
-    open_at: dict[str, list[int]] = {"(": [], "[": []}
+    reading = _Reading()
     for token in _TOKEN.finditer(prompt):
-        kind, value = _kind_and_text(token)
-        if kind == "open":
-            open_at[value].append(len(runs))
-        elif kind == "number" and open_at["("] and (weight := _number(value)) is not None:
-            _multiply(runs, open_at["("].pop(), weight)
-        elif kind == "close" and open_at["(" if value == ")" else "["]:
-            bracket = "(" if value == ")" else "["
-            _multiply(runs, open_at[bracket].pop(), _bracket_weight(bracket))
-        elif kind == "number":
-            # No weight here: a plain closing bracket preceded by text.
-            runs.append(WeightedText(f":{value}"))
-            if open_at["("]:
-                _multiply(runs, open_at["("].pop(), ROUND_WEIGHT)
-            else:
-                runs.append(WeightedText(")"))
-        elif kind != "lone_backslash":
-            runs.extend(_split_at_breaks(value) if breaks and kind == "text" else [WeightedText(value)])
-    for bracket, starts in open_at.items():
-        for start in starts:
-            _multiply(runs, start, _bracket_weight(bracket))
-    return _join_equal_neighbours(runs) or [WeightedText("")]
+        kind = token.lastgroup or ""
+        value = token.group(kind)
+        match kind:
+            case "open":
+                reading.open(value)
+            case "close":
+                reading.close(value)
+            case "number":
+                reading.close_with_number(value)
+            case "text" if breaks:
+                reading.runs += _split_at_breaks(value)
+            case "text" | "literal":
+                reading.add(value)
+    reading.close_all()
+    return _join_equal_neighbours(reading.runs) or [WeightedText("")]
 
 
 def has_weights(prompt: str) -> bool:
@@ -82,9 +75,45 @@ def without_weights(prompt: str) -> str:
     return "".join(run.text for run in parse_prompt_weights(prompt))
 
 
-def _kind_and_text(token: re.Match[str]) -> tuple[str, str]:
-    kind = token.lastgroup or ""
-    return kind, token.group(kind)
+_BRACKET_WEIGHTS = {"(": ROUND_WEIGHT, "[": 1 / ROUND_WEIGHT}
+_OPENED_BY = {")": "(", "]": "["}
+
+
+class _Reading:
+    """The runs that were read so far, and where the brackets began that are still open."""
+
+    def __init__(self) -> None:
+        self.runs: list[WeightedText] = []
+        self._open_at: dict[str, list[int]] = {bracket: [] for bracket in _BRACKET_WEIGHTS}
+
+    def add(self, text: str) -> None:
+        self.runs.append(WeightedText(text))
+
+    def open(self, bracket: str) -> None:
+        self._open_at[bracket].append(len(self.runs))
+
+    def close(self, closing: str, weight: float | None = None) -> None:
+        """Give what stands in the innermost bracket of a kind its weight; where none is open, the closing one is text."""
+        bracket = _OPENED_BY[closing]
+        if self._open_at[bracket]:
+            self._multiply(self._open_at[bracket].pop(), _BRACKET_WEIGHTS[bracket] if weight is None else weight)
+        else:
+            self.add(closing)
+
+    def close_with_number(self, number: str) -> None:
+        """Close a round bracket with the weight that was given; a number that is no weight is text before a plain bracket."""
+        weight = _number(number) if self._open_at["("] else None
+        if weight is None:
+            self.add(f":{number}")
+        self.close(")", weight)
+
+    def close_all(self) -> None:
+        for bracket, starts in self._open_at.items():
+            for start in starts:
+                self._multiply(start, _BRACKET_WEIGHTS[bracket])
+
+    def _multiply(self, start: int, factor: float) -> None:
+        self.runs[start:] = [WeightedText(run.text, run.weight * factor, run.is_break) for run in self.runs[start:]]
 
 
 def _number(text: str) -> float | None:
@@ -92,15 +121,6 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-def _bracket_weight(bracket: str) -> float:
-    return ROUND_WEIGHT if bracket == "(" else 1 / ROUND_WEIGHT
-
-
-def _multiply(runs: list[WeightedText], start: int, factor: float) -> None:
-    """Multiply the weights of all runs from `start` on, in place."""
-    runs[start:] = [WeightedText(run.text, run.weight * factor, run.is_break) for run in runs[start:]]
 
 
 def _split_at_breaks(text: str) -> list[WeightedText]:

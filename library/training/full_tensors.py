@@ -39,17 +39,19 @@ def gather(module: nn.Module, optimizer: Any | None, *, keep: bool) -> Gathered:
     gathers_itself = hasattr(optimizer, "whole_state")
     states = [] if optimizer is None or gathers_itself else list(optimizer.state_dict()["state"].values())
     tensors = [*module.state_dict(keep_vars=True).values(), *(value for state in states for value in state.values())]
-    wholes = {}
-    for tensor in tensors:
-        if isinstance(tensor, DTensor):
-            whole = tensor.full_tensor().detach()
-            if keep:
-                wholes[id(tensor)] = whole.cpu()
-        elif _has_parts(tensor):
-            with _put_together(tensor):
-                if keep:
-                    wholes[id(tensor)] = tensor.detach().to("cpu", copy=True)
+    wholes = {id(tensor): whole for tensor in tensors if (whole := _gathered(tensor, keep=keep)) is not None}
     return Gathered(wholes, optimizer.whole_state(keep=keep) if optimizer is not None and gathers_itself else None)
+
+
+def _gathered(tensor: Any, *, keep: bool) -> Tensor | None:
+    """Return the whole of a divided tensor in main memory; None where it is not divided, and in processes that do not keep it."""
+    if isinstance(tensor, DTensor):
+        whole = tensor.full_tensor().detach()
+        return whole.cpu() if keep else None
+    if _has_parts(tensor):
+        with _put_together(tensor):
+            return tensor.detach().to("cpu", copy=True) if keep else None
+    return None
 
 
 def full_tensors(module: nn.Module, gathered: Gathered) -> Iterator[tuple[str, Tensor]]:
