@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -24,9 +25,16 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def product_files() -> list[Path]:
-    """Every Python file of the product: scripts and rooms, without tests."""
-    rooms = [path for room in ("library", "networks", "tools", "finetune") for path in (ROOT / room).rglob("*.py")]
+    """Every Python file of the product: scripts, rooms and examples, without tests."""
+    folders = ("library", "networks", "tools", "finetune", "examples")
+    rooms = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     return sorted(rooms + list(ROOT.glob("*.py")))
+
+
+@cache
+def syntax(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def is_command(path: Path) -> bool:
@@ -36,7 +44,7 @@ def is_command(path: Path) -> bool:
 
 def definitions(path: Path) -> Iterator[Definition]:
     """All functions and classes of a file, nested ones included."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(syntax(path)):
         if isinstance(node, Definition):
             yield node
 
@@ -51,7 +59,7 @@ def public_definitions(path: Path) -> Iterator[Definition]:
                 if isinstance(node, ast.ClassDef):
                     yield from visit(node.body)
 
-    return visit(ast.parse(path.read_text(encoding="utf-8")).body)
+    return visit(syntax(path).body)
 
 
 def at(path: Path, node: Definition) -> str:
@@ -113,7 +121,7 @@ def required_distributions() -> set[str]:
 def imported_packages(path: Path) -> set[str]:
     """The top-level packages a file imports by an import statement."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(syntax(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -123,7 +131,8 @@ def imported_packages(path: Path) -> set[str]:
 
 def test_a_fresh_installation_has_every_package_that_is_imported() -> None:
     required, distributions = required_distributions(), packages_distributions()
-    ours = {path.stem for path in ROOT.glob("*.py")} | {"library", "networks", "tools", "finetune"}
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("examples/toy/*.py")]
+    ours = {path.stem for path in scripts} | {"library", "networks", "tools", "finetune"}
     missing = {}
     for path in product_files():
         for package in imported_packages(path) - ours - sys.stdlib_module_names - set(OPTIONAL) - set(COMES_WITH):

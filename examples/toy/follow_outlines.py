@@ -8,7 +8,6 @@ combinations that none of these pictures has are drawn along new outlines: the s
 
 import argparse
 import random
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from reading import Mask, object_pixels, overlap, read_picture  # noqa: E402
 
 from library.options.entry import run_script  # noqa: E402
 from library.options.errors import UserError  # noqa: E402
+from start import end_on_sigterm, run  # noqa: E402
 
 CHECKPOINT = HERE / "toy_sdxl.safetensors"
 TRAINED, DRAWN = 800, 50
@@ -134,7 +134,7 @@ def train(output: Path, steps: int) -> Path:
         UserError: the training failed.
     """
     write_training_pictures(output)
-    if subprocess.run(training_command(output, steps), cwd=ROOT, check=False).returncode != 0:
+    if run(training_command(output, steps)) != 0:
         raise UserError("The training failed; what it said is above.")
     return output / "outlines.safetensors"
 
@@ -170,4 +170,5 @@ def training_command(output: Path, steps: int) -> list[str]:
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     run_script(main)

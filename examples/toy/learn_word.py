@@ -7,7 +7,6 @@ The word stands for a yellow cross. The model itself is not trained: the word's 
 """
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from reading import read_picture  # noqa: E402
 
 from library.options.entry import run_script  # noqa: E402
 from library.options.errors import UserError  # noqa: E402
+from start import end_on_sigterm, run  # noqa: E402
 
 CHECKPOINT = HERE / "toy_sdxl.safetensors"
 GROUNDS = ("red", "green", "blue", "purple", "white", "black")
@@ -85,10 +85,11 @@ def train(output: Path, vectors: int, steps: int) -> Path:
         "--learning_rate", "2e-2", "--max_train_steps", str(steps), "--seed", "1", "--cache_latents",
         "--max_data_loader_n_workers", "0",
     ]  # fmt: skip
-    if subprocess.run(command, cwd=ROOT, check=False).returncode != 0:
+    if run(command) != 0:
         raise UserError("The training failed; what it said is above.")
     return output / f"{YELLOW_CROSS}.safetensors"
 
 
 if __name__ == "__main__":
+    end_on_sigterm()
     run_script(main)

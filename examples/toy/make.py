@@ -9,16 +9,18 @@ state. The finished checkpoint is evaluated on captions it has never seen.
 
 import argparse
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(ROOT), str(HERE)]
 
 from drawing import Scene, draw, star_scenes, training_scenes  # noqa: E402
+
+from library.options.entry import run_script  # noqa: E402
+from start import end_on_sigterm, run  # noqa: E402
 
 DATASET = """\
 [general]
@@ -63,13 +65,13 @@ def main(argv: Sequence[str]) -> None:
     draw_pictures(work / "images", [(scene, scene.caption) for scene in scenes], first_seed=0)
     draw_pictures(HERE / "concept", star_scenes(), first_seed=100_000)
     if not (work / "vae.safetensors").exists():
-        run("examples/toy/train_vae.py", work / "vae.safetensors", "--steps", arguments.vae_steps)
+        run_step("examples/toy/train_vae.py", work / "vae.safetensors", "--steps", arguments.vae_steps)
     if not (work / "initial.safetensors").exists():
-        run("examples/toy/make_initial.py", work / "vae.safetensors", work / "initial.safetensors")
+        run_step("examples/toy/make_initial.py", work / "vae.safetensors", work / "initial.safetensors")
     train(work, arguments.steps, arguments.batch_size, arguments.mixed_precision)
     shutil.copyfile(work / "toy_sdxl.safetensors", arguments.out)
     judge = ("--number", arguments.evaluate, "--grid", work / "samples.png", "--json", work / "figures.json")
-    run("examples/toy/evaluate.py", "--ckpt", arguments.out, *judge)
+    run_step("examples/toy/evaluate.py", "--ckpt", arguments.out, *judge)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -109,7 +111,7 @@ def train(work: Path, steps: int, batch_size: int, mixed_precision: str) -> None
     (work / "dataset.toml").write_text(DATASET.format(images=(work / "images").as_posix(), batch_size=batch_size), encoding="utf-8")
     (work / "training.toml").write_text(TRAINING.format(save_every=max(1, steps // 10)), encoding="utf-8")
     states = sorted(work.glob("toy_sdxl-step*-state"))
-    run(
+    run_step(
         "sdxl_train.py",
         *("--config_file", work / "training.toml", "--dataset_config", work / "dataset.toml"),
         *("--pretrained_model_name_or_path", work / "initial.safetensors"),
@@ -119,15 +121,16 @@ def train(work: Path, steps: int, batch_size: int, mixed_precision: str) -> None
     )
 
 
-def run(script: str, *arguments: object) -> None:
+def run_step(script: str, *arguments: object) -> None:
     """Run a script of the suite, and end with its status where it fails."""
     command = [sys.executable, script, *map(str, arguments)]
     sys.stdout.write(f"\n$ {' '.join(['python', *command[1:]])}\n")
     sys.stdout.flush()
-    status = subprocess.run(command, cwd=ROOT, check=False).returncode
+    status = run(command)
     if status:
         raise SystemExit(status)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    end_on_sigterm()
+    run_script(main)

@@ -1,8 +1,11 @@
 """The toy: its pictures are read right, its checkpoint draws what it says, and its recipe runs."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,3 +90,23 @@ def test_every_shape_fills_its_box(shape: str) -> None:
     picture = draw(Scene(shape, "white", "black", "large")).convert("L").point(lambda level: 255 * (level > 127))
     left, top, right, bottom = picture.getbbox()
     assert 60 < right - left < 90 and 60 < bottom - top < 90
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize(("script", "words"), [("make", ("--pictures", "1", "--work")), ("learn_word", ("--output_dir",))])
+def test_a_demonstration_that_is_ended_ends_the_training_it_started(script: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    marker = tmp_path / "child.pid"
+    child = [sys.executable, "-c", f"import os, time; open({str(marker)!r}, 'w').write(str(os.getpid())); time.sleep(60)"]
+    driver = (
+        f"import runpy, start, sys\nsys.argv = {[script, *words, str(tmp_path)]!r}\n"
+        f"run = start.run\nstart.run = lambda _: run({child!r})\n"
+        f"runpy.run_path({str(TOY / f'{script}.py')!r}, run_name='__main__')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (marker.exists() and marker.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(marker.read_text()), 0)
