@@ -269,7 +269,7 @@ def _control_net_problems(control: ControlNetOptions, optimizer: OptimizerOption
 def _finetune_problems(options: SdxlTrainOptions) -> Iterator[str]:
     finetune, rate = options.finetune, options.optimizer.learning_rate
     yield from packed_problems(options.precision)
-    if rate:
+    if options.trains_denoiser:
         yield from trained_swap_problems(options.precision, options.optimizer)
     if finetune.train_text_encoder and options.cache.cache_text_encoder_outputs:
         yield "--train_text_encoder excludes --cache_text_encoder_outputs, which freezes their outputs. Choose one."

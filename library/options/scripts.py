@@ -104,6 +104,11 @@ class TrainingOptions(ScriptOptions):
     console: ConsoleOptions = field(default_factory=ConsoleOptions)
     config: ConfigOptions = field(default_factory=ConfigOptions)
 
+    @property
+    def trains_denoiser(self) -> bool:
+        """Whether weights of the denoiser itself are trained."""
+        return False
+
 
 _TRAINING_ADDITIONS = frozenset(
     {
@@ -154,6 +159,12 @@ class SdxlTrainOptions(TrainingOptions):
     precision: FinetunePrecisionOptions = field(default_factory=FinetunePrecisionOptions)
     output: ModelOutputOptions = field(default_factory=ModelOutputOptions)
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
+
+    @property
+    def trains_denoiser(self) -> bool:
+        """Whether weights of the denoiser itself are trained."""
+        rates = self.finetune.block_rates
+        return bool(self.optimizer.learning_rate) and (rates is None or any(rates))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
 from library.training.accelerator import DTypes, make_accelerator, shared_seed
 from library.training.data_terms import describe_data_terms, unread_attributes
+from library.training.denoiser import check_swapping
 from library.training.engine import Engine, make_engine
 from library.training.events import EventLog
 from library.training.loader import make_loader
@@ -72,6 +73,7 @@ def make_setting(
     seed = shared_seed(accelerator, *given) if pretended is None else next((each for each in given if each is not None), 0)
     dtypes = DTypes.of(options.precision, options.precision.no_half_vae, options.output.save_precision)
     family = open_family(model_source(options.model, options.precision))
+    check_swapping(family, options)
     objective = family.make_objective(options.model, options.noise, options.loss, accelerator.device)
     dataset = open_dataset(options, data, seed, family, accelerator.num_processes)
     batches_per_epoch = dataset.batches_per_epoch(accelerator.num_processes)

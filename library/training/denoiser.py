@@ -10,6 +10,7 @@ from library.memory.host_activations import HOST, keep_on_host
 from library.memory.swap_choice import check_count, choose, count_for_share
 from library.models.family import Family
 from library.options.groups.precision import StepPrecisionOptions
+from library.options.scripts import TrainingOptions
 from library.training.setting import PartDTypes, Setting
 
 
@@ -73,15 +74,16 @@ def arrange_denoiser(
         swap_blocks(denoiser, swapped, places, device)
 
 
-def check_swapping(family: Family, precision: StepPrecisionOptions) -> None:
-    """Refuse numbers of blocks that no model of this size has, before anything is loaded or cached.
+def check_swapping(family: Family, options: TrainingOptions) -> None:
+    """Refuse numbers of blocks that no model of this size has, before anything is indexed, loaded or cached.
 
     Raises:
         UserError: naming what is allowed.
     """
-    if precision.swaps_blocks:
+    if options.precision.swaps_blocks:
         skeleton = family.skeletons()[family.denoiser_name]
-        blocks_to_swap(skeleton, list(family.blocks(skeleton).values()), precision, FROZEN_PLACES)
+        places = TRAINED_PLACES if options.trains_denoiser else FROZEN_PLACES
+        blocks_to_swap(skeleton, list(family.blocks(skeleton).values()), options.precision, places)
 
 
 def blocks_to_swap(denoiser: nn.Module, blocks: Sequence[nn.Module], precision: StepPrecisionOptions, places: int) -> list[int]:

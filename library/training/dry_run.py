@@ -9,6 +9,7 @@ import torch
 
 from library.generation.request import ImageRequest
 from library.memory.pretend import PretendAccelerator
+from library.memory.sizes import gib
 from library.memory.trace import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS
 from library.models.family import Family, ModelSource
 from library.options.dataset_config import DatasetConfig
@@ -107,8 +108,8 @@ def forecast_lines(forecast: Forecast) -> list[str]:
     count, width, height = forecast.batch
     rows = [["GiB", *_PARTS, "together"]]
     for name, peak in forecast.phases.items():
-        gib = peak.in_gib()
-        rows.append([name, *(f"{gib[part]:.2f}" for part in _PARTS), f"{gib['total']:.2f}"])
+        sizes = peak.in_gib()
+        rows.append([name, *(f"{sizes[part]:.2f}" for part in (*_PARTS, "total"))])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True))])
@@ -119,11 +120,11 @@ def forecast_lines(forecast: Forecast) -> list[str]:
 
 def verdict(forecast: Forecast, device: Device) -> str:
     """Say whether a run fits."""
-    needed = f"{forecast.needed / 2**30:.2f} GiB"
-    beside = f"with {BESIDE_TENSORS / 2**30:.2f} GiB for the driver and its libraries"
+    needed = gib(forecast.needed)
+    beside = f"with {gib(BESIDE_TENSORS)} for the driver and its libraries"
     if device.memory is None:
         return f"On a GPU it would need {needed}, {beside}; --dry_run_vram tells whether it fits into one."
-    memory = f"{device.name} ({device.memory / 2**30:.2f} GiB)"
+    memory = f"{device.name} ({gib(device.memory)})"
     if forecast.needed <= device.memory:
         return f"It fits: {needed} of {memory} are needed, {beside}; {forecast.largest} needs most."
     return f"It does not fit: {needed} are needed, {beside}, and {forecast.largest} needs most; {memory} is too small."

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from library.generation.request import ImageRequest
+from library.memory.sizes import gib
 from library.memory.trace import Peak
 from library.memory.traceable import untraceable
 from library.options.checks_distributed import what_divides
@@ -202,8 +203,3 @@ def why_not(options: TrainingOptions) -> str | None:
             "needs that has everything."
         )
     return None
-
-
-def gib(size: int) -> str:
-    """Return a size for people."""
-    return f"{size / 2**30:.2f} GiB"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from library.memory.packed import PackedTensor
+from library.memory.sizes import gib
 from library.options.errors import UserError
 from library.options.scripts import (
     CacheLatentsOptions,
@@ -239,4 +240,4 @@ def _saves(size: int) -> str:
 
 
 def _shown(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+    return gib(size) if size >= 2**27 else f"{size / 2**20:.1f} MiB"

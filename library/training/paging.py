@@ -6,6 +6,7 @@ from statistics import median
 
 import torch
 
+from library.memory.sizes import gib
 from library.training.position import Position
 from library.training.step_meter import StepMeter
 
@@ -60,7 +61,7 @@ class PagingSigns:
     def _tell(self, sign: str, reserved: int, total: int) -> str:
         self._told = True
         return (
-            f"{sign}; the GPU's memory is full ({reserved / 2**30:.2f} of {total / 2**30:.2f} GiB). Its driver probably moves "
+            f"{sign}; the GPU's memory is full ({gib(reserved)} of {gib(total)}). Its driver probably moves "
             "memory to the host and back, which makes training many times slower. --dry_run lists the options that make room, "
             "and --memory_budget picks them."
         )

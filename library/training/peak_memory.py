@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+from library.memory.sizes import gib
 from library.training.events import EventLog, RunEnd
 from library.training.forecast import Forecast
 from library.training.position import Position
@@ -57,7 +58,7 @@ class PeakMemory:
 
 def sentence(measured: int, forecast: int | None) -> str:
     """Say what was measured and how far the forecast was off; both in bytes."""
-    said = f"Most that tensors held on the GPU while training: {measured / 2**30:.2f} GiB"
+    said = f"Most that tensors held on the GPU while training: {gib(measured)}"
     if not forecast:
         return f"{said}."
-    return f"{said}; {forecast / 2**30:.2f} GiB were forecast ({measured / forecast - 1:+.1%})."
+    return f"{said}; {gib(forecast)} were forecast ({measured / forecast - 1:+.1%})."

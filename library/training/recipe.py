@@ -18,7 +18,7 @@ from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
 from library.training.building import Recipe, build_step, make_setting, report
 from library.training.compiling import compile_denoiser
-from library.training.denoiser import arrange_denoiser, check_swapping, load_denoiser
+from library.training.denoiser import arrange_denoiser, load_denoiser
 from library.training.dry_run import dry_run
 from library.training.events import events_of_run
 from library.training.fitting import fit, with_options
@@ -107,7 +107,6 @@ def carry_out(
     uploads = open_uploads(options.hub) if accelerator.is_main_process else None
     start = start_position(options.state, saved, length, setting.batches_per_epoch, options.length.gradient_accumulation_steps)
 
-    check_swapping(setting.family, options.precision)
     part_dtypes = recipe.dtypes_of_parts(setting)
     text = prepare_text(setting, requests, part_dtypes)
     vae = prepare_latents(setting, keep=bool(requests))

@@ -77,3 +77,13 @@ def test_a_budget_that_nothing_keeps_is_refused_with_the_closest(header_alone: P
     ended = run_command(finetune_arguments(header_alone, dataset, tmp_path, "--memory_budget", "0.5GB"), script=FINETUNE)
     assert ended.returncode == 2
     assert "--memory_budget 0.5GB: the run needs" in ended.stderr and "--gradient_checkpointing: 0." in ended.stderr
+
+
+def test_too_few_swapped_blocks_of_a_fine_tune_are_refused_before_anything_is_done(
+    header_alone: Path, dataset: Path, tmp_path: Path
+) -> None:
+    fused = ("--fused_backward_pass", "--optimizer_type", "Adafactor", "--max_grad_norm", "0", "--cache_latents")
+    given = finetune_arguments(header_alone, dataset, tmp_path, *fused, "--blocks_to_swap", "3")
+    ended = run_command(given, script=FINETUNE)
+    assert ended.returncode != 0 and "Give --blocks_to_swap 4 or more" in ended.stderr
+    assert not any(words in ended.stderr for words in ("Found", "images", "encod", "Traceback"))

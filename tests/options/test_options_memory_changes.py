@@ -2,7 +2,7 @@
 
 import pytest
 
-from library.options.groups.forecast import parse_size
+from library.options.groups.forecast import parse_memory
 from library.options.memory_changes import levels
 from library.options.parse import parse
 from library.options.scripts import SdxlTrainNetworkOptions, SdxlTrainOptions, TrainingOptions
@@ -45,10 +45,10 @@ def test_levels_have_what_their_changes_say() -> None:
 
 @pytest.mark.parametrize(("text", "gib"), [("8GB", 8), ("7.5 GiB", 7.5), ("6", 6), ("10g", 10)])
 def test_a_size_is_read_in_gib(text: str, gib: float) -> None:
-    assert parse_size(text) == gib * 2**30
+    assert parse_memory(text) == gib * 2**30
 
 
 @pytest.mark.parametrize("text", ["", "0", "8 MB", "-1", "much"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="such as 8GB"):
-        parse_size(text)
+        parse_memory(text)

@@ -35,7 +35,7 @@ def told(steps: Iterable[tuple[float, int]]) -> list[tuple[int, str]]:
 def test_steps_that_become_slow_while_memory_is_full_are_told_once() -> None:
     ((number, said),) = told([(1.0, ROOMY)] * 20 + [(7.0, FULL)] * 30)
     assert number == 20 + IN_A_ROW
-    assert "Steps take 7.00 s, and took 1.00 s before" in said and "(7.80 of 8.00 GiB)" in said
+    assert "Steps take 7.00 s, and took 1.00 s before" in said and "(7.80 GiB of 8.00 GiB)" in said
 
 
 @pytest.mark.parametrize(

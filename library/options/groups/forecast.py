@@ -31,13 +31,13 @@ class ForecastOptions(OptionGroup):
     @classmethod
     def _is_a_size(cls, text: str | None) -> str | None:
         if text is not None:
-            parse_size(text)
+            parse_memory(text)
         return text
 
     @property
     def budget(self) -> int | None:
         """Bytes of `--memory_budget`, or None."""
-        return None if self.memory_budget is None else parse_size(self.memory_budget)
+        return None if self.memory_budget is None else parse_memory(self.memory_budget)
 
     @property
     def only_forecasts(self) -> bool:
@@ -45,7 +45,7 @@ class ForecastOptions(OptionGroup):
         return self.dry_run or self.dry_run_vram is not None
 
 
-def parse_size(text: str) -> int:
+def parse_memory(text: str) -> int:
     """Return the bytes of a size such as `8GB`, `7.5 GiB` or `8`; a GB has 2³⁰ bytes, as on the boxes of GPUs.
 
     Raises:
