@@ -85,18 +85,23 @@ def _back(kept: Tensor | _Copy) -> Tensor:
 
 
 def keep_on_host(
-    module: nn.Module, others: Iterable[nn.Module] = (), *, host: torch.device = HOST, smallest: int = SMALLEST
+    module: nn.Module,
+    others: Iterable[nn.Module] = (),
+    *,
+    device: torch.device = HOST,
+    host: torch.device = HOST,
+    smallest: int = SMALLEST,
 ) -> None:
     """Let a module's forward pass keep in main memory what the backward pass needs.
 
     Args:
-        module: its `forward` is replaced; on its device, where its weights stay.
+        module: its `forward` is replaced; its weights stay where they are.
         others: modules whose weights take part in the forward pass too, such as a network of adapters.
+        device: that computes; the weights need not be there yet.
         host: where the tensors go.
         smallest: bytes from which on a tensor goes.
     """
     forward = module.forward
-    device = next(module.parameters()).device
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     modules = (module, *others)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from library.optim.bits_and_bytes import step_in_place
 from library.options.checks_optimizer import (
     class_path,
     did_you_mean_class,
@@ -72,6 +73,8 @@ def make_optimizer(options: OptimizerOptions, param_groups: Sequence[Mapping[str
     if callable(train_mode):
         train_mode()
     choose_kernels(optimizer, next(p for group in groups for p in group["params"]).device.type)
+    if cls.__module__.startswith("bitsandbytes."):
+        step_in_place(optimizer)
     return optimizer
 
 

@@ -65,7 +65,7 @@ def arrange_denoiser(
         UserError: more or fewer blocks were asked for than can be swapped.
     """
     if precision.cpu_offload_checkpointing:
-        keep_on_host(denoiser, [attached], host=host)
+        keep_on_host(denoiser, [attached], device=device, host=host)
     if precision.swaps_blocks:
         is_trained = any(parameter.requires_grad for parameter in denoiser.parameters())
         places = TRAINED_PLACES if is_trained else FROZEN_PLACES

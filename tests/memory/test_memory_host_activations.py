@@ -12,6 +12,7 @@ from library.memory.trace import ACTIVATIONS, WEIGHTS
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
+from library.training.denoiser import arrange_denoiser
 from tests.memory.test_memory_packed import unet_and_lora
 from tools.bench_trace import forecast
 
@@ -97,3 +98,13 @@ def test_a_forecast_counts_only_what_stays_on_the_device() -> None:
     swapped = parts(blocks_to_swap=12)
     assert swapped[WEIGHTS] < 0.72 * plain[WEIGHTS] and swapped[ACTIVATIONS] == plain[ACTIVATIONS]
     assert in_8_bits[WEIGHTS] < 0.42 * plain[WEIGHTS]  # of 4 bytes, but for the network's own
+
+
+def test_copies_have_a_stream_of_their_own_also_where_the_weights_are_not_on_the_gpu_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.Stream", streams.append)
+    precision = StepPrecisionOptions(gradient_checkpointing=True, cpu_offload_checkpointing=True)
+    family: Any = None
+    for device in (torch.device("cuda"), CPU):
+        arrange_denoiser(family, Layers(), Layers(), precision, device)
+    assert streams == [torch.device("cuda")]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from library.models.sdxl.build import build_unet
 from library.models.sdxl.family import SdxlFamily
-from library.models.sdxl.layers import Downsample2D, GroupNorm, LayerNorm, ResnetBlock2D, Transformer2DModel
+from library.models.sdxl.layers import Downsample2D, GroupNorm, LayerNorm, ResnetBlock2D, Transformer2DModel, Upsample2D
 from library.models.sdxl.sizes import plan_unet, unet_sizes
 from library.models.sdxl.unet import UNet
 from library.options.errors import UserError
@@ -202,17 +202,19 @@ def test_under_autocast_the_unet_runs_in_bfloat16_whatever_its_weights(unet, inp
         assert relative(ours.float(), unet(**inputs)) < 0.05
 
 
-@pytest.mark.parametrize(("name", "module"), [("group_norm", GroupNorm(32, 64)), ("layer_norm", LayerNorm(64))])
-def test_norms_run_outside_autocast_which_on_gpus_returns_float32(name, module, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "module"), [("group_norm", GroupNorm(32, 64)), ("layer_norm", LayerNorm(64)), ("interpolate", Upsample2D(64, 64))]
+)
+def test_what_autocast_would_return_in_float32_on_gpus_runs_outside_of_it(name, module, monkeypatch) -> None:
     real, seen = getattr(torch.nn.functional, name), []
 
-    def spy(*arguments: object) -> Tensor:
+    def spy(*arguments: object, **named: object) -> Tensor:
         seen.append(torch.is_autocast_enabled("cpu"))
-        return real(*arguments)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(f"torch.nn.functional.{name}", spy)
     with torch.autocast("cpu", torch.bfloat16):
-        assert module(torch.randn(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        assert module(torch.randn(2, 64, 2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert seen == [False]
 
 

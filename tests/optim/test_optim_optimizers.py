@@ -84,6 +84,24 @@ def test_eight_bit_optimizers_keep_one_byte_per_state_element_and_follow_the_ful
     assert float((parameters[0] - full[0]).detach().abs().mean()) < 5e-4
 
 
+@pytest.mark.parametrize(("name", "waits"), [("AdamW8bit", 0), ("PagedAdamW8bit", 2)])
+def test_eight_bit_optimizers_leave_kernels_where_they_lie_and_wait_only_where_state_is_paged(name, waits, monkeypatch):
+    theirs = pytest.importorskip("bitsandbytes.optim.optimizer")
+    waited = []
+    monkeypatch.setattr(theirs, "sync_gpu", waited.append)
+    values = torch.randn(64, 64, 3, 3, generator=torch.Generator().manual_seed(0))
+    stepped = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        kernel = torch.nn.Parameter(values.clone(memory_format=layout))
+        place, strides = kernel.data_ptr(), kernel.stride()
+        optimizer = make_optimizer(options(name, learning_rate=1e-3), [{"params": [kernel]}])
+        del waited[:]
+        step(optimizer, [kernel])
+        assert (kernel.data_ptr(), kernel.stride(), len(waited)) == (place, strides, waits)
+        stepped.append(kernel.detach())
+    assert torch.equal(*stepped) and not torch.equal(stepped[0], values)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "device", "fused"),
     [

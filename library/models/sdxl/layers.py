@@ -97,7 +97,9 @@ class Upsample2D(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to (B, C, 2h, 2w)."""
-        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        with torch.autocast(x.device.type, enabled=False):  # on a GPU it would repeat in float32, twice the memory for nothing
+            larger = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        out: Tensor = self.conv(larger)
         return out
 
 
