@@ -31,18 +31,24 @@ from library.training.inputs import dataset_definition, input_problems, sample_r
 
 def main(argv: Sequence[str]) -> None:
     """Check everything that can be checked without loading anything, then train."""
-    options = parse(SdxlTrainTextualInversionOptions, argv, lambda options: input_problems(options, trains_network=False))
+    options = parse(SdxlTrainTextualInversionOptions, argv, problems)
     options = named_after_the_word(options)
     set_up_logging(options.console)
     data = with_templates(options, dataset_definition(options))
     train(options, data, sample_requests(options, data.sections[0].resolution))
 
 
+def problems(options: SdxlTrainTextualInversionOptions) -> list[str]:
+    """Say what is wrong with what the options name, the files included that are called after the word."""
+    return input_problems(named_after_the_word(options), trains_network=False)
+
+
 def named_after_the_word(options: SdxlTrainTextualInversionOptions) -> SdxlTrainTextualInversionOptions:
     """Return the options with files named after the word, where no name was given."""
-    if options.output.output_name:
+    word = options.word.token_string or ""
+    if options.output.output_name or not options.output.is_plain(word):
         return options
-    return replace(options, output=options.output.model_copy(update={"output_name": options.word.token_string}))
+    return replace(options, output=options.output.model_copy(update={"output_name": word}))
 
 
 def with_templates(options: SdxlTrainTextualInversionOptions, data: DatasetConfig) -> DatasetConfig:

@@ -224,6 +224,8 @@ def _word_problems(options: SdxlTrainTextualInversionOptions) -> Iterator[str]:
         yield "--token_string is missing. Give the word to learn, one that has no meaning yet, such as mychar."
     elif not re.fullmatch(r"\w(?:\S*\w)?", text):
         yield f"--token_string {text!r} is not one word. Give a word without blanks that begins and ends in a letter or digit."
+    elif not options.output.output_name and not options.output.is_plain(text):
+        yield f"--token_string {text!r} cannot name the files, which are called after the word. Give them an --output_name."
     if word.num_vectors_per_token > longest:
         yield (
             f"--num_vectors_per_token {word.num_vectors_per_token}: a caption has room for {longest} tokens, and what is beyond "

@@ -245,7 +245,7 @@ def output_problems(output: SavingOptions) -> list[str]:
     """
     problems = []
     name = output.output_name
-    if name and (Path(name).name != name or name in {".", ".."}):
+    if name and not output.is_plain(name):
         problems.append(
             f"--output_name is {name!r}, which is not a plain file name: give the name without folders or extension, "
             "and the folder as --output_dir."

@@ -8,12 +8,14 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
+import sdxl_train_textual_inversion
 from library.dataset.batch_pictures import TEXTS
 from library.models.family import ModelSource
 from library.models.sdxl.family import SdxlFamily
 from library.models.sdxl.text_encoders import text_body
 from library.models.sdxl.tokenizer import open_clip_vocabulary
 from library.models.word_files import save_word
+from library.options.errors import UsageError
 from tests.cli.training_commands import ROOT, assert_same_bits, run_command, weights, write_dataset
 
 SCRIPT = str(ROOT / "sdxl_train_textual_inversion.py")
@@ -117,15 +119,28 @@ def test_diffusers_reads_the_word_for_both_encoders(whole_run: tuple[Path, str],
         assert torch.equal(table[ids], learned[name])
 
 
-def test_mistakes_are_told_in_sentences(tiny_checkpoint: Path, dataset: Path, tmp_path: Path) -> None:
+def test_mistakes_are_told_in_sentences(
+    tiny_checkpoint: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_word(tmp_path / "two.pt", {"clip_l": torch.zeros(2, 8), "clip_g": torch.zeros(2, 8)}, None, None)
-    cases = [
+    (tmp_path / "taken" / "mychar.safetensors").mkdir(parents=True)
+    seen_at_once: list[tuple[tuple[object, ...], str]] = [
+        (("--token_string", "two words"), "is not one word"),
+        (("--token_string", "my/char"), "--token_string 'my/char' cannot name the files"),
+        (("--output_dir", tmp_path / "taken"), "mychar.safetensors is a folder"),
+        (("--weights", "nowhere.pt"), "there is no file nowhere.pt"),
+        (("--num_vectors_per_token", "76"), "--num_vectors_per_token 76: a caption has room for 75 tokens"),
+        (("--learning_rate", "0"), "--learning_rate is 0, so nothing is trained"),
+        (("--use_object_template", "--use_style_template"), "exclude each other"),
+        (("--cache_text_encoder_outputs",), "--cache_text_encoder_outputs"),
+    ]
+    monkeypatch.setattr(sdxl_train_textual_inversion, "set_up_logging", lambda console: None)
+    for more, told in seen_at_once:
+        with pytest.raises(UsageError) as found:
+            sdxl_train_textual_inversion.main(command(tiny_checkpoint, dataset, tmp_path / "no", *more))
+        assert told in str(found.value), more
+    cases: list[tuple[tuple[object, ...], int, str]] = [
         (("--token_string", "two words"), 2, "is not one word"),
-        (("--weights", "nowhere.pt"), 2, "there is no file nowhere.pt"),
-        (("--num_vectors_per_token", "76"), 2, "--num_vectors_per_token 76: a caption has room for 75 tokens"),
-        (("--learning_rate", "0"), 2, "--learning_rate is 0, so nothing is trained"),
-        (("--use_object_template", "--use_style_template"), 2, "exclude each other"),
-        (("--cache_text_encoder_outputs",), 2, "--cache_text_encoder_outputs"),
         (("--token_string", "cat"), 1, "'cat' is in the vocabulary of the text encoders"),
         (("--caption_prefix", "another,"), 1, "No caption has the word mychar in it"),
         (("--caption_prefix", "another,", "--debug_dataset"), 1, "No caption has the word mychar in it"),

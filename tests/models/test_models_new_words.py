@@ -38,6 +38,13 @@ def test_a_vector_can_be_named_alone_and_longer_words_mean_what_they_meant(exten
     assert extended.encode("mycharacter b-52") == load_bpe().encode("mycharacter b-52")
 
 
+def test_a_word_is_found_however_texts_are_cleaned():
+    bpe = load_bpe().with_words([NewWord("ｍｙｃｈａｒ"), NewWord("O’x")])
+    assert bpe.encode("a ｍｙｃｈａｒ") == bpe.encode("a mychar") == [*load_bpe().encode("a"), FIRST]
+    assert bpe.encode("O’x") == [FIRST + 1]
+    assert load_bpe().taken(NewWord("ｃａｔ")) == ["cat"]
+
+
 def test_words_that_mean_something_already_are_found():
     assert load_bpe().taken(NewWord("cat")) == ["cat"]
     assert load_bpe().taken(NewWord("Mychar", 2)) == []

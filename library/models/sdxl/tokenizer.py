@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class ClipBpe:
     Args:
         vocabulary: ids of symbols and words.
         merges: in their order.
-        words: that are no part of the vocabulary; their tokens follow on it, in their order.
+        words: that are no part of the vocabulary, spelled as texts are after cleaning; their tokens follow on it, in their order.
     """
 
     def __init__(self, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], words: Sequence[NewWord] = ()) -> None:
@@ -49,11 +50,11 @@ class ClipBpe:
 
     def with_words(self, words: Sequence[NewWord]) -> "ClipBpe":
         """Return this tokenizer with words of one's own in place of those it had."""
-        return ClipBpe(self._vocabulary, self._merges, words)
+        return ClipBpe(self._vocabulary, self._merges, [_as_found(word) for word in words])
 
     def taken(self, word: NewWord) -> list[str]:
         """Return those names of a word's vectors that mean something already."""
-        return taken_names(word, self._vocabulary)
+        return taken_names(_as_found(word), self._vocabulary)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of all tokens of `text`.
@@ -84,6 +85,11 @@ class ClipBpe:
 
 def _cleaned(text: str) -> str:
     return re.sub(r"\s+", " ", ftfy.fix_text(text)).strip().lower()
+
+
+def _as_found(word: NewWord) -> NewWord:
+    """Spell a word as it stands in a text that was cleaned: in full-width letters, for example, it would not be found."""
+    return replace(word, text=_cleaned(word.text))
 
 
 @lru_cache(maxsize=2)

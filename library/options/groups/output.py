@@ -1,5 +1,6 @@
 """Options about what is saved, when, and how long it is kept."""
 
+from pathlib import PurePath
 from typing import Annotated, ClassVar, Literal
 
 from library.options.declare import OptionGroup, PathText, SameAsUnset, flag, option
@@ -28,6 +29,11 @@ class SavingOptions(OptionGroup):
     save_last_n_steps_state: Annotated[int | None, SameAsUnset(0)] = option(
         None, "Like --save_last_n_steps, for state folders.", ge=1
     )
+
+    @staticmethod
+    def is_plain(name: str) -> bool:
+        """Say whether files can be named so: without folders."""
+        return PurePath(name).name == name and name not in {".", ".."}
 
     @property
     def extension(self) -> str:
