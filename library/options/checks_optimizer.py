@@ -21,6 +21,7 @@ from library.options.optimizer_choices import (
     STEPPED_ALONE,
     STEPPED_TOGETHER,
     TORCH_OPTIMIZERS,
+    UNCORRECTED,
     OptimizerChoice,
 )
 
@@ -107,6 +108,11 @@ def is_schedule_free(options: OptimizerOptions) -> bool:
 def finds_its_rate(options: OptimizerOptions) -> bool:
     """Whether the optimizer finds the rate itself, of which learning rates are factors that should be near 1."""
     return class_path(options).startswith(SELF_TUNING)
+
+
+def begins_uncorrected(options: OptimizerOptions) -> bool:
+    """Whether the first steps are several times longer than later ones, as the averages they are made of begin with zero."""
+    return class_path(options) in UNCORRECTED and not optimizer_arguments(options).get("use_bias_correction")
 
 
 def steps_alone(options: OptimizerOptions) -> bool:

@@ -92,6 +92,9 @@ SELF_TUNING = ("dadaptation.", "prodigyopt.", "prodigyplus.", "pytorch_optimizer
 ONE_RATE = ("dadaptation.", "prodigyopt.")
 """Packages whose optimizers find one rate for all groups: they refuse groups with another factor on it, or do not look at it."""
 
+UNCORRECTED = ("prodigyopt.Prodigy", "dadaptation.DAdaptAdam")
+"""Optimizers that begin with steps of up to 6.5 times the rate they found, unless told `use_bias_correction=True`."""
+
 STEPPED_ALONE = ("torch.optim.", "bitsandbytes.optim.", "lion_pytorch.", "transformers.optimization.", "library.optim.")
 """Packages whose optimizers step every parameter from that parameter alone. Those of others may look at all parameters at once, or
 count steps for a whole group."""

@@ -6,6 +6,7 @@ Polyak and Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -65,12 +66,15 @@ class MovingAverage:
         )
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ema")
         self._pending: Future[None] | None = None
+        self._update = 0
 
     def before_training(self, position: Position) -> None:
         """The average begins with the weights the run begins with, or with that of the resumed state."""
+        self._update = position.update
 
     def after_update(self, position: Position) -> None:
         """Move the average towards the weights."""
+        self._update = position.update
         share = 1 - decay_after(position.update, self._decay)
         wait_for_swapping(self._module)
         weights = [parameter.detach() for parameter in self._parameters]
@@ -106,6 +110,23 @@ class MovingAverage:
         self.finish()
         for name, average in zip(self._names, self._average, strict=True):
             average.copy_(tensors[name])
+
+    @torch.no_grad()
+    def go_back(self, position: Position) -> None:
+        """Undo the updates after a place at which the weights are still, to the rounding of float32.
+
+        Each has moved the average a share s of the way to the same weights w: with a' = a + s(w − a) for one after the other,
+        a' − w is (a − w)·∏(1 − s).
+        """
+        left = math.prod(decay_after(update, self._decay) for update in range(position.update + 1, self._update + 1))
+        self._update = position.update
+        if left == 1:
+            return
+        self.finish()
+        wait_for_swapping(self._module)
+        for average, parameter in zip(self._average, self._parameters, strict=True):
+            weight = parameter.to(average.device, torch.float64)
+            average.copy_(weight + (average - weight) / left)
 
     @contextlib.contextmanager
     def in_place_of_weights(self, dtype: torch.dtype | None) -> Iterator[None]:

@@ -73,6 +73,9 @@ class StatefulTensors(Protocol):
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> Any:
         """Take up tensors of the same names and shapes, which are on the CPU."""
 
+    def go_back(self, position: Position) -> None:
+        """Forget what was taken in after a place, where the trained weights are still those of that place."""
+
 
 @dataclass
 class Resumable:

@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from library.optim.finite import FiniteGate
+from library.options.checks_optimizer import begins_uncorrected, optimizer_name
 from library.options.errors import UserError
 from library.options.scripts import TrainingOptions
 from library.training.loop import TrainingRun
@@ -129,6 +130,8 @@ class Response:
             ]
         if last_good.update == 0:
             return ["No update had been made, so there is nothing to save."]
+        for extra in self._saver.live.extras.values():
+            extra.go_back(last_good)
         state = self._saver.plan.state_path("step", last_good.update)
         box = [state.exists()]
         broadcast_object_list(box)
@@ -148,6 +151,9 @@ def advice(options: TrainingOptions) -> list[str]:
         tried.append("--no_half_vae, if the first module is the VAE's or latents are cached: SDXL's own VAE overflows in float16")
     if precision.mixed_precision == "fp16":
         tried.append("--mixed_precision bf16 instead of fp16, whose largest number is 65504")
+    if begins_uncorrected(options.optimizer):
+        name = optimizer_name(options.optimizer)
+        tried.append(f"--optimizer_args use_bias_correction=True, without which {name} begins with steps that are too long")
     tried.append(f"a lower --learning_rate than {options.optimizer.learning_rate:g}, with --lr_warmup_steps")
     if options.optimizer.max_grad_norm == 0:
         tried.append("--max_grad_norm 1, which limits gradients")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from library.dataset.batch import Batch
 from library.optim.finite import FiniteGate
 from library.optim.parameter_steps import ParameterSteps
 from library.optim.updates import UpdateInBackward
 from library.options.scripts import SdxlTrainNetworkOptions
+from library.training.ema import MovingAverage
 from library.training.logs import LossRecorder
 from library.training.non_finite import MOST_IN_A_ROW, FiniteGuard, Spoiled
 from library.training.position import Position
@@ -78,6 +81,23 @@ def test_the_last_good_weights_are_saved_and_nothing_of_the_bad_update_is_in_the
     assert "types: computation bfloat16, trained weights float32, VAE bfloat16" in text
     state = tmp_path / f"net-step0000000{good}-state"
     assert state.is_dir() and f"--resume {state}" in text
+
+
+def test_the_moving_average_forgets_the_updates_that_a_gpu_is_ahead(tmp_path: Path) -> None:
+    bad = FakeRun._batches(list(range(5)), 1, 0)[3]
+    averages = []
+    for batches, updates in ((named(dataset(5)), 3), (spoiled(bad), 20)):
+        run = guarded(FakeRun(batches, updates=updates), tmp_path, "stop")
+        run.live.extras["ema"] = average = MovingAverage(run.network, 0.9, in_main_memory=True)
+        run.run.guard._lag = 2
+        run.run.observers = [*run.run.observers, average]
+        averages.append(average)
+        with pytest.raises(NotFiniteError) if updates == 20 else nullcontext():
+            run.train()
+    whole, stopped = (average.state_dict() for average in averages)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(stopped[name], tensor, rtol=1e-6, atol=1e-8)
+        assert torch.equal(load_file(tmp_path / "net-step00000003-state/extras/ema.safetensors")[name], stopped[name])
 
 
 def test_what_is_saved_already_is_not_written_again(tmp_path: Path) -> None:
@@ -174,5 +194,9 @@ def test_only_what_was_not_tried_is_advised() -> None:
     assert not any("no_half_vae" in line or "max_grad_norm" in line for line in advice(options))
     half = options.precision.model_copy(update={"mixed_precision": "fp16"})
     assert any("bf16" in line for line in advice(replace(options, precision=half)))
+    assert not any("bias_correction" in line for line in advice(options))
+    for given, is_advised in (([], True), (["use_bias_correction=True"], False)):
+        prodigy = options.optimizer.model_copy(update={"optimizer_type": "prodigy", "optimizer_args": given})
+        assert any("use_bias_correction=True" in line for line in advice(replace(options, optimizer=prodigy))) == is_advised
     unlimited = options.optimizer.model_copy(update={"max_grad_norm": 0})
     assert any("--max_grad_norm 1" in line for line in advice(replace(options, optimizer=unlimited)))
