@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from library.files.safetensors_io import save_safetensors
 from library.models.sdxl.control_net import SdxlControlNet
 from library.models.sdxl.family import SdxlFamily
+from library.models.sdxl.sizes import SdxlSizes
 from library.options.errors import UserError
 
 CPU = torch.device("cpu")
@@ -51,12 +52,8 @@ def images() -> Tensor:
 
 
 def test_full_size_has_the_tensors_of_the_reference() -> None:
-    from library.models.sdxl.control_net import control_net_names
-    from library.models.sdxl.sizes import SdxlSizes
-
-    sizes = SdxlSizes()
     with torch.device("meta"):
-        network = SdxlControlNet(sizes.unet, {})
+        network = SdxlControlNet(SdxlSizes())
     new, copied = network.new_parameters(), network.copied_parameters()
     assert (len(new), len(copied)) == (REFERENCE["tensors_controlnet_prefix"], REFERENCE["tensors_other"])
     assert sum(each.numel() for each in new) == REFERENCE["params_controlnet_prefix"]
@@ -64,7 +61,7 @@ def test_full_size_has_the_tensors_of_the_reference() -> None:
     assert [conv.weight.shape[0] for conv in network.controlnet_down_blocks] == REFERENCE["down_block_channels"]
     stem = {name: list(tensor.shape) for name, tensor in network.controlnet_cond_embedding.state_dict().items()}
     assert stem == REFERENCE["cond_embedding_keys"]
-    names = control_net_names(sizes, network.state_dict())
+    names = network.names
     assert names["input_blocks.8.1.proj_in.weight"] == "down_blocks.2.attentions.1.proj_in.weight"
     assert len(set(names.values())) == len(network.state_dict())
 

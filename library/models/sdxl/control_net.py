@@ -5,7 +5,7 @@ begin at zero, and is added to what the frozen U-Net's blocks give.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.files.tensors import open_tensors, save_tensors, to_save
-from library.models.sdxl.sizes import SdxlSizes, UNetSizes
+from library.models.sdxl.sizes import SdxlSizes
 from library.models.sdxl.unet import UNetEncoder
 from library.models.sdxl.write_folder import diffusers_unet_names, unet_config
 from library.models.weights import Entry, Part, disagreements, entries, fill
@@ -50,23 +50,30 @@ class ConditioningStem(nn.Module):
 class SdxlControlNet(UNetEncoder):
     """A ControlNet; without effect until `apply_to` and `see` were called, and untrained even then.
 
-    Args:
-        sizes: of the U-Net.
-        names: each tensor name here, and what files call it.
-
     What the U-Net has too is on the meta device until it is filled.
+
+    Args:
+        sizes: of the model.
+
+    Raises:
+        UserError: diffusers has no names for the U-Net's blocks, as in pruned models.
     """
 
-    def __init__(self, sizes: UNetSizes, names: Mapping[str, str]) -> None:
+    names: Mapping[str, str]
+    """Each tensor name here, and what files call it."""
+
+    def __init__(self, sizes: SdxlSizes) -> None:
         with torch.device("meta"):
-            super().__init__(sizes)
-        self.names = dict(names)
+            super().__init__(sizes.unet)
         self.multiplier = 1.0
         self._images: Tensor | None = None
-        widths = [block[0].out_channels for block in sizes.input_blocks]  # type: ignore[union-attr]  # none begins with a transformer
-        self.controlnet_cond_embedding = ConditioningStem(sizes.model_channels)
+        blocks = sizes.unet.input_blocks
+        widths = [block[0].out_channels for block in blocks]  # type: ignore[union-attr]  # none begins with a transformer
+        self.controlnet_cond_embedding = ConditioningStem(sizes.unet.model_channels)
         self.controlnet_down_blocks = nn.ModuleList(_zero(nn.Conv2d(width, width, 1)) for width in widths)
         self.controlnet_mid_block = _zero(nn.Conv2d(widths[-1], widths[-1], 1))
+        of_unet = diffusers_unet_names(unet_config(sizes))
+        self.names = {name: name if name.startswith(_NEW) else of_unet[name] for name in self.state_dict()}
 
     def copied_parameters(self) -> list[nn.Parameter]:
         """Return the weights that began as the U-Net's."""
@@ -139,8 +146,8 @@ def make_control_net(
     Raises:
         UserError: the file cannot be read or is of another kind or size, or diffusers has no names for this U-Net's blocks.
     """
-    network = SdxlControlNet(sizes.unet, {})
-    names = network.names = control_net_names(sizes, network.state_dict())
+    network = SdxlControlNet(sizes)
+    names = network.names
     if file is None:
         fresh = {name: _kept(tensor) for name, tensor in network.state_dict().items() if name.startswith(_NEW)}
         part = {names[name]: fresh[name] if name in fresh else unet[name] for name in names}
@@ -152,20 +159,6 @@ def make_control_net(
             raise UserError(f"{file} does not fit this model: {problem}. Is it for another model?")
     fill(network, part, names, dtype, device)
     return network.train().requires_grad_(True)
-
-
-def control_net_names(sizes: SdxlSizes, own: Iterable[str]) -> dict[str, str]:
-    """Return the name in diffusers' ControlNetModel of each tensor of a ControlNet.
-
-    Args:
-        sizes: of the model.
-        own: the names here.
-
-    Raises:
-        UserError: diffusers has no names for the blocks, as in pruned models.
-    """
-    of_unet = diffusers_unet_names(unet_config(sizes))
-    return {name: name if name.startswith(_NEW) else of_unet[name] for name in own}
 
 
 def read_control_net(file: str) -> Part:
