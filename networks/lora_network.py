@@ -78,13 +78,6 @@ class LoRANetwork(nn.Module):
         """The adapters by their names in files."""
         return self._adapters
 
-    def effective_dim_and_alpha(self) -> tuple[str, str]:
-        """Return rank and alpha of the linear and 1×1 layers as metadata states them; "Dynamic" where they differ."""
-        adapters = list(self._adapters.values())
-        counted = [adapter for adapter in adapters if not adapter.is_spatial] or adapters
-        ranks, alphas = {adapter.rank for adapter in counted}, {adapter.alpha_value for adapter in counted}
-        return (str(*ranks) if len(ranks) == 1 else "Dynamic", str(*alphas) if len(alphas) == 1 else "Dynamic")
-
     def apply_to(self, text_encoders: Any, unet: Any, apply_text_encoder: bool = True, apply_unet: bool = True) -> None:
         """Put the adapters into the layers' forward passes.
 

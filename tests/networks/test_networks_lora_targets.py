@@ -95,7 +95,6 @@ def test_ranks_and_alphas_by_block(full_size):
     assert sizes["lora_unet_output_blocks_0_1_proj_in"] == (1, 13.5)
     assert "lora_unet_input_blocks_5_1_proj_in" not in sizes
     assert sizes["lora_te1_text_model_encoder_layers_0_mlp_fc1"] == (8, 2.0)
-    assert network.effective_dim_and_alpha() == ("Dynamic", "Dynamic")
 
 
 def test_convolution_ranks_by_block_reach_the_3x3_convolutions_alone(full_size):
@@ -120,9 +119,10 @@ def test_a_block_whose_learning_rate_factor_is_zero_has_no_adapters(full_size):
     assert groups[1]["lr"] == pytest.approx(1e-3 * 0.1950903)
 
 
-def test_rank_and_alpha_for_metadata_are_those_in_effect(tiny):
-    assert create_network(1.0, None, None, None, *tiny, conv_dim="9").effective_dim_and_alpha() == ("4", "1.0")
-    assert create_network(1.0, 16, 0, None, *tiny).effective_dim_and_alpha() == ("16", "16.0")
+def test_without_rank_and_alpha_they_are_those_that_networks_begin_with(tiny):
+    for (rank, alpha), expected in {(None, None): (4, 1.0), (16, 0): (16, 16.0)}.items():
+        network = create_network(1.0, rank, alpha, None, *tiny)
+        assert {(adapter.rank, adapter.alpha_value) for adapter in network.adapters.values()} == {expected}
 
 
 def test_the_network_computes_on_the_models_as_they_are(tiny, unet_inputs, randomise):
