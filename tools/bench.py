@@ -25,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 
 from library.files.atomic import atomic_write_text
 from library.memory.traceable import untraceable
-from library.options.checks import checkpoint_problems, packed_problems, precision_problems, quant_problems
+from library.options.checks import checkpoint_problems, precision_problems, quant_problems
 from library.options.checks_optimizer import fused_problems, host_state_problems, optimizer_name, optimizer_problems
 from library.options.checks_swap import swap_problems, trained_swap_problems
+from library.options.checks_trained import packed_problems
 from library.options.entry import run_script
 from library.options.errors import UsageError
 from library.options.groups.bench import BenchOptions

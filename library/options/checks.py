@@ -7,34 +7,25 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from library.options.checks_distributed import distributed_notes, distributed_problems, wants_sharding
+from library.options.checks_generation import generation_notes, generation_problems
 from library.options.checks_hub import hub_notes, hub_problems
 from library.options.checks_objective import objective_notes, objective_problems
-from library.options.checks_optimizer import fused_problems, host_state_problems, is_schedule_free, sets_its_own_rate
-from library.options.checks_rates import network_rates, rate_notes, rate_problems
-from library.options.checks_swap import compiled_swap_problems, swap_problems, trained_swap_problems
+from library.options.checks_optimizer import fused_problems, host_state_problems, is_schedule_free
+from library.options.checks_swap import compiled_swap_problems, swap_problems
+from library.options.checks_trained import trained_notes, trained_problems
 from library.options.dataset_class import class_notes, class_problems
-from library.options.groups.cache import CacheOptions
 from library.options.groups.compile import GONE_BACKENDS, CompileOptions
-from library.options.groups.control_net import ControlNetLLLiteOptions, ControlNetOptions
 from library.options.groups.dataset import DatasetOptions
-from library.options.groups.generation import GenModelOptions, GenNetworkOptions, PictureOptions, PromptOptions
 from library.options.groups.logging import LoggingOptions
 from library.options.groups.model import ModelOptions
-from library.options.groups.network import NetworkOptions
-from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions, WorkingPrecisionOptions
 from library.options.groups.sample import SampleOptions
-from library.options.idle import folder_notes, idle_notes, network_notes, word_notes
+from library.options.idle import idle_notes
 from library.options.scripts import (
     CacheLatentsOptions,
     CacheTextEncoderOutputsOptions,
     ScriptOptions,
     SdxlGenImgOptions,
-    SdxlTrainControlNetLLLiteOptions,
-    SdxlTrainControlNetOptions,
-    SdxlTrainNetworkOptions,
-    SdxlTrainOptions,
-    SdxlTrainTextualInversionOptions,
     TrainingOptions,
 )
 
@@ -45,39 +36,22 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.safetensors)(?<!\.ckpt)(?<!\.pt)(?
 def find_problems(options: ScriptOptions) -> list[str]:
     """Return one sentence for everything that keeps these options from being used together."""
     match options:
-        case SdxlTrainNetworkOptions():
-            network = _network_problems(options.network, options.cache)
-            return [*_training_problems(options), *network, *rate_problems(options.optimizer, network_rates(options).values())]
-        case SdxlTrainOptions():
-            return [*_training_problems(options), *_finetune_problems(options)]
-        case SdxlTrainTextualInversionOptions():
-            return [*_training_problems(options), *_word_problems(options), *_only_rate_problems(options.optimizer)]
-        case SdxlTrainControlNetLLLiteOptions():
-            rates = rate_problems(options.optimizer, [options.optimizer.learning_rate])
-            control = _control_problems(options.control)
-            return [*_training_problems(options), *control, *rates, *_only_rate_problems(options.optimizer)]
-        case SdxlTrainControlNetOptions():
-            return [*_training_problems(options), *_control_net_problems(options.control, options.optimizer)]
+        case TrainingOptions():
+            return [*_training_problems(options), *trained_problems(options)]
         case CacheLatentsOptions() | CacheTextEncoderOutputsOptions():
             return [*_model_problems(options.model), *_source_problems(options.dataset), *_tool_problems(options.dataset)]
         case SdxlGenImgOptions():
-            return list(_generation_problems(options))
+            return list(generation_problems(options))
     return []
 
 
 def find_notes(options: ScriptOptions) -> list[str]:
     """Return one sentence for everything that is odd but can be done."""
     match options:
-        case SdxlTrainOptions():
-            return [*_training_notes(options), *_finetune_notes(options)]
-        case SdxlTrainNetworkOptions():
-            return [*_training_notes(options), *rate_notes(options), *network_notes(options.network)]
-        case SdxlTrainTextualInversionOptions():
-            return [*_training_notes(options), *word_notes(options.word)]
         case TrainingOptions():
-            return list(_training_notes(options))
+            return [*_training_notes(options), *trained_notes(options)]
         case SdxlGenImgOptions():
-            return list(_generation_notes(options.model, options.prompt))
+            return list(generation_notes(options))
     return []
 
 
@@ -153,16 +127,6 @@ def _compile_problems(options: CompileOptions) -> Iterator[str]:
         )
 
 
-def packed_problems(precision: StepPrecisionOptions) -> Iterator[str]:
-    """Yield why a model that is trained itself cannot be held in few bits."""
-    given = {"--fp8_base": precision.fp8_base, f"--base_quant {precision.base_quant}": precision.base_quant is not None}
-    for name in (name for name, is_given in given.items() if is_given):
-        yield (
-            f"{name} holds frozen weights in few bits, but here the model's own weights are trained, and most steps are smaller "
-            "than the last of 8 bits. Leave it out; --full_bf16 with --fused_backward_pass saves more."
-        )
-
-
 def _model_problems(model: ModelOptions) -> Iterator[str]:
     if model.pretrained_model_name_or_path is None:
         yield "--pretrained_model_name_or_path is missing. Name an SDXL checkpoint file or a diffusers folder."
@@ -184,112 +148,6 @@ def _source_problems(dataset: DatasetOptions) -> Iterator[str]:
 def _tool_problems(dataset: DatasetOptions) -> Iterator[str]:
     if dataset.dataset_class is not None:
         yield "--dataset_class makes its batches itself, so there is nothing to cache beside images. Leave it out."
-
-
-def _network_problems(network: NetworkOptions, cache: CacheOptions) -> Iterator[str]:
-    if network.network_module is None:
-        yield "--network_module is missing. For a LoRA give --network_module networks.lora."
-    if network.dim_from_weights and network.network_weights is None:
-        yield "--dim_from_weights needs --network_weights, the file whose dimensions are taken."
-    if network.network_weights is not None and not Path(network.network_weights).is_file():
-        yield f"--network_weights: there is no file {network.network_weights}."
-    yield from _base_weights_problems(network)
-    if network.network_train_unet_only and network.network_train_text_encoder_only:
-        yield "--network_train_unet_only and --network_train_text_encoder_only leave nothing to train. Choose one of them."
-    if network.network_train_text_encoder_only and cache.cache_text_encoder_outputs:
-        yield "--network_train_text_encoder_only excludes --cache_text_encoder_outputs, which freezes their outputs. Choose one."
-    rates = network.text_encoder_lr or ()
-    if network.unet_lr == 0 and set(network.text_encoder_rates()) == {0.0}:
-        yield "--unet_lr and the rates of both text encoders are 0, so nothing is trained. Raise one of them."
-    if len(rates) > 2:
-        yield f"--text_encoder_lr takes one rate, or one for each of the two text encoders, not {len(rates)}."
-    for item in network.network_args or ():
-        if not item.partition("=")[0].strip() or "=" not in item:
-            yield f"--network_args: {item!r} is not of the form key=value."
-
-
-def _base_weights_problems(network: NetworkOptions) -> Iterator[str]:
-    files, strengths = network.base_weights or (), network.base_weights_multiplier or ()
-    for path in files:
-        if not Path(path).is_file():
-            yield f"--base_weights: there is no file {path}."
-    if len(strengths) > len(files):
-        yield f"--base_weights_multiplier: {len(strengths)} strengths for {len(files)} files of --base_weights. Give one per file."
-
-
-def _word_problems(options: SdxlTrainTextualInversionOptions) -> Iterator[str]:
-    word, longest = options.word, options.model.max_token_length or 75
-    text = word.token_string
-    if not text:
-        yield "--token_string is missing. Give the word to learn, one that has no meaning yet, such as mychar."
-    elif not re.fullmatch(r"\w(?:\S*\w)?", text):
-        yield f"--token_string {text!r} is not one word. Give a word without blanks that begins and ends in a letter or digit."
-    elif not options.output.output_name and not options.output.is_plain(text):
-        yield f"--token_string {text!r} cannot name the files, which are called after the word. Give them an --output_name."
-    if word.num_vectors_per_token > longest:
-        yield (
-            f"--num_vectors_per_token {word.num_vectors_per_token}: a caption has room for {longest} tokens, and what is beyond "
-            f"them would not be learned. Give at most {longest}; 1 to 16 are usual."
-        )
-    if word.weights is not None and not Path(word.weights).is_file():
-        yield f"--weights: there is no file {word.weights}."
-    if word.use_object_template and word.use_style_template:
-        yield "--use_object_template and --use_style_template exclude each other. Choose one."
-
-
-def _only_rate_problems(optimizer: OptimizerOptions) -> Iterator[str]:
-    """Yield that nothing is trained where one rate is that of everything."""
-    if optimizer.learning_rate == 0 and not sets_its_own_rate(optimizer):
-        yield "--learning_rate is 0, so nothing is trained. Raise it."
-
-
-def _control_problems(control: ControlNetLLLiteOptions) -> Iterator[str]:
-    if control.cond_emb_dim is None:
-        yield "--cond_emb_dim is missing. Give the width of what each module sees of the control image, for example 32."
-    elif control.cond_emb_dim % 2:
-        yield f"--cond_emb_dim is {control.cond_emb_dim}, but it must be even. Give {control.cond_emb_dim + 1}."
-    if control.network_dim is None:
-        yield "--network_dim is missing. Give the inner width of each module, for example 64."
-    if control.network_weights is not None and not Path(control.network_weights).is_file():
-        yield f"--network_weights: there is no file {control.network_weights}."
-
-
-def _control_net_problems(control: ControlNetOptions, optimizer: OptimizerOptions) -> Iterator[str]:
-    path = control.controlnet_model_name_or_path
-    if path is not None and not Path(path).is_file():
-        yield f"--controlnet_model_name_or_path: there is no file {path}. Give the .safetensors file of a ControlNet."
-    if path is None and control.control_net_lr == 0:
-        yield (
-            "--control_net_lr 0 keeps at zero what joins a new ControlNet to the model, so it would never have an effect. "
-            "Raise it, or give --controlnet_model_name_or_path."
-        )
-    elif control.control_net_lr == optimizer.learning_rate == 0:
-        yield "--control_net_lr and --learning_rate are both 0, so nothing is trained. Raise one of them."
-    yield from rate_problems(optimizer, [rate for rate in (control.control_net_lr, optimizer.learning_rate) if rate])
-
-
-def _finetune_problems(options: SdxlTrainOptions) -> Iterator[str]:
-    finetune, rate = options.finetune, options.optimizer.learning_rate
-    yield from packed_problems(options.precision)
-    if options.trains_denoiser:
-        yield from trained_swap_problems(options.precision, options.optimizer)
-    if finetune.train_text_encoder and options.cache.cache_text_encoder_outputs:
-        yield "--train_text_encoder excludes --cache_text_encoder_outputs, which freezes their outputs. Choose one."
-    of_blocks = finetune.block_rates if rate else None
-    rates = [*(of_blocks or (rate,)), *finetune.text_encoder_rates(rate)]
-    yield from rate_problems(options.optimizer, rates)
-    if not any(rates):
-        yield "All learning rates are 0, so nothing is trained. Raise --learning_rate, --block_lr or a rate of the text encoders."
-
-
-def _finetune_notes(options: SdxlTrainOptions) -> Iterator[str]:
-    finetune = options.finetune
-    for name in ("learning_rate_te1", "learning_rate_te2"):
-        if getattr(finetune, name) and not finetune.train_text_encoder:
-            yield f"--{name} has no effect without --train_text_encoder."
-    if finetune.block_lr is not None and options.optimizer.learning_rate == 0:
-        yield "--learning_rate 0 freezes the whole U-Net, so --block_lr has no effect."
-    yield from folder_notes(options.output)
 
 
 def _ema_problems(options: TrainingOptions) -> Iterator[str]:
@@ -342,42 +200,3 @@ def _training_notes(options: TrainingOptions) -> Iterator[str]:
         yield "--skip_until_initial_step has no effect without --initial_step, --initial_epoch or --resume."
     yield from hub_notes(options.state, options.hub)
     yield from idle_notes(options)
-
-
-def _generation_problems(options: SdxlGenImgOptions) -> Iterator[str]:
-    if options.model.ckpt is None:
-        yield "--ckpt is missing. Name an SDXL checkpoint file or a diffusers folder."
-    yield from _prompt_problems(options.prompt)
-    yield from _picture_problems(options.picture)
-    yield from _gen_network_problems(options.network)
-
-
-def _prompt_problems(prompt: PromptOptions) -> Iterator[str]:
-    if prompt.prompt is None and prompt.from_file is None and not prompt.interactive:
-        yield "There is nothing to draw: give --prompt, or --from_file with one prompt per line."
-    if prompt.from_file is not None and not Path(prompt.from_file).is_file():
-        yield f"--from_file: there is no file {prompt.from_file}."
-
-
-def _picture_problems(picture: PictureOptions) -> Iterator[str]:
-    for name, side in (("W", picture.W), ("H", picture.H)):
-        if side is not None and side % 8:
-            yield f"--{name} must be a multiple of 8, not {side}; {round(side / 8) * 8} is near."
-
-
-def _gen_network_problems(network: GenNetworkOptions) -> Iterator[str]:
-    modules, files = len(network.network_module or ()), len(network.network_weights or ())
-    if modules != files:
-        yield f"--network_module and --network_weights belong together, one file per module; there are {modules} and {files}."
-    for name, given in (("network_mul", network.network_mul), ("network_args", network.network_args)):
-        if len(given or ()) > max(modules, files):
-            yield f"--{name} takes one value per network; there are {len(given or ())} values and {max(modules, files)} networks."
-
-
-def _generation_notes(model: GenModelOptions, prompt: PromptOptions) -> Iterator[str]:
-    if model.clip_skip is not None:
-        yield "--clip_skip has no influence on SDXL, which always uses the second to last layer."
-    if model.fp16 and model.bf16:
-        yield "--fp16 and --bf16 were both given; float16 is used."
-    if prompt.no_preview:
-        yield "--no_preview has no effect: images are written to --outdir and never shown in a window."
