@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,52 +14,13 @@ from library.dataset.batch import Batch
 from library.dataset.foreign import ForeignDataset
 from library.dataset.loader import Loader
 from library.options.errors import UserError
+from library.training.compiled_blocks import CompiledBlocks
 from library.training.loop import TrainingRun
 from library.training.progress import messages_above_bars
 from library.training.setting import Setting, Trained
+from library.training.trainable import NetworkTrainable
 
 log = logging.getLogger(__name__)
-
-GRAPHS_PER_SHAPE = 32
-"""Most variants of one kind of block: its widths, with adapters and without, and the settings that datasets may change."""
-LEAST_SHAPES = 8
-"""For how many shapes there is room at least: those of a dataset class of the person's own are not known beforehand."""
-
-
-class CompiledBlocks:
-    """Blocks that run compiled where gradients are recorded; sample images and validation, with shapes of their own, run eager.
-
-    Only `forward` of each block is replaced: its parameters keep their names and places.
-
-    Args:
-        blocks: of few kinds; those of the same kind share what is compiled.
-        backend: the compiler.
-        num_shapes: that the blocks will meet.
-    """
-
-    def __init__(self, blocks: Sequence[nn.Module], backend: str, num_shapes: int) -> None:
-        import torch._dynamo.config as limits  # not before it is needed: it takes a second
-
-        limits.recompile_limit = max(limits.recompile_limit, GRAPHS_PER_SHAPE * num_shapes)
-        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * GRAPHS_PER_SHAPE * num_shapes)
-        self._eager: list[tuple[nn.Module, Callable[..., Any]]] = [(block, block.forward) for block in blocks]
-        for block, eager in self._eager:
-            block.forward = _while_recording(torch.compile(eager, backend=backend, dynamic=False), eager)
-
-    def __len__(self) -> int:
-        return len(self._eager)
-
-    def undo(self) -> None:
-        """Run as before."""
-        for block, eager in self._eager:
-            block.forward = eager
-
-
-def _while_recording(compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return compiled(*args, **kwargs) if torch.is_grad_enabled() else eager(*args, **kwargs)
-
-    return forward
 
 
 def compile_denoiser(setting: Setting, run: TrainingRun, trained: Trained, denoiser: nn.Module) -> None:
@@ -80,10 +41,7 @@ def compile_denoiser(setting: Setting, run: TrainingRun, trained: Trained, denoi
     if not options.torch_compile:
         return
     examples = batch_of_each_shape(setting)
-    kinds = setting.family.large_modules
-    found = [*denoiser.modules(), *(() if trained.control is None else trained.control.modules())]
-    modules = [module for module in found if type(module).__name__ in kinds]
-    blocks = CompiledBlocks(modules, options.dynamo_backend, max(len(examples), LEAST_SHAPES))
+    blocks = compiled_blocks(setting, trained, denoiser)
     if trained.is_divided or not examples:  # every process would have to meet the same shapes in the same order
         log.info("The %d blocks of the denoiser are compiled by %s as they are met.", len(blocks), options.dynamo_backend)
         return
@@ -96,21 +54,39 @@ def compile_denoiser(setting: Setting, run: TrainingRun, trained: Trained, denoi
                 bar.update()
     except UserError:
         raise
-    except Exception as error:  # compilers raise exceptions of all kinds
+    except Exception as error:  # what was compiled without a word, and cannot run
         blocks.undo()
         with _as_it_was(run):  # what is not the compiler's fault comes again without it
             try_out(run, trained, next(load(setting, examples)), setting)
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        log.warning(
-            "--torch_compile: %s cannot compile the model (%s); training goes on without it.", options.dynamo_backend, reason
-        )
+        blocks.give_up(error)
         return
-    log.info(
-        "Compiled %d blocks with %s for %d shapes in %.0f s; sample images and validation run without.",
-        len(blocks),
-        options.dynamo_backend,
-        len(examples),
-        time.monotonic() - began,
+    if blocks.num_compiled:
+        log.info(
+            "Compiled %d of %d blocks with %s for %d shapes in %.0f s; sample images and validation run without.",
+            blocks.num_compiled,
+            len(blocks),
+            options.dynamo_backend,
+            len(examples),
+            time.monotonic() - began,
+        )
+
+
+def compiled_blocks(setting: Setting, trained: Trained, denoiser: nn.Module) -> CompiledBlocks:
+    """Return the blocks of the denoiser, and of a network that makes it follow control images, about to be compiled."""
+    kinds, trainable = setting.family.large_modules, trained.trainable
+    parts: dict[str, Any] = {"": denoiser} if trained.control is None else {"": denoiser, "control net: ": trained.control}
+    blocks = {
+        prefix + name: module
+        for prefix, part in parts.items()
+        for name, module in part.named_modules()
+        if type(module).__name__ in kinds
+    }
+    network = trainable if isinstance(trainable, NetworkTrainable) else None
+    return CompiledBlocks(
+        blocks,
+        setting.options.compile.dynamo_backend,
+        lambda: None if network is None else network.strength,
+        is_all=network is None or network.is_ours,
     )
 
 

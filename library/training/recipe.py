@@ -121,7 +121,6 @@ def carry_out(
     resident.batch_size = max(section.config.batch_size for section in setting.dataset.sections)
     report(setting)
     report_trained(setting, trained, saver.live.optimizer.defaults, start.update)
-    compile_denoiser(setting, run, trained, denoiser)
     saver.identity = identity
     training_log = add_observers(
         run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, start=start, forecast=forecast
@@ -131,6 +130,7 @@ def carry_out(
     try:
         if saved is not None:
             load_saved(saved, saver, training_log)
+        compile_denoiser(setting, run, trained, denoiser)  # with the scales that saved networks have
         tell_start(setting, start)
         with uploads or nullcontext(), StopRequest() as stop:  # what is uploaded in the end, one Ctrl+C interrupts
             if uploads is not None:

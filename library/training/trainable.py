@@ -92,9 +92,15 @@ class NetworkTrainable:
             log.warning("--scale_weight_norms has no effect: the network has no apply_max_norm_regularization.")
             max_norm = None
         self.max_norm = max_norm
-        self._strength = 1.0
+        self.strength = 1.0
+        """How strongly the network acts on the model."""
         self.norms: Mapping[str, Tensor | float] = {}
         """With `max_norm`: adapters scaled down, mean norm, largest norm; else what the network itself keeps account of."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the network is of this suite, and not of another package."""
+        return type(self.network).__module__.partition(".")[0] in ("networks", "library")
 
     def on_epoch_start(self) -> None:
         """Put the network in training mode."""
@@ -125,14 +131,14 @@ class NetworkTrainable:
 
     def set_strength(self, strength: float) -> None:
         """Set how strongly the network acts on the model; 1 unless a dataset asks for something else."""
-        if strength != self._strength:
+        if strength != self.strength:
             self.network.set_multiplier(strength)
-            self._strength = strength
+            self.strength = strength
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
         """Switch dropout off for previews and saving, at full strength, and back to what it was."""
-        strength = self._strength
+        strength = self.strength
         self.set_strength(1.0)
         try:
             with evaluation_mode(self.network):
@@ -148,7 +154,7 @@ class NetworkTrainable:
             self._write(path, dtype, metadata)
 
     def _write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        if type(self.network).__module__.partition(".")[0] in ("networks", "library"):
+        if self.is_ours:
             self.network.save_weights(str(path), dtype, dict(metadata))
             return
         with atomic_write(path, keeps_ending=True) as temporary:  # networks of other packages write in place

@@ -1,7 +1,6 @@
 """Compiled blocks: what is compiled, when it runs, and what stays as it was."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 from library.options.groups.distributed import ProcessGroupOptions
 from library.options.groups.precision import WorkingPrecisionOptions
 from library.training.accelerator import make_accelerator
-from library.training.compiling import CompiledBlocks, batch_of_each_shape
+from library.training.compiling import batch_of_each_shape
 
 
 class Block(nn.Module):
@@ -20,27 +19,6 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x).relu()
-
-
-def test_blocks_of_one_kind_share_a_graph_and_run_it_where_gradients_are_recorded() -> None:
-    graphs, runs = [], []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
-        return lambda *args: runs.append(1) or graph.forward(*args)
-
-    model = nn.Sequential(Block(), Block(), Block())
-    names, x = list(model.state_dict()), torch.randn(2, 4)
-    expected = model(x).detach()
-    blocks = CompiledBlocks(list(model), backend, num_shapes=1)  # type: ignore[arg-type]
-    with torch.no_grad():
-        model(x)
-    assert not runs
-    model(x.requires_grad_()).sum().backward()
-    assert len(graphs) == 1 and len(runs) == len(blocks) == 3
-    assert list(model.state_dict()) == names
-    blocks.undo()
-    assert torch.equal(model(x), expected) and len(runs) == 3
 
 
 def test_every_size_of_bucket_and_batch_is_met_once() -> None:
