@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from library.memory.packed import PackedTensor
 from library.memory.sizes import gib
+from library.options.checks_optimizer import optimizer_name
 from library.options.errors import UserError
 from library.options.scripts import (
     CacheLatentsOptions,
@@ -174,8 +175,7 @@ def remedies(options: TrainingOptions, sizes: Sizes) -> Iterator[str]:
         yield "leaving out --checkpoint_fraction: activations of the blocks that are not computed again"
     if precision.mixed_precision == "no":
         yield "--mixed_precision bf16: half of the activations and of frozen weights"
-    name = optimizer.optimizer_type.lower()
-    if not optimizer.use_8bit_adam and name in ("", "adamw", "adam"):
+    if optimizer_name(optimizer).lower() in ("adamw", "adam"):
         yield f"--optimizer_type AdamW8bit: three quarters of the optimizer's state{_saves(sizes.optimizer * 3 // 4)}"
     if is_finetuning and not optimizer.fused_backward_pass and options.length.gradient_accumulation_steps == 1:
         yield f"--fused_backward_pass: nearly all gradients{_saves(sizes.trained)}"

@@ -27,6 +27,8 @@ class Findings:
 
     images: list[str] = field(default_factory=list)
     """One line each: file, timestep and loss."""
+    has_bad_loss: bool = False
+    """Whether the loss of one of them was not finite."""
     module: str | None = None
     """The first module whose output was not finite, with its types."""
     parameter: str | None = None
@@ -46,6 +48,7 @@ def run_again(run: TrainingRun, taken: Taken, *, with_gradients: bool) -> Findin
 
     def observe(batch: Batch, timesteps: Tensor, losses: Tensor) -> None:
         shown = zip(batch.image_keys, timesteps.tolist(), losses.tolist(), strict=False)
+        findings.has_bad_loss = not bool(torch.isfinite(losses).all())
         findings.images = [f"{image} (timestep {timestep:g}, loss {loss:.4g})" for image, timestep, loss in shown]
 
     torch.manual_seed(batch_seed(run.seed, taken.epoch, taken.index, run.accelerator.process_index))
@@ -68,7 +71,7 @@ def examine(run: TrainingRun, spoiled: Spoiled, *, with_gradients: bool) -> list
     Every process runs as many batches again, for modules may have to exchange their parameters.
     """
     found = [run_again(run, taken, with_gradients=with_gradients) for taken in spoiled.batches]
-    guilty = [each for each in found if each.module or each.parameter or any("nan" in i or "inf" in i for i in each.images)]
+    guilty = [each for each in found if each.module or each.parameter or each.has_bad_loss]
     images = [line for each in guilty or found for line in each.images]
     more = [f"and {len(images) - _MOST_IMAGES} more"] if len(images) > _MOST_IMAGES else []
     lines = [f"  image: {line}" for line in [*images[:_MOST_IMAGES], *more]]

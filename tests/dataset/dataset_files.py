@@ -93,3 +93,12 @@ def problems_with_lines(path: Path | None, **options: Any) -> list[str]:
     with pytest.raises(UsageError) as caught:
         load(path, **options)
     return list(caught.value.problems)
+
+
+def effective(config: DatasetConfig, name: str) -> Any:
+    """Return what a key came to for the first subset of a dataset."""
+    section = config.sections[0]
+    for record in (section.subsets[0], section.subsets[0].captions, section):
+        if hasattr(record, name):
+            return getattr(record, name)
+    raise AssertionError(name)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import toml
-from dataset_files import load, problems
+from dataset_files import effective, load, problems
 
 from library.options import dataset_file
 from library.options.dataset_config import DatasetConfig, bucket_limits, load_dataset_config
@@ -48,14 +48,6 @@ SAMPLES: dict[str, Any] = {
     "token_warmup_min": 2, "token_warmup_step": 0.25,
 }  # fmt: skip
 READ = SAMPLES | {"resolution": (512, 768), "caption_extension": ".txt", "face_crop_aug_range": (1.0, 2.5)}
-
-
-def effective(config: DatasetConfig, name: str) -> Any:
-    section = config.sections[0]
-    for record in (section.subsets[0], section.subsets[0].captions, section):
-        if hasattr(record, name):
-            return getattr(record, name)
-    raise AssertionError(name)
 
 
 def test_the_innermost_value_that_is_set_wins_and_zero_counts_as_set(tmp_path: Path) -> None:

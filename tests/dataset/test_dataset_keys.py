@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import toml
-from dataset_files import KINDS, READ, SOURCES, TABLE, load, problems
+from dataset_files import KINDS, READ, SOURCES, TABLE, effective, load, problems
 
 from library.options import dataset_file
 from library.options.dataset_config import DatasetConfig
@@ -40,14 +40,6 @@ def write(*subsets: Mapping[str, Any], general: Mapping[str, Any] | None = None,
     tables = {"general": {"resolution": 1024} | dict(general or {}), "datasets": [{**dataset, "subsets": list(subsets)}]}
     path.write_text(toml.dumps(tables), encoding="utf-8")
     return path
-
-
-def effective(config: DatasetConfig, name: str) -> Any:
-    section = config.sections[0]
-    for record in (section.subsets[0], section.subsets[0].captions, section):
-        if hasattr(record, name):
-            return getattr(record, name)
-    raise AssertionError(name)
 
 
 def with_key(kind: str, level: str, key: str, value: Any) -> Path:

@@ -69,30 +69,15 @@ def test_rescaling_keeps_the_first_beta():
     torch.testing.assert_close(rescale_to_zero_terminal_snr(betas)[0], betas[0], rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("key", "zero_terminal_snr"), [("noisy", False), ("zero_terminal_noisy", True)])
-def test_add_noise_equals_the_reference(reference, key, zero_terminal_snr):
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_noisy_latents_and_velocity_equal_the_reference(reference, zero_terminal_snr):
     table = reference["add_noise_and_velocity"]
-    latents, noise, schedule = (
-        torch.tensor(table["latents"]),
-        torch.tensor(table["noise"]),
-        NoiseSchedule.make(zero_terminal_snr=zero_terminal_snr),
-    )
-    for timestep, expected in table[key].items():
-        got = schedule.add_noise(latents, noise, torch.tensor([int(timestep)])).flatten()
-        torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("key", "zero_terminal_snr"), [("velocity", False), ("zero_terminal_velocity", True)])
-def test_velocity_equals_the_reference(reference, key, zero_terminal_snr):
-    table = reference["add_noise_and_velocity"]
-    latents, noise, schedule = (
-        torch.tensor(table["latents"]),
-        torch.tensor(table["noise"]),
-        NoiseSchedule.make(zero_terminal_snr=zero_terminal_snr),
-    )
-    for timestep, expected in table[key].items():
-        got = schedule.velocity(latents, noise, torch.tensor([int(timestep)])).flatten()
-        torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    latents, noise = torch.tensor(table["latents"]), torch.tensor(table["noise"])
+    schedule = NoiseSchedule.make(zero_terminal_snr=zero_terminal_snr)
+    for key, method in (("noisy", schedule.add_noise), ("velocity", schedule.velocity)):
+        for timestep, expected in table[f"zero_terminal_{key}" if zero_terminal_snr else key].items():
+            got = method(latents, noise, torch.tensor([int(timestep)])).flatten()
+            torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_each_image_is_mixed_at_its_own_timestep():

@@ -27,7 +27,7 @@ from tests.training.test_training_saving import make_saver
 
 
 def named(batches: list[Batch]) -> list[Batch]:
-    return [replace(batch, image_keys=[f"image{number}.png"]) for number, batch in enumerate(batches)]
+    return [replace(batch, image_keys=[f"banana{number}.png"]) for number, batch in enumerate(batches)]
 
 
 def spoiled(number: int) -> list[Batch]:
@@ -75,7 +75,7 @@ def test_the_last_good_weights_are_saved_and_nothing_of_the_bad_update_is_in_the
     assert [position.update for event, position in recorder.events if event == "update"] == list(range(1, good + 1))
     text = str(told.value)
     assert f"The loss of step {good + 1} is not finite." in text
-    assert f"image: image{bad}.png (timestep" in text and "loss nan)" in text and "image: image" in text
+    assert f"image: banana{bad}.png (timestep" in text and "loss nan)" in text and "image: banana" in text
     assert text.count("  image: ") == 1
     assert "network: down (Conv2d, output float32, weights float32, its input was not finite either)" in text
     assert "types: computation bfloat16, trained weights float32, VAE bfloat16" in text

@@ -109,6 +109,8 @@ def test_only_what_was_not_given_is_advised_and_each_script_its_own() -> None:
     assert next(remedies(on_device, Sizes(average=3 * MIB))) == "--ema_device cpu: the moving average of the weights (3.0 MiB)"
     assert "--fused_backward_pass: nearly all gradients (4.0 MiB)" in remedies(whole, sizes)
     assert any(each.startswith("--cache_latents") for each in remedies(network, sizes))
+    lion = network.optimizer.model_copy(update={"use_lion_optimizer": True})
+    assert not any("AdamW8bit" in each for each in remedies(SdxlTrainNetworkOptions(optimizer=lion), sizes))
     cached = network.cache.model_copy(update={"cache_latents": True, "cache_text_encoder_outputs": True})
     given = SdxlTrainNetworkOptions(cache=cached)
     assert not any(each.startswith("--cache") for each in remedies(given, sizes))
