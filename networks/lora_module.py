@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.models.geglu import gated
 from library.models.number_types import product_dtype
 from networks.low_rank import adapted_conv2d, adapted_linear, adapted_linears
 
@@ -124,14 +125,18 @@ class LoRAModule(nn.Module):
 
     @property
     def can_join(self) -> bool:
-        """Whether nothing but this adapter stands between the layer and those that call it, and it draws nothing."""
+        """Whether the layer may be computed together with others that have its input."""
+        return self.layer.bias is None and self._is_all_there_is
+
+    @property
+    def _is_all_there_is(self) -> bool:
+        """Whether nothing but this adapter stands between a linear layer and those that call it, and it draws nothing."""
         layer = self.layer
         return (
             self.acts
             and not (self.training and self.dropouts != _NO_DROPOUTS)
             and getattr(layer.forward, "__self__", None) is self
             and isinstance(layer, nn.Linear)
-            and layer.bias is None
             and not (layer._forward_hooks or layer._forward_pre_hooks)
             and _is_frozen_and_plain(layer, self._plain_forward)
         )
@@ -169,6 +174,19 @@ class LoRAModule(nn.Module):
         if isinstance(self.layer, nn.Linear):
             return adapted_linear(x, self.layer, down, up, scale, mask)
         return adapted_conv2d(x, self.layer, down, up, scale, mask)
+
+    def after_gate(self, halves: Tensor) -> Tensor:
+        """Return the layer's output for value · GELU(gate), where possible without keeping that for the backward pass.
+
+        Args:
+            halves: value and gate side by side, (…, 2·in).
+        """
+        layer = self.layer
+        if not (isinstance(layer, nn.Linear) and self._is_all_there_is):
+            out: Tensor = layer(gated(halves))
+            return out
+        down, up = self._matrices_for(halves)
+        return adapted_linear(halves, layer, down, up, self.strength, None, is_gated=True)
 
     def delta_weight(self) -> Tensor:
         """Return ΔW = (α/r)·U·D in float32 and the shape of the layer's weight; the multiplier is not in it."""

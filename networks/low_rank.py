@@ -15,24 +15,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from library.models.geglu import gated_gradient, gated_values
+
 Pair = tuple[int, int]
 
 
-def adapted_linear(x: Tensor, base: nn.Linear, down: Tensor, up: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+def adapted_linear(
+    x: Tensor, base: nn.Linear, down: Tensor, up: Tensor, scale: float, mask: Tensor | None, is_gated: bool = False
+) -> Tensor:
     """Return base(x) + scale·U(mask ∘ Dx).
 
     Args:
-        x: (…, I).
+        x: (…, I); value and gate of GEGLU side by side, (…, 2·I), where `is_gated`.
         base: its weight and bias are frozen; gradients for them are not computed.
         down: D, (r, I), in `product_dtype(x)` as U is.
         up: U, (O, r).
         scale: multiplier·α/r.
         mask: dropout factors, broadcast against (…, r); None for no dropout.
+        is_gated: whether the layer's input is value · GELU(gate). That is computed again for the gradients instead of being kept.
 
     Returns:
         (…, O) in `product_dtype(x)`.
     """
-    out: Tensor = _AdaptedLinear.apply(x, base.weight, base.bias, down, up, scale, mask)
+    out: Tensor = _AdaptedLinear.apply(x, base.weight, base.bias, down, up, scale, mask, is_gated)
     return out
 
 
@@ -90,33 +95,41 @@ class _AdaptedLinear(torch.autograd.Function):
         up: Tensor,
         scale: float,
         mask: Tensor | None,
+        is_gated: bool,
     ) -> Tensor:
-        ctx.x_dtype, ctx.scale, dtype = x.dtype, scale, down.dtype
-        x = x.to(dtype)
+        ctx.x_dtype, ctx.scale, ctx.is_gated, dtype = x.dtype, scale, is_gated, down.dtype
+        given = x
+        x = (gated_values(x) if is_gated else x).to(dtype)
         out = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
         low = F.linear(x, down)
         if mask is not None:
             low = low * mask
         out.view(-1, out.shape[-1]).addmm_(low.reshape(-1, low.shape[-1]), up.t(), alpha=scale)
-        ctx.save_for_backward(x, weight, down, up, low, mask)
+        ctx.save_for_backward(given if is_gated else x, weight, down, up, low, mask)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, low, mask = ctx.saved_tensors
+        kept, weight, down, up, low, mask = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         low_rows = low.reshape(-1, low.shape[-1])
         grad_up = scaled_product(rows.t(), low_rows, ctx.scale) if ctx.needs_input_grad[4] else None
         grad_low = scaled_product(rows, up, ctx.scale)
         if mask is not None:
             grad_low = (grad_low.view_as(low) * mask).view_as(low_rows)
-        grad_down = grad_low.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[3] else None
+        grad_down = None
+        if ctx.needs_input_grad[3]:
+            x = gated_values(kept).to(down.dtype) if ctx.is_gated else kept
+            grad_down = grad_low.t() @ x.reshape(-1, x.shape[-1])
+            del x  # before the gradient of the gate needs room
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_rows = rows @ weight.to(grad.dtype)
-            grad_x = grad_rows.addmm_(grad_low, down).view_as(x).to(ctx.x_dtype)
-        return grad_x, None, None, grad_down, grad_up, None, None
+            grad_x = grad_rows.addmm_(grad_low, down).view(*grad.shape[:-1], -1).to(ctx.x_dtype)
+            if ctx.is_gated:
+                grad_x = gated_gradient(grad_x, kept, overwrite=True)
+        return grad_x, None, None, grad_down, grad_up, None, None, None
 
 
 class _AdaptedLinears(torch.autograd.Function):
@@ -207,7 +220,11 @@ def _per_layer(products: Tensor, n: int) -> Tensor:
 def _add_up_projection_(out: Tensor, low: Tensor, up: Tensor, scale: float) -> None:
     """Add scale·U·low to `out` in place; out (B, O, H, W), low (B, r, H, W), up (O, r). Either memory format, without copies."""
     batch, channels = out.shape[:2]
-    out.view(batch, channels, -1).baddbmm_(up.expand(batch, -1, -1), low.flatten(2), alpha=scale)
+    flat, low, up = out.view(batch, channels, -1), low.flatten(2), up.expand(batch, -1, -1)
+    if flat.stride(1) == 1:  # channels last: into its rows, as bfloat16 on a CPU takes a hundred times as long into columns
+        flat.mT.baddbmm_(low.mT, up.mT, alpha=scale)
+    else:
+        flat.baddbmm_(up, low, alpha=scale)
 
 
 def _conv_backward(

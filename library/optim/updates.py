@@ -17,10 +17,9 @@ from library.options.groups.optimizer import OptimizerOptions
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 64 * 2**20
-"""Elements whose float32 copies exist at a time while bfloat16 weights are stepped: a quarter of a GiB."""
-_CHUNK_OF_HOST = 16 * 2**20
-"""Elements whose state is on the device at a time where it lies in main memory: 128 MiB for AdamW."""
+_CHUNK = 16 * 2**20
+"""Elements whose float32 copies exist at a time while bfloat16 weights are stepped, 64 MiB each of weights and gradients; and whose
+state is on the device at a time where it lies in main memory, 128 MiB for AdamW."""
 
 
 class Updater(Protocol):
@@ -99,13 +98,9 @@ class UpdateInBackward:
         steps: of the optimizer.
         groups: every trained parameter once, in the groups that are stepped together.
         max_grad_norm: of each tensor's gradient; 0 for no limit.
-        chunk: most elements that are stepped at a time.
     """
 
-    def __init__(
-        self, steps: ParameterSteps, groups: Sequence[Sequence[nn.Parameter]], max_grad_norm: float, chunk: int = _CHUNK
-    ) -> None:
-        self._chunk = chunk
+    def __init__(self, steps: ParameterSteps, groups: Sequence[Sequence[nn.Parameter]], max_grad_norm: float) -> None:
         self._steps = steps
         self._groups = [list(group) for group in groups]
         self._max_grad_norm = max_grad_norm
@@ -143,7 +138,7 @@ class UpdateInBackward:
 
     def _step(self, number: int) -> None:
         self._arrived[number] = 0
-        for chunk in chunked([parameter for parameter in self._groups[number] if parameter.grad is not None], self._chunk):
+        for chunk in chunked([parameter for parameter in self._groups[number] if parameter.grad is not None], _CHUNK):
             if self.gate is None or self.gate.admits(chunk):
                 self._steps.step(chunk, self._seed)
             for parameter in chunk:
@@ -172,7 +167,6 @@ def make_updater(
     on_host = options.optimizer_states == "host"
     if on_host:
         keep_states(optimizer, accelerator.device, getattr(accelerator, "host", HOST))
-    chunk = _CHUNK_OF_HOST if on_host else _CHUNK
     steps = ParameterSteps(optimizer)
     groups = fused_groups(optimizer.param_groups, options)
     if groups is not None:
@@ -186,11 +180,11 @@ def make_updater(
                 "--max_grad_norm %g limits each tensor's gradient by itself, since tensors are stepped in the backward pass.",
                 options.max_grad_norm,
             )
-        return UpdateInBackward(steps, groups, options.max_grad_norm, chunk)
+        return UpdateInBackward(steps, groups, options.max_grad_norm)
     if accelerator.scaler is not None and any(parameter.dtype == torch.float16 for parameter in parameters):
         accept_half_gradients(accelerator.scaler)
     has_halves = any(parameter.dtype == torch.bfloat16 for parameter in parameters)
-    chunks = chunked(parameters, chunk) if steps_alone(options) else [list(parameters)]
+    chunks = chunked(parameters, _CHUNK) if steps_alone(options) else [list(parameters)]
 
     def step_rounding(seed: int) -> None:
         for chunk in chunks:

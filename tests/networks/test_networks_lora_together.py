@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from library.models.geglu import gated
 from library.models.sdxl.layers import BasicTransformerBlock
 from networks.lora import create_network
 from networks.lora_module import LoRAModule
@@ -83,6 +84,30 @@ def test_one_operation_copies_all_matrices_and_layers_with_one_input_take_one_pr
     assert together["_foreach_copy_"] == 2 and together["_to_copy"] == alone["_to_copy"] - 4 * 10
     assert together["baddbmm_"] == 6
     assert together.total() < 0.65 * alone.total()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_after_a_gate_the_adapter_keeps_the_gates_halves_and_gives_the_same_to_the_bit(dtype, monkeypatch):
+    model = Adapted((640, 2048, 64, 2560), together=True)
+    model.block.to(dtype or torch.float32)
+
+    def gradients_and_kept():
+        kept = {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return model.gradients(dtype=dtype), sum(kept.values())
+
+    found, kept = gradients_and_kept()
+    monkeypatch.setattr(LoRAModule, "after_gate", lambda self, halves: self.layer(gated(halves)))
+    expected, more = gradients_and_kept()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert more - kept == 2 * 12 * 2560 * (
+        4 if dtype is None else 2
+    )  # (images, tokens, inner width) in the type of the computation
 
 
 @pytest.mark.parametrize("kind", ["neuron", "rank", "module"])

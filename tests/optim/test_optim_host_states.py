@@ -101,7 +101,7 @@ def test_a_step_that_fails_leaves_no_state_on_the_device() -> None:
 
 @pytest.mark.parametrize("more", [{}, {"optimizer_type": "AdamW8bit"}, {"fused_backward_pass": True, "max_grad_norm": 0}])
 def test_the_forecast_has_no_state_on_the_device(more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("library.optim.updates._CHUNK_OF_HOST", 2**18)  # the whole of this model would be one chunk
+    monkeypatch.setattr("library.optim.updates._CHUNK", 2**18)  # the whole of this model would be one chunk
     bench = BenchOptions(mode="finetune", size="tiny", resolution=32, batch_size=1)
     there, here = (
         forecast(bench, StepPrecisionOptions(), OptimizerOptions(optimizer_states=where, **more)) for where in ("device", "host")

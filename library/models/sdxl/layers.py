@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from library.models.geglu import gated
 from library.models.sdxl.attention import Attend, sdpa
 
 
@@ -147,25 +147,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) to (…, inner_dim)."""
-        out: Tensor = _Gated.apply(self.proj(x))
-        return out
-
-
-class _Gated(torch.autograd.Function):
-    """value · GELU(gate) of the two halves (…, 2n); keeps nothing but them, where autograd would keep GELU(gate) too."""
-
-    @staticmethod
-    def forward(ctx: Any, halves: Tensor) -> Tensor:
-        value, gate = halves.chunk(2, dim=-1)
-        ctx.save_for_backward(halves)
-        return value * F.gelu(gate)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (halves,) = ctx.saved_tensors
-        value, gate = halves.chunk(2, dim=-1)
-        return torch.cat([grad * F.gelu(gate), torch.ops.aten.gelu_backward(grad * value, gate)], dim=-1)
+        return gated(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -177,8 +159,14 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GEGLU(dim, inner_dim), nn.Identity(), nn.Linear(inner_dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, C) to the same shape."""
-        out: Tensor = self.net(x)
+        """(B, L, C) to the same shape.
+
+        Where the last layer's `forward` was replaced by the method of an object that has an `after_gate`, that computes the gate
+        with it, and need not keep the result.
+        """
+        gate: Any = self.net[0]
+        after_gate = getattr(getattr(self.net[2].forward, "__self__", None), "after_gate", None)
+        out: Tensor = self.net(x) if after_gate is None else after_gate(gate.proj(x))
         return out
 
 
