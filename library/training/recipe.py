@@ -24,7 +24,7 @@ from library.training.events import events_of_run
 from library.training.fitting import fit, with_options
 from library.training.forecast import Forecast
 from library.training.hub import open_uploads
-from library.training.identity import check_same_run, identity_of
+from library.training.identity import Identity, check_same_run, identity_of
 from library.training.interrupt import StopRequest
 from library.training.logs import TrainingLog
 from library.training.looking import look, only_looks
@@ -116,12 +116,11 @@ def carry_out(
     arrange_denoiser(setting.family, denoiser, trained.trainable.module, options.precision, accelerator.device)
 
     parts = ModelParts(setting.family, denoiser, text.encoders, vae, options.cache.vae_batch_size, setting.caption_style)
-    run, saver = build_run(recipe, setting, trained, parts)
+    run, saver = build_run(recipe, setting, trained, parts, identity)
     resident.parts, resident.saver = parts, saver
     resident.batch_size = max(section.config.batch_size for section in setting.dataset.sections)
     report(setting)
     report_trained(setting, trained, saver.live.optimizer.defaults, start.update)
-    saver.identity = identity
     training_log = add_observers(
         run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, start=start, forecast=forecast
     )
@@ -152,7 +151,9 @@ def load_saved(saved: SavedPlace, saver: Saver, training_log: TrainingLog) -> No
             refuse_damaged(saved.folder / TRAIN_STATE, f"its losses cannot be read ({error!r})")
 
 
-def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelParts) -> tuple[TrainingRun, Saver]:
+def build_run(
+    recipe: Recipe, setting: Setting, trained: Trained, parts: ModelParts, identity: Identity
+) -> tuple[TrainingRun, Saver]:
     """Build optimizer, schedule, step, loader and saver: everything the loop needs but those who look on."""
     options, swaps = setting.options, setting.options.precision.swaps_blocks
     run, engine, optimizer = build_step(setting, trained, parts)
@@ -172,6 +173,7 @@ def build_run(recipe: Recipe, setting: Setting, trained: Trained, parts: ModelPa
         writes=setting.accelerator.is_main_process,
         seed=setting.seed,
         batches_per_epoch=setting.batches_per_epoch,
+        identity=identity,
     )
     add_guard(run, saver, setting, trained, optimizer)
     return run, saver

@@ -22,7 +22,7 @@ from library.training.full_tensors import (
     load_full_tensors,
     shares_of_optimizer_state,
 )
-from library.training.zero import DividedShares, ZeroOptimizer
+from library.training.zero_state import DividedShares, ZeroOptimizer
 from tests.cli.training_commands import warm_processes
 
 
