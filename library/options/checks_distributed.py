@@ -10,7 +10,7 @@ from library.options.scripts import SdxlTrainOptions, TrainingOptions
 
 _OF_TORCH = ("AdamW", "Adam", "SGD", "Adagrad", "NAdam", "RAdam", "RMSprop", "Adamax", "Adadelta", "ASGD")
 SHARDED_OPTIMIZERS = (*(f"torch.optim.{name}" for name in _OF_TORCH), "lion_pytorch.Lion")
-"""Optimizers whose steps are the same on shares of parameters, as tests hold; not Rprop, whose masks shares have not in torch 2.11."""
+"""Optimizers whose steps are the same on shares of parameters, as tests hold; not Rprop, whose masks shares lack in torch 2.11."""
 ZERO_OPTIMIZERS = tuple(path for path in SHARDED_OPTIMIZERS if path != "torch.optim.Adagrad")
 """The same but for the one that DeepSpeed makes anew, which is lost to learning-rate schedules then."""
 _OF_DEEPSPEED = {
