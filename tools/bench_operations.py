@@ -17,7 +17,7 @@ from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
 from library.training.accelerator import DTypes
 from library.training.loop import accumulate_gradient, update_parameters
-from library.training.stand_ins import trained_parameters, use_kernels_of, what_is_traced
+from library.training.stand_ins import use_kernels_of, what_is_traced
 from tools.bench_step import make_run
 
 _aten = torch.ops.aten
@@ -68,7 +68,7 @@ def count_operations(bench: BenchOptions, precision: StepPrecisionOptions, optim
         accelerator = PretendAccelerator(device, None if compute == torch.float32 else compute)
         run, batch = make_run(bench, precision, what_is_traced(optimizer), accelerator, torch.device("meta"))
         use_kernels_of(run.schedule.optimizer, "cuda")
-        make_state(trained_parameters(run.schedule.optimizer), run.updater.finish)
+        make_state(run.schedule.optimizer, run.updater.finish)
         with OperationCounter() as step:
             accumulate_gradient(run, run.send(batch), epoch=1, index=0, window=1, synchronise=True)
         with OperationCounter() as update:

@@ -9,13 +9,13 @@ from typing import cast
 import torch
 
 from library.memory.pretend import PretendAccelerator, fake_tensors
-from library.memory.trace import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, Peak, make_state, trace_peak, with_more
+from library.memory.trace import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, Peak, StorageCounter, make_state, trace_peak, with_more
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
 from library.training.accelerator import DTypes
 from library.training.loop import one_step
-from library.training.stand_ins import computed_state, trained_parameters, use_kernels_of, what_is_traced
+from library.training.stand_ins import computed_state, step_each_kind_once, trained_parameters, use_kernels_of, what_is_traced
 from library.training.step import TrainStep
 from tools.bench_step import make_run
 
@@ -37,9 +37,11 @@ def forecast(bench: BenchOptions, precision: StepPrecisionOptions, optimizer: Op
         inner = run.schedule.optimizer
         use_kernels_of(inner, device_type)
         parameters = trained_parameters(inner)
-        make_state(parameters, run.updater.finish)
+        make_state(inner, run.updater.finish)
         modules = [run.trainable.module, cast(TrainStep, run.step).parts.denoiser]
-        peak = trace_peak(lambda: one_step(run, batch), modules, inner, device)
+        counter = StorageCounter(device)
+        step_each_kind_once(run.updater, counter)
+        peak = trace_peak(lambda: one_step(run, batch), modules, inner, device, counter=counter)
     return with_more(peak, OPTIMIZER, computed_state(optimizer, parameters))
 
 

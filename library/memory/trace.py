@@ -4,19 +4,22 @@ Torch's own MemTracker stops at frozen parameters. This mode sees every operatio
 learns from the garbage collector when it is gone, which is when torch's allocators take it back.
 """
 
+import copy
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from library.memory.block_swap import kept_in_main_memory, places_on_device
 
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS = "weights", "gradients", "optimizer", "activations"
+_DEVICE_OF = torch.ops.prim.device.default
 _BLOCK = 512
 """Bytes that torch's CUDA allocator rounds every storage up to."""
 
@@ -54,6 +57,8 @@ class StorageCounter(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._alive: dict[str, int] = dict.fromkeys((WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS), 0)
         self._elsewhere: set[int] = set()
+        self._total = 0
+        self._known: dict[Hashable, Mapping[str, int]] = {}
         self.peak = Peak(0)
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
@@ -68,11 +73,27 @@ class StorageCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run an operation and count the storages it made."""
+        if func is _DEVICE_OF and isinstance(args[0], FakeTensor):  # asked several times by each operation, and makes nothing
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf, None)
         return result
+
+    def once(self, work: Callable[[], None], kind: Hashable) -> None:
+        """Do work that leaves nothing more behind; where work of this kind was done before, only count what that needed at most."""
+        more = self._known.get(kind)
+        if more is not None:
+            self._note_peak(more)
+            return
+        before, alive = self.peak, dict(self._alive)
+        self.peak = Peak(0)
+        self._note_peak({})
+        work()
+        if all(self._alive[part] <= size for part, size in alive.items()):
+            self._known[kind] = {part: size - alive[part] for part, size in self.peak.parts.items()}
+        self.peak = max(before, self.peak, key=lambda peak: peak.total)
 
     def _count(self, tensor: Tensor, category: str | None) -> None:
         if tensor.device.type != self._device_type:
@@ -90,20 +111,25 @@ class StorageCounter(TorchDispatchMode):
             self._sizes[number] = size
             self._categories[number] = category or ACTIVATIONS
             self._alive[self._categories[number]] += size
+            self._total += size
             weakref.finalize(storage, self._forget, number).atexit = False
-            self._note_peak()
+            if self._total > self.peak.total:
+                self.peak = Peak(self._total, dict(self._alive))
         elif category is not None and self._categories[number] != category:
             self._alive[self._categories[number]] -= self._sizes[number]
             self._categories[number] = category
             self._alive[category] += self._sizes[number]
 
     def _forget(self, number: int) -> None:
-        self._alive[self._categories.pop(number)] -= self._sizes.pop(number)
+        size = self._sizes.pop(number)
+        self._alive[self._categories.pop(number)] -= size
+        self._total -= size
 
-    def _note_peak(self) -> None:
-        total = sum(self._alive.values())
+    def _note_peak(self, more: Mapping[str, int]) -> None:
+        """Take in that so much more was there in each category for a moment."""
+        total = self._total + sum(more.values())
         if total > self.peak.total:
-            self.peak = Peak(total, dict(self._alive))
+            self.peak = Peak(total, {part: size + more.get(part, 0) for part, size in self._alive.items()})
 
 
 def trace_peak(
@@ -112,6 +138,7 @@ def trace_peak(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     kept: Iterable[Tensor] = (),
+    counter: StorageCounter | None = None,
 ) -> Peak:
     """Return the peak of a training step when the optimizer's state exists, see `make_state`.
 
@@ -123,8 +150,9 @@ def trace_peak(
         optimizer: steps the trained ones among them.
         device: whose memory is counted.
         kept: further tensors that stay on the device, such as averaged weights; they count as weights.
+        counter: of that device, where somebody has to know it before.
     """
-    counter = StorageCounter(device)
+    counter = counter or StorageCounter(device)
     register_resident(counter, modules, optimizer, kept)
     parameters = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
 
@@ -157,12 +185,43 @@ def register_resident(
     counter.register([parameter.grad for parameter in parameters if parameter.grad is not None], GRADIENTS)
 
 
-def make_state(parameters: Sequence[nn.Parameter], finish: Callable[[], object]) -> None:
+def kind_of(tensor: Tensor) -> Hashable:
+    """Return what decides the bytes of a tensor and of what is computed from it."""
+    return tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+class _OnesFor(torch.autograd.Function):
+    """A result whose gradient is one for each element of some parameters: one node of the graph for all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        return tuple(torch.ones_like(parameter) for parameter in ctx.parameters)
+
+
+def make_state(optimizer: torch.optim.Optimizer, finish: Callable[[], object]) -> None:
     """Have an optimizer make its state, without the cost of a training step.
 
+    The first parameter of each kind is stepped; the state of the others is like its.
+
     Args:
-        parameters: that are trained; each gets a gradient, so that what steps inside the backward pass does.
+        optimizer: whose trained parameters get gradients, so that what steps inside the backward pass does.
         finish: makes the update, and drops the gradients.
     """
-    torch.stack([parameter.float().sum() for parameter in parameters]).sum().backward()
+    kinds: dict[Hashable, list[nn.Parameter]] = {}
+    for number, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"]:
+            if parameter.requires_grad:
+                kinds.setdefault((number, kind_of(parameter)), []).append(parameter)
+    _OnesFor.apply(*(first for first, *_ in kinds.values())).backward()
     finish()
+    for first, *others in kinds.values():
+        for parameter in others:
+            optimizer.state[parameter] = {
+                name: value.clone() if isinstance(value, Tensor) else copy.copy(value)
+                for name, value in optimizer.state[first].items()
+            }

@@ -1,6 +1,6 @@
 """Step a part of an optimizer's parameters, and bfloat16 ones without losing small steps."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -28,6 +28,8 @@ class ParameterSteps:
         self._host_states = HostStates.of(optimizer)
         everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._numbers = {parameter: number for number, parameter in enumerate(everything)}
+        groups = enumerate(optimizer.param_groups)
+        self._group_of = {parameter: number for number, group in groups for parameter in group["params"]}
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def step(self, parameters: Sequence[nn.Parameter], seed: int) -> None:
@@ -39,22 +41,26 @@ class ParameterSteps:
         """
         halves = [p for p in parameters if p.dtype == torch.bfloat16 and p.grad is not None]
         brought = nullcontext() if self._host_states is None else self._host_states.brought(parameters)
-        with brought, self._narrowed_to(set(parameters)), self._in_float32(halves, seed):
+        with brought, self._narrowed_to(parameters), self._in_float32(halves, seed):
             self._optimizer.step()
 
     @contextmanager
-    def _narrowed_to(self, chosen: Collection[nn.Parameter]) -> Iterator[None]:
-        """Leave only these parameters in the groups; the groups stay the same objects, for some optimizers count steps in them."""
-        groups = self._optimizer.param_groups
-        whole = [group["params"] for group in groups]
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p in chosen]
-        self._optimizer.param_groups = [group for group in groups if group["params"]]
+    def _narrowed_to(self, chosen: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Leave only these parameters in the groups; the groups stay the same objects, for some optimizers count steps in them.
+
+        Only the groups of these are looked at: inside the backward pass this is done for each of some thousand parameters.
+        """
+        everything, numbers = self._optimizer.param_groups, [self._group_of[parameter] for parameter in chosen]
+        concerned = {number: everything[number] for number in numbers}
+        whole = [group["params"] for group in concerned.values()]
+        for number, group in concerned.items():
+            group["params"] = [parameter for parameter, own in zip(chosen, numbers, strict=True) if own == number]
+        self._optimizer.param_groups = list(concerned.values())
         try:
             yield
         finally:
-            self._optimizer.param_groups = groups
-            for group, params in zip(groups, whole, strict=True):
+            self._optimizer.param_groups = everything
+            for group, params in zip(concerned.values(), whole, strict=True):
                 group["params"] = params
 
     @contextmanager

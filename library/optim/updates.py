@@ -101,7 +101,7 @@ class UpdateInBackward:
     """
 
     def __init__(self, steps: ParameterSteps, groups: Sequence[Sequence[nn.Parameter]], max_grad_norm: float) -> None:
-        self._steps = steps
+        self.steps = steps
         self._groups = [list(group) for group in groups]
         self._max_grad_norm = max_grad_norm
         self._seed = 0
@@ -140,7 +140,7 @@ class UpdateInBackward:
         self._arrived[number] = 0
         for chunk in chunked([parameter for parameter in self._groups[number] if parameter.grad is not None], _CHUNK):
             if self.gate is None or self.gate.admits(chunk):
-                self._steps.step(chunk, self._seed)
+                self.steps.step(chunk, self._seed)
             for parameter in chunk:
                 parameter.grad = None
 

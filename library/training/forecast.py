@@ -44,7 +44,7 @@ from library.training.phases import (
 from library.training.position import Position
 from library.training.preparation import TextSide, caches_latents, encodes_images, keeps_text_encoders
 from library.training.setting import PartDTypes, Setting, Trained
-from library.training.stand_ins import computed_state, trained_parameters, use_kernels_of, what_is_traced
+from library.training.stand_ins import computed_state, step_each_kind_once, trained_parameters, use_kernels_of, what_is_traced
 from library.training.step import ModelParts
 
 _HOST = torch.device("meta")
@@ -150,7 +150,7 @@ class Tracing:
         average = _average(setting, trained)
         run.trainable.on_epoch_start()
         parameters = trained_parameters(optimizer)
-        make_state(parameters, run.updater.finish)
+        make_state(optimizer, run.updater.finish)
         if run.accumulation > 1:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
@@ -163,7 +163,9 @@ class Tracing:
         modules = [trained.trainable.module, denoiser, *(each for each in text.encoders if each is not None)]
         modules += [] if vae is None else [vae]
         kept = [] if average is None else list(average.state_dict().values())
-        phases = {STEP: trace_peak(update, modules, optimizer, DEVICE, kept)}
+        counter = StorageCounter(DEVICE)
+        step_each_kind_once(run.updater, counter)
+        phases = {STEP: trace_peak(update, modules, optimizer, DEVICE, kept, counter)}
 
         def resident() -> StorageCounter:
             counter = StorageCounter(DEVICE)

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from library.memory.trace import StorageCounter, kind_of
 from library.memory.traceable import ADAFACTOR, KEPT_BY_BITSANDBYTES, kept_bytes
 from library.optim.optimizers import choose_kernels
+from library.optim.updates import UpdateInBackward, Updater
 from library.options.checks_optimizer import class_path
 from library.options.groups.optimizer import OptimizerOptions
 
@@ -42,6 +44,30 @@ def computed_state(optimizer: OptimizerOptions, parameters: Sequence[nn.Paramete
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Return what an optimizer steps, without what never gets a gradient."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad]
+
+
+def step_each_kind_once(updater: Updater, counter: StorageCounter) -> None:
+    """Have parameters that are stepped inside the backward pass, and differ in nothing but their values, traced once.
+
+    Args:
+        updater: of the run that is traced.
+        counter: counts the trace.
+    """
+    if not isinstance(updater, UpdateInBackward):
+        return
+    step = updater.steps.step
+
+    def step_or_count(parameters: Sequence[nn.Parameter], seed: int) -> None:
+        kind = tuple((kind_of(each), None if each.grad is None else kind_of(each.grad)) for each in parameters)
+
+        def step_and_drop() -> None:  # as the updater would next: a gradient in another type is what is left behind
+            step(parameters, seed)
+            for parameter in parameters:
+                parameter.grad = None
+
+        counter.once(step_and_drop, kind)
+
+    updater.steps.step = step_or_count  # type: ignore[method-assign]
 
 
 def use_kernels_of(optimizer: torch.optim.Optimizer, device_type: str) -> None:
