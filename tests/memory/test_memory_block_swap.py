@@ -10,8 +10,11 @@ from library.memory.block_swap import FROZEN_PLACES, TRAINED_PLACES, Pass, kept_
 from library.memory.host_activations import keep_on_host
 from library.memory.swap_choice import check_count, choose, count_for_share
 from library.memory.transfers import InTurn
-from library.optim.parameter_steps import move_state
+from library.models.sdxl.layers import BasicTransformerBlock
+from library.optim.parameter_steps import ParameterSteps, move_state
+from library.optim.updates import UpdateInBackward
 from library.options.errors import UserError
+from networks.lora_module import LoRAModule
 from tests.memory.test_memory_packed import unet_and_lora
 
 CPU = torch.device("cpu")
@@ -150,6 +153,47 @@ def test_predictions_and_gradients_are_the_same_to_the_last_bit(mode: str) -> No
     recompute, others = MODES[mode]
     plain, swapped = (gradients(number, recompute, **others) for number in (None, 12))
     assert all(torch.equal(*pair) for pair in zip(plain, swapped, strict=True))
+
+
+def steps_at_full_width(places: int | None, is_trained: bool) -> list[Tensor]:
+    """Losses and gradients of two steps of a block as wide as SDXL's between smaller ones, and the weights that are left.
+
+    Trained weights are stepped in the backward pass; beside frozen ones, adapters in all layers get gradients.
+    """
+    torch.manual_seed(0)
+    widths = [(32, 32), (2048, 2560), (32, 32), (32, 32)]
+    blocks = nn.ModuleList(BasicTransformerBlock(640, context, 64, inner) for context, inner in widths)
+    blocks.bfloat16().requires_grad_(is_trained)
+    layers = [] if is_trained else [layer for layer in blocks.modules() if isinstance(layer, nn.Linear)]
+    adapters = nn.ModuleList(LoRAModule(layer, rank=4, alpha=4) for layer in layers)
+    for adapter in adapters:
+        nn.init.normal_(adapter.lora_up.weight, std=0.1)
+        adapter.apply_to()
+    weights = list((blocks if is_trained else adapters).parameters())
+    found: list[Tensor] = []
+    for weight in weights:
+        weight.register_post_accumulate_grad_hook(lambda parameter: found.append(parameter.grad.clone()))
+    if places is not None:
+        swap_blocks(blocks, list(blocks), places, CPU)
+    updater = UpdateInBackward(ParameterSteps(torch.optim.SGD(weights, lr=0.1)), [[weight] for weight in weights], 0.0)
+    x, context = torch.randn(1, 6, 640).bfloat16().requires_grad_(), torch.randn(1, 5, 2048).bfloat16()
+    for seed in range(2):
+        updater.begin(seed)
+        h = x
+        for block, (width, _) in zip(blocks, widths, strict=True):
+            h = torch.utils.checkpoint.checkpoint(block, h, context[..., :width], use_reentrant=False)
+        loss = h.float().square().mean()
+        loss.backward()
+        found.append(loss.detach())
+    return [*found, *(weight.detach() for weight in weights)]
+
+
+@pytest.mark.parametrize(("is_trained", "places"), [(False, FROZEN_PLACES), (True, TRAINED_PLACES)], ids=["frozen", "trained"])
+def test_blocks_of_full_width_train_the_same_to_the_last_bit(is_trained: bool, places: int) -> None:
+    plain, swapped = (steps_at_full_width(number, is_trained) for number in (None, places))
+    assert len(plain) == len(swapped) > 200 and all(torch.equal(*pair) for pair in zip(plain, swapped, strict=True))
+    losses = [each for each in plain if each.ndim == 0]
+    assert losses[0] != losses[1], "the first step changed something"
 
 
 class Late(InTurn):
