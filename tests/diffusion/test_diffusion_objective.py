@@ -169,7 +169,7 @@ def test_the_run_header_names_target_loss_and_every_term():
     assert "min-SNR" not in "\n".join(objective().describe())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_step_of_the_objective_never_waits_for_the_device():
     device = torch.device("cuda")
     noise = NoiseOptions(noise_offset=0.1, adaptive_noise_scale=0.1, multires_noise_iterations=3, ip_noise_gamma=0.1)

@@ -276,7 +276,7 @@ def test_swapped_weights_are_placed_by_nobody_else_and_the_state_of_their_optimi
     assert of_weight["exp_avg"].device.type == "meta" and of_weight["step"].device.type == "cpu"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("is_trained", [False, True])
 def test_on_a_gpu_nothing_changes_and_nothing_is_waited_for(recompute: bool, is_trained: bool) -> None:

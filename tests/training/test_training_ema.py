@@ -94,7 +94,7 @@ def test_bfloat16_weights_have_a_float32_average_that_is_rounded_once(saved_as: 
     assert module.weight.data_ptr() == before.data_ptr()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("in_main_memory", [False, True])
 def test_an_update_of_the_average_never_waits_for_the_device(in_main_memory: bool) -> None:
     module = torch.nn.Linear(64, 64, device="cuda")

@@ -43,7 +43,7 @@ def test_all_tensors_of_a_batch_travel() -> None:
     assert len(list(here.tensors())) == len(list(batch.tensors())) >= 5
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_a_gpu_gets_batches_beside_its_work_and_whole() -> None:
     device = torch.device("cuda")
     batches = [replace(batch, latents=torch.full((1, 4, 512, 512), float(n))).pin_memory() for n, batch in enumerate(dataset(8))]

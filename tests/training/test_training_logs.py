@@ -75,10 +75,11 @@ def test_numbers_arrive_in_order_with_their_tags_and_as_they_were_when_sent() ->
     assert list(feed.drain()) == []
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_sending_a_number_from_a_busy_gpu_does_not_wait() -> None:
     feed = AsyncScalars()
-    torch.cuda.synchronize()
+    feed.push("first", torch.zeros((), device="cuda"))  # takes page-locked memory, which may wait for the device
+    assert list(feed.drain()) == [("first", 0.0)]
     torch.cuda._sleep(200_000_000)
     feed.push("late", torch.full((), 3.0, device="cuda") * 2)
     assert list(feed.ready()) == []
