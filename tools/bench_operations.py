@@ -10,15 +10,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from library.memory.pretend import PretendAccelerator, fake_tensors
-from library.memory.trace import make_state
 from library.options.groups.bench import BenchOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
-from library.training.accelerator import DTypes
 from library.training.loop import accumulate_gradient, update_parameters
-from library.training.stand_ins import use_kernels_of, what_is_traced
-from tools.bench_step import make_run
+from tools.bench_trace import traced_run
 
 _aten = torch.ops.aten
 _FREE = {_aten.detach, _aten.alias, _aten._unsafe_view, _aten.lift_fresh} | {
@@ -55,20 +51,8 @@ class Operations:
 
 
 def count_operations(bench: BenchOptions, precision: StepPrecisionOptions, optimizer: OptimizerOptions) -> Operations:
-    """Count the operations of one batch and one update.
-
-    Args:
-        bench: what is trained, at which size.
-        precision: number types and checkpointing.
-        optimizer: its options, see `library.memory.traceable`.
-    """
-    device = torch.device("cpu")  # see `tools.bench_trace.forecast`
-    compute = DTypes.of(precision, no_half_vae=False, save_precision=None).compute
-    with fake_tensors():
-        accelerator = PretendAccelerator(device, None if compute == torch.float32 else compute)
-        run, batch = make_run(bench, precision, what_is_traced(optimizer), accelerator, torch.device("meta"))
-        use_kernels_of(run.schedule.optimizer, "cuda")
-        make_state(run.schedule.optimizer, run.updater.finish)
+    """Count the operations of one batch and one update; see `tools.bench_trace.traced_run`."""
+    with traced_run(bench, precision, optimizer) as (run, batch):
         with OperationCounter() as step:
             accumulate_gradient(run, run.send(batch), epoch=1, index=0, window=1, synchronise=True)
         with OperationCounter() as update:
