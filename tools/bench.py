@@ -16,7 +16,7 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,11 +27,12 @@ from library.files.atomic import atomic_write_text
 from library.memory.traceable import untraceable
 from library.options.checks import checkpoint_problems, precision_problems, quant_problems
 from library.options.checks_optimizer import fused_problems, host_state_problems, optimizer_name, optimizer_problems
-from library.options.checks_swap import swap_problems, trained_swap_problems
+from library.options.checks_swap import compiled_swap_problems, swap_problems, trained_swap_problems
 from library.options.checks_trained import packed_problems
 from library.options.entry import run_script
 from library.options.errors import UsageError
 from library.options.groups.bench import BenchOptions
+from library.options.groups.compile import CompileOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
 from library.options.parse import parse
@@ -61,6 +62,7 @@ class BenchScriptOptions(ScriptOptions):
     bench: BenchOptions = field(default_factory=BenchOptions)
     precision: StepPrecisionOptions = field(default_factory=StepPrecisionOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    compile: CompileOptions = field(default_factory=CompileOptions)
 
 
 def check(options: BenchScriptOptions) -> None:
@@ -78,6 +80,8 @@ def check(options: BenchScriptOptions) -> None:
     problems += precision_problems(options.precision)
     problems += checkpoint_problems(options.precision)
     problems += swap_problems(options.precision)
+    problems += compiled_swap_problems(options.precision, options.compile)
+    problems += idle_compile_problems(options)
     if options.bench.mode == "finetune":
         problems += [*packed_problems(options.precision), *trained_swap_problems(options.precision, options.optimizer)]
     problems += quant_problems(options.precision)
@@ -90,6 +94,14 @@ def check(options: BenchScriptOptions) -> None:
         problems.append(f"--count_operations cannot step {name}, which wants real values. Count with another, such as AdamW.")
     if problems:
         raise UsageError(problems)
+
+
+def idle_compile_problems(options: BenchScriptOptions) -> Iterator[str]:
+    """Yield what has no effect of the options about compiling."""
+    if options.compile.torch_compile and (options.bench.trace or options.bench.count_operations):
+        yield "--torch_compile has no effect on what is traced or counted: that is the step as it is. Measure it."
+    if options.compile.dynamo_backend != "inductor" and not options.compile.torch_compile:
+        yield "--dynamo_backend has no effect without --torch_compile."
 
 
 def report(
@@ -110,9 +122,10 @@ def report(
         peak: what was forecast, or None.
         operations: what was counted, or None.
     """
+    groups = ("bench", "precision", "optimizer", "compile")
     return {
         "command": shlex.join(["python", "tools/bench.py", *argv]),
-        "options": {name: getattr(options, name).model_dump(mode="json") for name in ("bench", "precision", "optimizer")},
+        "options": {name: getattr(options, name).model_dump(mode="json") for name in groups},
         **({"result": asdict(speed)} if speed else {}),
         **({"traced_peak_gib": peak.in_gib()} if peak else {}),
         **({"operations": asdict(operations)} if operations else {}),
@@ -141,6 +154,7 @@ def what_is_run(options: BenchScriptOptions, hardware: dict[str, Any]) -> dict[s
     flags += ["fused backward pass"] if options.optimizer.fused_backward_pass else []
     groups = options.optimizer.fused_optimizer_groups
     flags += [f"{groups} fused groups"] if groups else []
+    flags += [f"compiled by {options.compile.dynamo_backend}"] if options.compile.torch_compile else []
     size = f"{bench.batch_size} × {bench.resolution}²"
     return {
         "step": ", ".join(
@@ -156,7 +170,8 @@ def measured(speed: "Speed") -> dict[str, str]:
     steps = speed.step_seconds
     is_uneven = steps["slowest"] > UNEVEN * steps["fastest"]
     busy = " (uneven: the device was probably not ours alone; measure again)" if is_uneven else ""
-    return {
+    kernels = {"kernels": device_work(speed)} if speed.kernels is not None else {}
+    return kernels | {
         "trained": f"{speed.trained_parameters:,} parameters",
         "time": f"{speed.seconds_per_step:.4f} s/step, {speed.images_per_second:.3f} images/s",
         "single steps": f"median {steps['median']:.4f} s, fastest {steps['fastest']:.4f} s, slowest {steps['slowest']:.4f} s{busy}",
@@ -165,6 +180,15 @@ def measured(speed: "Speed") -> dict[str, str]:
         "peak memory": memory,
         "host waits": ", ".join(f"{count} at {place}" for place, count in speed.host_waits.items()) or "none",
     }
+
+
+def device_work(speed: "Speed") -> str:
+    """Say how many kernels a step is, for how much of its time they run, and which take longest."""
+    if speed.kernels is None:
+        return ""
+    most = ", ".join(f"{seconds:.4f} s {name[:60]}" for name, seconds in list(speed.kernels.longest.items())[:3])
+    busy = speed.kernels.busy_seconds / speed.seconds_per_step
+    return f"{speed.kernels.number:,} a step, at work for {busy:.0%} of its time; the longest: {most}"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -183,7 +207,7 @@ def main(argv: Sequence[str]) -> None:
     can_forecast = untraceable(options.optimizer) is None
     peak = bench_trace.forecast(*asked) if options.bench.trace or (has_gpu and can_forecast) else None
     operations = bench_operations.count_operations(*asked) if options.bench.count_operations else None
-    speed = None if options.bench.trace or options.bench.count_operations else bench_step.measure(*asked)
+    speed = None if options.bench.trace or options.bench.count_operations else bench_step.measure(*asked, options.compile)
     facts = what_is_run(options, hardware) | (measured(speed) if speed else {}) | (bench_trace.rows(peak) if peak else {})
     facts |= bench_operations.rows(operations) if operations else {}
     print("\n".join(f"{name:<14} {value}" for name, value in facts.items()))

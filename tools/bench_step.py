@@ -5,13 +5,15 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import networks.lora
@@ -30,6 +32,7 @@ from library.optim.optimizers import make_optimizer
 from library.optim.schedules import make_schedule
 from library.optim.updates import make_updater
 from library.options.groups.bench import BenchOptions
+from library.options.groups.compile import CompileOptions
 from library.options.groups.distributed import ProcessGroupOptions
 from library.options.groups.loss import LossOptions
 from library.options.groups.noise import NoiseOptions
@@ -37,6 +40,7 @@ from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
 from library.options.groups.scheduler import SchedulerOptions
 from library.training.accelerator import DTypes, make_accelerator
+from library.training.compiling import compiled_blocks
 from library.training.denoiser import arrange_denoiser, prepare_denoiser
 from library.training.host_waits import watched
 from library.training.loop import TrainingRun, one_step
@@ -55,8 +59,32 @@ SIZES = {
 """The U-Nets that can be measured; `tiny` is what tools/make_tiny_sdxl.py writes."""
 
 TEXT_TOKENS = 77
+MOST_KERNELS = 20
+"""Of which the names are kept."""
 MATMUL_SIDE = {"cuda": 8192, "cpu": 1024}
 """Side of the square matrices whose product gives the device's peak: large enough to be bound by arithmetic alone."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What ran on a GPU."""
+
+    number: int
+    """Of kernels, copies and fillings."""
+    busy_seconds: float
+    """That they took together; two that ran at once count twice."""
+    longest: dict[str, float]
+    """Seconds by name, those first that took most in all."""
+
+    @classmethod
+    def of(cls, found: Iterable[tuple[str, float]]) -> "Kernels":
+        """Sum up the kernels of a step, given the name and the microseconds of each."""
+        seconds: Counter[str] = Counter()
+        number = 0
+        for name, microseconds in found:
+            seconds[name] += microseconds / 1e6  # type: ignore[assignment]  # a Counter's values may be any numbers
+            number += 1
+        return cls(number, sum(seconds.values()), dict(seconds.most_common(MOST_KERNELS)))
 
 
 @dataclass(frozen=True)
@@ -79,26 +107,36 @@ class Speed:
     trained_parameters: int
     host_waits: dict[str, int]
     """In as many steps after the timed ones: how often the host waited for the device, by place in the code."""
+    kernels: Kernels | None = None
+    """Of one step on a GPU."""
+    compiled_blocks: int = 0
+    """Of the U-Net, that ran compiled."""
 
 
-def measure(bench: BenchOptions, precision: StepPrecisionOptions, optimizer: OptimizerOptions) -> Speed:
+def measure(
+    bench: BenchOptions, precision: StepPrecisionOptions, optimizer: OptimizerOptions, compile: CompileOptions | None = None
+) -> Speed:
     """Build the step, run it, and measure.
 
     Raises:
         UserError: the device cannot compute in this precision, or a package is missing.
     """
     run, batch = make_run(bench, precision, optimizer)
-    device = run.accelerator.device
+    device, parts = run.accelerator.device, cast(TrainStep, run.accelerator.unwrap_model(run.step)).parts
+    counted = count_tera_flop(run, batch)  # before blocks are compiled, in which nobody could count
+    blocks = None
+    if compile is not None and compile.torch_compile:
+        blocks = compiled_blocks(parts.family, run.trainable, parts.denoiser, compile.dynamo_backend)
     reset_peak_memory(device)
     for _ in range(bench.warmup):
         one_step(run, batch)
     each = timed_each(device, lambda: one_step(run, batch), bench.steps)
     seconds = statistics.mean(each)
     memory = peak_memory_gib(device)
-    counted = count_tera_flop(run, batch)
     with watched(run) as waits:
         for _ in range(bench.steps):
             one_step(run, batch)
+    kernels = kernels_of_step(device, lambda: one_step(run, batch))
     dtype = DTypes.of(precision, no_half_vae=False, save_precision=None).compute
     del run.step
     peak = matmul_peak(device, dtype)
@@ -113,6 +151,8 @@ def measure(bench: BenchOptions, precision: StepPrecisionOptions, optimizer: Opt
         peak_memory_gib=memory,
         trained_parameters=sum(parameter.numel() for parameter in run.trainable.module.parameters() if parameter.requires_grad),
         host_waits=dict(waits),
+        kernels=kernels,
+        compiled_blocks=0 if blocks is None else blocks.num_compiled,
     )
 
 
@@ -257,6 +297,17 @@ def count_tera_flop(run: TrainingRun, batch: Batch) -> float:
     with FlopCounterMode(display=False) as counter:
         one_step(run, batch)
     return cast(int, counter.get_total_flops()) / 1e12
+
+
+def kernels_of_step(device: torch.device, step: Callable[[], object]) -> Kernels | None:
+    """Return what a step runs on a GPU, as PyTorch's profiler sees it; None without a GPU."""
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        wait_for(device)
+    on_device = (each for each in profiler.events() or () if each.device_type.name == "CUDA")
+    return Kernels.of((each.name, each.time_range.elapsed_us()) for each in on_device)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:

@@ -13,12 +13,13 @@ from tqdm import tqdm
 from library.dataset.batch import Batch
 from library.dataset.foreign import ForeignDataset
 from library.dataset.loader import Loader
+from library.models.family import Family
 from library.options.errors import UserError
 from library.training.compiled_blocks import CompiledBlocks
 from library.training.loop import TrainingRun
 from library.training.progress import messages_above_bars
 from library.training.setting import Setting, Trained
-from library.training.trainable import NetworkTrainable
+from library.training.trainable import NetworkTrainable, Trainable
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def compile_denoiser(setting: Setting, run: TrainingRun, trained: Trained, denoi
     if not options.torch_compile:
         return
     examples = batch_of_each_shape(setting)
-    blocks = compiled_blocks(setting, trained, denoiser)
+    blocks = compiled_blocks(setting.family, trained.trainable, denoiser, options.dynamo_backend, trained.control)
     if trained.is_divided or not examples:  # every process would have to meet the same shapes in the same order
         log.info("The %d blocks of the denoiser are compiled by %s as they are met.", len(blocks), options.dynamo_backend)
         return
@@ -71,20 +72,27 @@ def compile_denoiser(setting: Setting, run: TrainingRun, trained: Trained, denoi
         )
 
 
-def compiled_blocks(setting: Setting, trained: Trained, denoiser: nn.Module) -> CompiledBlocks:
-    """Return the blocks of the denoiser, and of a network that makes it follow control images, about to be compiled."""
-    kinds, trainable = setting.family.large_modules, trained.trainable
-    parts: dict[str, Any] = {"": denoiser} if trained.control is None else {"": denoiser, "control net: ": trained.control}
+def compiled_blocks(family: Family, trainable: Trainable, denoiser: nn.Module, backend: str, control: Any = None) -> CompiledBlocks:
+    """Return the blocks of the denoiser, and of a network that makes it follow control images, about to be compiled.
+
+    Args:
+        family: knows which modules are large.
+        trainable: what is trained, attached to the denoiser.
+        denoiser: whose blocks they are.
+        backend: the compiler.
+        control: the network that makes it follow control images, where there is one.
+    """
+    parts: dict[str, Any] = {"": denoiser} if control is None else {"": denoiser, "control net: ": control}
     blocks = {
         prefix + name: module
         for prefix, part in parts.items()
         for name, module in part.named_modules()
-        if type(module).__name__ in kinds
+        if type(module).__name__ in family.large_modules
     }
     network = trainable if isinstance(trainable, NetworkTrainable) else None
     return CompiledBlocks(
         blocks,
-        setting.options.compile.dynamo_backend,
+        backend,
         lambda: None if network is None else network.strength,
         is_all=network is None or network.is_ours,
     )

@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +18,10 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors import safe_open
 
 from library.options.groups.bench import BenchOptions
+from library.options.groups.compile import CompileOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
+from library.options.parse import parse
 from library.training.loop import one_step
 from tools import bench
 from tools import bench_step as benchmark
@@ -103,6 +109,43 @@ def test_the_result_is_printed_and_written_with_all_that_is_needed_to_repeat_it(
     assert f"{result['seconds_per_step']:.4f} s/step" in capsys.readouterr().out
 
 
+def test_blocks_are_compiled_where_that_is_asked_for_after_the_arithmetic_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def compiled(family: Any, trainable: Any, denoiser: Any, backend: str) -> Any:
+        asked.append(backend)
+        return SimpleNamespace(num_compiled=7)
+
+    monkeypatch.setattr(benchmark, "compiled_blocks", compiled)
+    monkeypatch.setattr(benchmark, "count_tera_flop", lambda run, batch: asked.append("counted") or 1.0)
+    options = BenchOptions(**SMALL | {"steps": 1, "warmup": 0})
+    asked_for = CompileOptions(torch_compile=True, dynamo_backend="aot_eager")
+    speed = benchmark.measure(options, StepPrecisionOptions(), OptimizerOptions(), asked_for)
+    assert asked == ["counted", "aot_eager"] and speed.compiled_blocks == 7 and speed.kernels is None
+
+
+def test_the_measurements_for_a_gpu_are_commands_that_the_benchmark_takes() -> None:
+    folder = Path(bench.__file__).resolve().parent.parent
+    echo = {"PATH": os.environ["PATH"], "PYTHON": "echo", "RESULTS": "out"}
+    told = subprocess.run(
+        ["bash", "benchmarks/on_a_gpu.sh"], cwd=folder, env=echo, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    commands = [shlex.split(line)[1:] for line in told if line.startswith("tools/bench.py ")]
+    for command in commands:
+        bench.check(parse(bench.BenchScriptOptions, command))
+    names = [command[command.index("--json") + 1] for command in commands]
+    assert len(names) == len(set(names)) >= 15 and names[0] == "out/gpu_lora.json"
+    echo_some = ["bash", "benchmarks/on_a_gpu.sh", "lora4", "lora_nf4"]
+    some = subprocess.run(echo_some, cwd=folder, env=echo, capture_output=True, text=True, check=True).stdout
+    assert some.count("--json") == 2
+
+
+def test_kernels_are_counted_and_those_that_take_longest_are_named() -> None:
+    found = benchmark.Kernels.of([("gemm", 30.0), ("copy", 5.0), ("norm", 10.0), ("gemm", 20.0)])
+    assert (found.number, found.busy_seconds) == (4, pytest.approx(65e-6))
+    assert list(found.longest) == ["gemm", "norm", "copy"] and found.longest["gemm"] == pytest.approx(50e-6)
+
+
 def test_each_step_is_timed_on_its_own_so_that_a_disturbed_one_shows() -> None:
     pauses = iter([0.01, 0.05, 0.01])
     seconds = benchmark.timed_each(torch.device("cpu"), lambda: time.sleep(next(pauses)), 3)
@@ -136,6 +179,7 @@ def test_a_trace_forecasts_the_peak_without_measuring(tmp_path: Path, capsys: py
         (["--batch_size", "0"], ["batch_size"]),
         (["--optimizer_type", "Prodigy", "--trace"], ["The memory of Prodigy cannot be forecast"]),
         (["--optimizer_type", "Prodigy", "--count_operations"], ["--count_operations cannot step Prodigy"]),
+        (["--torch_compile", "--trace"], ["--torch_compile has no effect on what is traced"]),
         (["--fp8_base", "--mode", "finetune"], ["--fp8_base holds frozen weights in few bits"]),
         (["--full_bf16"], ["--full_bf16", "--mixed_precision bf16"]),
         (["--optimizer_type", "AdamX"], ["there is no optimizer 'AdamX'"]),
