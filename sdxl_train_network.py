@@ -16,6 +16,7 @@ docs/training.md explains each step, docs/options.md every option.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from library.generation.request import ImageRequest
 from library.options.console import set_up_logging
@@ -48,15 +49,12 @@ def network_arguments(options: SdxlTrainNetworkOptions) -> None:
 
 def train(options: SdxlTrainNetworkOptions, data: DatasetConfig, requests: Sequence[ImageRequest]) -> None:
     """Train the network. Torch is loaded here, after everything cheap was checked."""
-    from library.models.family import Family, ModelSource
     from library.models.sdxl.family import SdxlFamily
-    from library.training.base_networks import with_base_weights
+    from library.training.base_networks import open_with_base_weights
     from library.training.network_recipe import NetworkRecipe
     from library.training.recipe import run_recipe
 
-    def open_family(source: ModelSource) -> Family:
-        return with_base_weights(SdxlFamily.open(source), options.network)
-
+    open_family = partial(open_with_base_weights, SdxlFamily.open, options.network)
     run_recipe(NetworkRecipe(options), open_family, options, data, requests)
 
 

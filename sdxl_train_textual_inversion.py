@@ -18,6 +18,7 @@ docs/textual_inversion.md explains each step, docs/options.md every option.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from library.dataset.templates import OBJECT_TEMPLATES, STYLE_TEMPLATES
 from library.generation.request import ImageRequest
@@ -62,17 +63,14 @@ def with_templates(options: SdxlTrainTextualInversionOptions, data: DatasetConfi
 
 def train(options: SdxlTrainTextualInversionOptions, data: DatasetConfig, requests: Sequence[ImageRequest]) -> None:
     """Train the word. Torch is loaded here, after everything cheap was checked."""
-    from library.models.family import ModelSource
     from library.models.new_words import NewWord
     from library.models.sdxl.family import SdxlFamily
     from library.training.recipe import run_recipe
-    from library.training.words_recipe import WordRecipe
+    from library.training.words_recipe import WordRecipe, open_with_word
 
     word = NewWord(options.word.token_string or "", options.word.num_vectors_per_token)
 
-    def open_family(source: ModelSource) -> SdxlFamily:
-        return SdxlFamily.open(source).with_words([word])
-
+    open_family = partial(open_with_word, SdxlFamily.open, word)
     run_recipe(WordRecipe(options), open_family, options, data, requests)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.files.tensors import open_tensors
-from library.models.family import Family
+from library.models.family import Family, ModelSource
 from library.options.errors import UserError
 from library.options.groups.network import NetworkOptions
 from networks.loading import import_network_module
@@ -26,6 +26,11 @@ log = logging.getLogger(__name__)
 
 LORA, LYCORIS = "networks.lora", "lycoris.kohya"
 Change = Callable[[Tensor], Tensor]
+
+
+def open_with_base_weights(open_family: Callable[[ModelSource], Family], options: NetworkOptions, source: ModelSource) -> Family:
+    """Open a model with the networks of `--base_weights`, see `with_base_weights`; a part of this can be pickled."""
+    return with_base_weights(open_family(source), options)
 
 
 def with_base_weights(family: Family, options: NetworkOptions) -> Family:

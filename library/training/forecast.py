@@ -71,9 +71,14 @@ class Forecast:
         return self.phases[self.largest]
 
     @property
+    def most_while_training(self) -> str:
+        """The phase that needs most once training has begun."""
+        return max(self.phases.keys() - {TEXTS, LATENTS}, key=lambda name: self.phases[name].total)
+
+    @property
     def while_training(self) -> int:
         """Bytes that tensors hold at most once training has begun."""
-        return max(peak.total for name, peak in self.phases.items() if name not in (TEXTS, LATENTS))
+        return self.phases[self.most_while_training].total
 
     @property
     def needed(self) -> int:

@@ -17,7 +17,7 @@ from library.optim.gradient_norms import GradientNorms
 from library.options.disclosure import loggable_config
 from library.training.ema import moving_average
 from library.training.events import SCHEMA_VERSION
-from library.training.forecast import Forecast
+from library.training.forecast_beside import ForecastBeside
 from library.training.identity import identity_of
 from library.training.inputs import sample_requests
 from library.training.loader import make_loader
@@ -26,7 +26,7 @@ from library.training.loop import TrainingRun
 from library.training.loss_ledger import LossLedger
 from library.training.manifest import Manifest, run_facts
 from library.training.paging import PagingWatch
-from library.training.peak_memory import PeakMemory
+from library.training.peak_memory import PeakMemory, is_measured
 from library.training.position import Position
 from library.training.preparation import TextSide
 from library.training.preview_plan import PreviewPlan
@@ -54,7 +54,7 @@ def add_observers(
     *,
     tracker_name: str,
     start: Position,
-    forecast: Forecast | None = None,
+    beside: ForecastBeside | None = None,
 ) -> TrainingLog:
     """Give a run everyone who looks on, and the saver the log's averages for its states.
 
@@ -68,7 +68,7 @@ def add_observers(
         requests: sample prompts; empty where no sample images are drawn.
         tracker_name: project name in trackers, unless another is given.
         start: where the run starts.
-        forecast: of its memory, where one was made.
+        beside: the forecast of its memory.
 
     Returns:
         The log, to be closed when the run is over.
@@ -88,7 +88,7 @@ def add_observers(
     )
     run.observe_loss, saver.losses = training_log.observe_loss, training_log.state_dict
     saver.after_save.append(lambda saved: tell_saved(setting, saved))
-    peak = peak_memory(setting, forecast)
+    peak = peak_memory(setting, beside or ForecastBeside(None))
     run.observers = [
         *run.observers,
         *peak,
@@ -127,12 +127,12 @@ def paging_watch(setting: Setting, meter: StepMeter) -> list[PagingWatch]:
     return [PagingWatch(meter, device)] if device.type == "cuda" else []
 
 
-def peak_memory(setting: Setting, forecast: Forecast | None) -> list[PeakMemory]:
+def peak_memory(setting: Setting, beside: ForecastBeside) -> list[PeakMemory]:
     """Return the observer that measures what a GPU needs, and tells it at the end, in the main process."""
     device = setting.accelerator.device
-    if device.type != "cuda":
+    if not is_measured(device):
         return []
-    peak = PeakMemory(device, forecast, setting.events)
+    peak = PeakMemory(device, beside, setting.events)
     if setting.accelerator.is_main_process:
         setting.events.at_end.append(peak.ended)
     return [peak]

@@ -22,7 +22,7 @@ from library.training.denoiser import arrange_denoiser, load_denoiser
 from library.training.dry_run import dry_run
 from library.training.events import events_of_run
 from library.training.fitting import fit, with_options
-from library.training.forecast import Forecast
+from library.training.forecast_beside import ForecastBeside
 from library.training.hub import open_uploads
 from library.training.identity import Identity, check_same_run, identity_of
 from library.training.interrupt import StopRequest
@@ -78,7 +78,9 @@ def run_recipe(
     with events_of_run(options.logging.log_events) as events, telling_of_memory(options) as resident:
         setting = make_setting(open_family, options, data, saved.seed if saved else None, events)
         picked, forecast = fit(recipe, setting, requests, saved)
-        carry_out(with_options(recipe, picked), replace(setting, options=picked), saved, requests, resident, forecast)
+        recipe, setting = with_options(recipe, picked), replace(setting, options=picked)
+        beside = ForecastBeside.of_run(recipe, open_family, requests, setting, forecast)
+        carry_out(recipe, setting, saved, requests, resident, beside)
 
 
 def carry_out(
@@ -87,7 +89,7 @@ def carry_out(
     saved: SavedPlace | None,
     requests: Sequence[ImageRequest],
     resident: Resident,
-    forecast: Forecast | None,
+    beside: ForecastBeside,
 ) -> None:
     """Load the model, make its parts trainable, and train; see `run_recipe`.
 
@@ -97,7 +99,7 @@ def carry_out(
         saved: where the resumed state stood, if any.
         requests: sample prompts.
         resident: learns what lies in memory.
-        forecast: of memory, where one was made.
+        beside: the forecast of its memory.
     """
     options = setting.options
     accelerator, length = setting.accelerator, setting.length
@@ -122,7 +124,7 @@ def carry_out(
     report(setting)
     report_trained(setting, trained, saver.live.optimizer.defaults, start.update)
     training_log = add_observers(
-        run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, start=start, forecast=forecast
+        run, saver, setting, trained, parts, text, requests, tracker_name=recipe.tracker_name, start=start, beside=beside
     )
     if uploads is not None:
         saver.after_save.append(uploads.add)

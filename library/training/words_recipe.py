@@ -5,7 +5,7 @@ for each text encoder.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from library.models.family import Family
+from library.models.family import Family, ModelSource
+from library.models.new_words import NewWord
 from library.options.errors import UserError
 from library.options.groups.textual_inversion import TextualInversionOptions
 from library.options.scripts import SdxlTrainTextualInversionOptions
@@ -29,6 +30,11 @@ log = logging.getLogger(__name__)
 
 _ANYTHING = "something"
 """What a word begins as where nothing is said: a word of no kind."""
+
+
+def open_with_word(open_family: Callable[[ModelSource], Family], word: NewWord, source: ModelSource) -> Family:
+    """Open a model with a word besides its vocabulary; a part of this can be pickled."""
+    return open_family(source).with_words([word])
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from library.memory.trace import Peak
 from library.training.events import EventLog, RunEnd
 from library.training.forecast import Forecast
+from library.training.forecast_beside import ForecastBeside
 from library.training.manifest import Manifest
 from library.training.observing import paging_watch, peak_memory
 from library.training.paging import IN_A_ROW, PagingSigns
@@ -97,7 +98,7 @@ def test_the_end_tells_what_was_measured_beside_the_forecast(
     sizes = {TEXTS: 20 * GIB, LATENTS: 30 * GIB, STEP: 4 * GIB, SAMPLES: (forecast_gib or 0) * GIB}
     forecast = Forecast({name: Peak(size, {}) for name, size in sizes.items()}) if forecast_gib else None
     events = EventLog(tmp_path / "events.jsonl")
-    (peak,) = peak_memory(pretended(CUDA, events), forecast)
+    (peak,) = peak_memory(pretended(CUDA, events), ForecastBeside(None, forecast))
     manifest = Manifest(tmp_path / "run.json", {}, continues=False, memory=peak.figures)
     for observer in (peak, manifest):
         observer.before_training(Position())
@@ -113,7 +114,7 @@ def test_the_end_tells_what_was_measured_beside_the_forecast(
 
 
 def test_a_run_that_did_not_begin_measured_nothing(gpu: dict[str, int], tmp_path: Path) -> None:
-    (peak,) = peak_memory(pretended(CUDA, EventLog(tmp_path / "events.jsonl")), None)
+    (peak,) = peak_memory(pretended(CUDA, EventLog(tmp_path / "events.jsonl")), ForecastBeside(None))
     peak.ended(RunEnd("failed", None, 1.0))
     assert peak.figures() is None and not (tmp_path / "events.jsonl").read_text()
 
@@ -121,4 +122,4 @@ def test_a_run_that_did_not_begin_measured_nothing(gpu: dict[str, int], tmp_path
 def test_on_a_cpu_nobody_watches() -> None:
     events = EventLog()
     setting = pretended(CPU, events)
-    assert not paging_watch(setting, StepMeter(CPU)) and not peak_memory(setting, None) and not events.at_end
+    assert not paging_watch(setting, StepMeter(CPU)) and not peak_memory(setting, ForecastBeside(None)) and not events.at_end
