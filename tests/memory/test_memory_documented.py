@@ -68,13 +68,23 @@ def test_a_forecast_of_the_real_size_is_still_the_committed_one(name: str) -> No
     assert forecast(*asked).in_gib()["total"] == pytest.approx(before["total"], rel=MARGIN)
 
 
-def test_the_table_of_sd_scripts_stands_beside_its_forecasts() -> None:
-    table = rows("performance.md", r"^\| (R\d+) \| .+? \| (\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$")
-    result = json.loads((ROOT / "benchmarks/results/forecast_table.json").read_text(encoding="utf-8"))
-    assert table == [
-        (each["row"], str(each["batch_size"]), *(f"{each[name]:.{places}f}" for name, places in FIGURES.items()))
-        for each in result["rows"]
-        if each["optimizer"] == "AdamW8bit"
+def test_the_tables_of_sd_scripts_stand_beside_their_forecasts() -> None:
+    done = json.loads((ROOT / "benchmarks/results/forecast_table.json").read_text(encoding="utf-8"))["rows"]
+    plain = {(each["row"], each["batch_size"], each["optimizer"]): each for each in done if not each["added"]}
+
+    def figures(each: dict[str, Any], *names: str) -> tuple[str, ...]:
+        return tuple(f"{each[name]:.{FIGURES[name]}f}" for name in names)
+
+    assert rows("performance.md", r"^\| (R\d+) \| .+? \| (\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.–]+) \|$") == [
+        (row, str(size), *figures(each, *FIGURES), *(figures(beside, "forecast_gb") if beside else "–"))
+        for (row, size, optimizer), each in plain.items()
+        if optimizer == "AdamW8bit"
+        for beside in [plain.get((row, size, "AdamW"))]
+    ]
+    assert rows("performance.md", r"^\| (R\d+) \| (\d) \| (\w+), `(.+?)` \| ([\d.]+) \| ([\d.]+) \|$") == [
+        (each["row"], str(each["batch_size"]), each["optimizer"], each["added"], *figures(each, "forecast_gb", "ratio"))
+        for each in done
+        if each["added"]
     ]
 
 
