@@ -52,15 +52,15 @@ def without_prefix(part: Mapping[str, Entry], prefix: str) -> Part:
     return {name[len(prefix) :]: entry for name, entry in part.items() if name.startswith(prefix)}
 
 
-def disagreements(part: Mapping[str, Entry], wanted: Mapping[str, Tensor]) -> list[str]:
-    """Tell, one phrase each, which of the `wanted` tensors a part lacks or has in another shape."""
+def disagreements(part: Mapping[str, Entry], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Tell, one phrase each, which tensors a part lacks, or has in another shape than is `wanted`."""
     problems = []
-    for name, tensor in wanted.items():
+    for name, shape in wanted.items():
         entry = part.get(name)
         if entry is None:
             problems.append(f"{name} is missing")
-        elif entry.shape != tuple(tensor.shape):
-            problems.append(f"{name} has the shape {list(entry.shape)} instead of {list(tensor.shape)}")
+        elif entry.shape != shape:
+            problems.append(f"{name} has the shape {list(entry.shape)} instead of {list(shape)}")
     return problems
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Gathered:
 
     def whole(self, tensor: Tensor) -> Tensor:
         """Return the whole of a tensor, which is the tensor itself where it is not divided."""
-        return self.tensors[id(tensor)] if isinstance(tensor, DTensor) or _has_parts(tensor) else tensor
+        return self.tensors[id(tensor)] if _is_share(tensor) or _has_parts(tensor) else tensor
 
 
 def gather(module: nn.Module, optimizer: Any | None, *, keep: bool) -> Gathered:
@@ -45,8 +44,8 @@ def gather(module: nn.Module, optimizer: Any | None, *, keep: bool) -> Gathered:
 
 def _gathered(tensor: Any, *, keep: bool) -> Tensor | None:
     """Return the whole of a divided tensor in main memory; None where it is not divided, and in processes that do not keep it."""
-    if isinstance(tensor, DTensor):
-        whole = tensor.full_tensor().detach()
+    if _is_share(tensor):
+        whole: Tensor = tensor.full_tensor().detach()
         return whole.cpu() if keep else None
     if _has_parts(tensor):
         with _put_together(tensor):
@@ -116,6 +115,11 @@ def shares_of_optimizer_state(saved: Mapping[str, Any], optimizer: Any) -> dict[
     return {**saved, "state": divided}
 
 
+def _is_share(tensor: Any) -> bool:
+    """Tell whether PyTorch divides the tensor (DTensor, whose import alone takes a second)."""
+    return hasattr(tensor, "device_mesh")
+
+
 def _has_parts(tensor: Any) -> bool:
     """Tell whether DeepSpeed keeps the tensor in parts (ZeRO stage 3)."""
     return hasattr(tensor, "ds_id")
@@ -129,7 +133,9 @@ def _put_together(tensor: Tensor, *, changed: bool = False) -> AbstractContextMa
     return together
 
 
-def _share(tensor: Tensor, like: Tensor) -> Tensor:
-    if not isinstance(like, DTensor):
+def _share(tensor: Tensor, like: Any) -> Tensor:
+    if not _is_share(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

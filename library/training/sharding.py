@@ -10,18 +10,20 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from library.options.checks_distributed import wants_sharding
 from library.options.errors import UserError
 from library.training.setting import Setting, Trained
 from library.training.trainable import ModelTrainable
+
+if TYPE_CHECKING:  # the import takes most of a second
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +45,11 @@ class Shards:
         parts: Mapping[str, nn.Module],
         settings: FullyShardedDataParallelPlugin,
         units: Sequence[str],
-        mesh: DeviceMesh,
+        mesh: "DeviceMesh",
         compute: torch.dtype,
     ) -> None:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
         self._frees = bool(settings.reshard_after_forward)
         self._roots: list[FSDPModule] = []
         self._units: list[FSDPModule] = []
@@ -119,6 +123,8 @@ def shard_parts(
     Returns:
         The shards, and the groups with the shares in place of the parameters.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+
     names = {id(parameter): (part, name) for part in parts for name, parameter in parts[part].named_parameters()}
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     shards = Shards(parts, settings, units, mesh, compute)

@@ -12,7 +12,7 @@ import sdxl_train_textual_inversion
 from library.dataset.batch_pictures import TEXTS
 from library.models.family import ModelSource
 from library.models.sdxl.family import SdxlFamily
-from library.models.sdxl.text_encoders import text_body
+from library.models.sdxl.text_rows import text_body
 from library.models.sdxl.tokenizer import open_clip_vocabulary
 from library.models.word_files import save_word
 from library.options.errors import UsageError

@@ -18,12 +18,12 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from tiny_pipeline import CPU, difference, load_components
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from library.generation.pipeline import Pipeline
 from library.generation.request import ImageRequest
 from library.models.prompt_weights import PromptStyle
-from library.models.sdxl.tokenizer import load_bpe
+from library.models.sdxl.tokenizer import open_clip_vocabulary
 
 REQUEST = ImageRequest("a red cat on a mat", "blurry dog", width=96, height=64, steps=4, cfg_scale=5.0, seed=7, sampler="ddim")
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -63,7 +63,8 @@ def reference(components) -> StableDiffusionXLPipeline:
     big.load_state_dict(te2.state_dict())
     vae = AutoencoderKL.from_config(components.vae.config)
     vae.load_state_dict(components.vae.state_dict())
-    tokenizer = load_bpe()._tokenizer
+    vocabulary, merges = open_clip_vocabulary()
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=77)
     tokenizer_2 = copy.deepcopy(tokenizer)
     tokenizer_2.pad_token = "!"
     return StableDiffusionXLPipeline(

@@ -13,8 +13,9 @@ from torch import Tensor
 from library.models.family import Components, ModelSource
 from library.models.sdxl.build import build_parts, part_tensors
 from library.models.sdxl.family import SdxlFamily
+from library.models.sdxl.open_model import part_shapes
 from library.models.sdxl.single_file import single_file_tensors
-from library.models.sdxl.sizes import SdxlSizes
+from library.models.sdxl.sizes import SdxlSizes, TextEncoderSizes, VaeSizes
 from library.options.errors import UserError
 from tests.models.saving import save_parts
 
@@ -249,3 +250,22 @@ def test_a_checkpoint_without_vae_needs_one_given(tensors, tiny_file, tmp_path) 
     with pytest.raises(UserError, match="has no VAE"):
         open_file(path)
     open_file(path, vae=str(tiny_file)).load_vae(torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        SdxlSizes(),
+        SdxlSizes(
+            te1=TextEncoderSizes(32, 2, 2, 96, 0, "quick_gelu"),
+            te2=TextEncoderSizes(64, 3, 2, 128, 48, "gelu"),
+            vae=VaeSizes((32, 32, 64), 1, 8),
+        ),
+    ],
+    ids=["SDXL", "others"],
+)
+def test_the_shapes_that_files_are_checked_for_are_those_of_the_modules(sizes: SdxlSizes) -> None:
+    modules = {name: part_tensors(module) for name, module in build_parts(sizes).items()}
+    assert part_shapes(sizes) == {
+        name: {key: tuple(tensor.shape) for key, tensor in part.items()} for name, part in modules.items()
+    }

@@ -11,7 +11,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from library.models.sdxl.build import build_part, file_names, part_tensors
 from library.models.sdxl.open_clip_names import from_open_clip, to_open_clip
 from library.models.sdxl.sizes import SdxlSizes, TextEncoderSizes, text_encoder_sizes
-from library.models.sdxl.text_encoders import build_text_encoder, merge_rows
+from library.models.sdxl.text_encoders import build_text_encoder
+from library.models.sdxl.text_rows import merge_rows
 from library.models.weights import Entry, fill
 
 COMPAT = Path(__file__).parents[1] / "compat"

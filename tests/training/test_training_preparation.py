@@ -1,6 +1,8 @@
 """What is encoded before training: models are loaded where they are needed, and no earlier."""
 
 import logging
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +32,7 @@ from library.training.preparation import model_source, prepare_latents, prepare_
 from library.training.setting import PartDTypes, Setting
 from tests.dataset.dataset_samples import FakeFamily, FakeVae, config, make_image, section, subset
 
+ROOT = Path(__file__).parents[2]
 FLOAT = PartDTypes(torch.float32, torch.float32)
 DISK = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
 MEMORY = {"cache_latents": True, "cache_text_encoder_outputs": True}
@@ -238,3 +241,20 @@ def test_tiles_that_no_picture_is_large_enough_for_are_told(side: int, is_told: 
     caplog.clear()
     tell_of_tiles(dataset, SimpleNamespace(vae_tile=1024), VaePrecisionOptions())  # type: ignore[arg-type]
     assert not caplog.text
+
+
+def test_what_a_run_with_all_caches_needs_is_there_without_the_packages_that_encode(tiny_checkpoint: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "import networks.lora, library.training.network_recipe, library.training.recipe\n"
+        "from library.models.family import ModelSource\n"
+        "from library.models.sdxl.family import SdxlFamily\n"
+        "family = SdxlFamily.open(ModelSource(sys.argv[1]))\n"
+        "family.load_denoiser(torch.float32, torch.device('cpu'))\n"
+        "assert family.count_tokens(['a cat']) == [2]\n"
+        "heavy = 'transformers diffusers bitsandbytes torchvision peft open_clip scipy matplotlib tensorboard huggingface_hub'\n"
+        "heavy = {*heavy.split(), 'wandb', 'torch._dynamo', 'torch.distributed.fsdp', 'torch.distributed.tensor'}\n"
+        "sys.exit(', '.join(heavy & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_checkpoint)], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr

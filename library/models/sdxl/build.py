@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPPreTrainedModel
 
-from library.models.sdxl.sizes import SdxlSizes, UNetSizes
-from library.models.sdxl.text_encoders import build_text_encoder
+from library.models.sdxl.sizes import SdxlSizes, TextEncoderSizes, UNetSizes
+from library.models.sdxl.text_rows import text_body
 from library.models.sdxl.unet import UNet
 from library.models.sdxl.vae import build_vae
 
@@ -27,7 +26,7 @@ def file_names(module: nn.Module) -> dict[str, str]:
 
     Some versions of transformers have no `text_model.` before TE1's names; files always have it.
     """
-    is_text_encoder = isinstance(module, CLIPPreTrainedModel)
+    is_text_encoder = hasattr(text_body(module), "final_layer_norm")
 
     def file_name(name: str) -> str:
         return f"text_model.{name}" if is_text_encoder and not name.startswith(("text_model.", "text_projection.")) else name
@@ -47,9 +46,15 @@ def build_unet(sizes: UNetSizes) -> UNet:
         return UNet(sizes)
 
 
+def _text_encoder(sizes: TextEncoderSizes) -> nn.Module:
+    from library.models.sdxl.text_encoders import build_text_encoder  # with transformers: seconds, which cached captions spare
+
+    return build_text_encoder(sizes)
+
+
 _BUILDERS: dict[str, Callable[[SdxlSizes], nn.Module]] = {
     "unet": lambda sizes: build_unet(sizes.unet),
-    "te1": lambda sizes: build_text_encoder(sizes.te1),
-    "te2": lambda sizes: build_text_encoder(sizes.te2),
+    "te1": lambda sizes: _text_encoder(sizes.te1),
+    "te2": lambda sizes: _text_encoder(sizes.te2),
     "vae": lambda sizes: build_vae(sizes.vae),
 }

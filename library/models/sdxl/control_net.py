@@ -153,7 +153,7 @@ def make_control_net(
         part = {names[name]: fresh[name] if name in fresh else unet[name] for name in names}
     else:
         part = read_control_net(file)
-        wanted = {names[name]: tensor for name, tensor in network.state_dict().items()}
+        wanted = {names[name]: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         unknown = [f"{name} is not known" for name in sorted(part.keys() - wanted.keys())]
         for problem in [*disagreements(part, wanted), *unknown]:
             raise UserError(f"{file} does not fit this model: {problem}. Is it for another model?")

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from library.diffusion.objective import DdpmObjective, Objective
 from library.diffusion.schedule import NoiseSchedule
@@ -26,7 +25,7 @@ from library.models.sdxl.embeddings import size_embedding
 from library.models.sdxl.open_model import check_parts, open_checkpoint
 from library.models.sdxl.save_model import save_model, stored_model
 from library.models.sdxl.sizes import SdxlSizes
-from library.models.sdxl.text_encoders import OpenClipTextEncoder, merge_rows, text_body
+from library.models.sdxl.text_rows import merge_rows, text_body
 from library.models.sdxl.tokenizer import ClipBpe, load_bpe, tokenize
 from library.models.sdxl.unet import UNet, UNetEncoder
 from library.models.sdxl.vae import VAE_TILE
@@ -306,7 +305,7 @@ class SdxlFamily:
         """Keep only the inputs of layers for the backward pass; puts the encoders in training mode."""
         for encoder in encoders:
             if encoder is not None:
-                model = cast(PreTrainedModel, encoder)
+                model: Any = encoder
                 # Its name in newer versions of transformers, then the older one.
                 enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
                 enable({"use_reentrant": False})
@@ -335,7 +334,7 @@ class SdxlFamily:
 
     def unused_text_parameters(self, encoder: nn.Module) -> list[nn.Parameter]:
         """Return the parameters of a text encoder that the U-Net sees nothing of: TE1's last layer and final norm."""
-        if isinstance(encoder, OpenClipTextEncoder):
+        if hasattr(encoder, "text_projection"):
             return []  # its pooled output goes through everything
         body: Any = text_body(encoder)
         return [*body.encoder.layers[-1].parameters(), *body.final_layer_norm.parameters()]

@@ -4,13 +4,12 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
-
 from library.files.tensors import open_tensors
 from library.models.family import ModelSource
-from library.models.sdxl.build import build_parts, part_tensors
+from library.models.sdxl.build import build_unet
 from library.models.sdxl.checkpoint import PART_TITLES, Checkpoint
 from library.models.sdxl.diffusers_folder import hub_snapshot, open_folder, open_vae_folder
+from library.models.sdxl.part_shapes import Shape, text_encoder_shapes, vae_shapes
 from library.models.sdxl.single_file import PREFIXES, open_single_file
 from library.models.sdxl.sizes import SdxlSizes, text_encoder_sizes, unet_sizes, vae_sizes
 from library.models.sdxl.vae import vae_part
@@ -84,13 +83,22 @@ def check_parts(checkpoint: Checkpoint) -> SdxlSizes:
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{checkpoint.path} is not a complete SDXL checkpoint: its sizes cannot be read ({error}).") from error
     _check_fit(checkpoint.path, sizes)
-    for name, module in build_parts(sizes).items():
-        _check_part(checkpoint.path, PART_TITLES[name], checkpoint.parts[name], module)
+    for name, wanted in part_shapes(sizes).items():
+        _check_part(checkpoint.path, PART_TITLES[name], checkpoint.parts[name], wanted)
     return sizes
 
 
-def _check_part(path: str, title: str, part: Part, module: nn.Module) -> None:
-    wanted = part_tensors(module)
+def part_shapes(sizes: SdxlSizes) -> dict[str, dict[str, Shape]]:
+    """Return the shapes of the tensors of every part, by the parts' short names."""
+    return {
+        "unet": {name: tuple(tensor.shape) for name, tensor in build_unet(sizes.unet).state_dict().items()},
+        "te1": text_encoder_shapes(sizes.te1),
+        "te2": text_encoder_shapes(sizes.te2),
+        "vae": vae_shapes(sizes.vae),
+    }
+
+
+def _check_part(path: str, title: str, part: Part, wanted: dict[str, Shape]) -> None:
     if problems := disagreements(part, wanted):
         raise UserError(
             f"{path}: its {title} does not fit SDXL's, {_naming(problems, 'tensors are affected')}. "

@@ -11,14 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from library.models.sdxl.sizes import TextEncoderSizes
-
-BEGIN_ID, END_ID = 49406, 49407
-
-
-def text_body(encoder: nn.Module) -> nn.Module:
-    """Return the module that holds `embeddings`, `encoder` and `final_layer_norm`; some versions of transformers wrap it."""
-    body: nn.Module = getattr(encoder, "text_model", encoder)
-    return body
+from library.models.sdxl.text_rows import BEGIN_ID, END_ID, text_body
 
 
 class ClipTextEncoder(CLIPTextModel):
@@ -73,15 +66,3 @@ def build_text_encoder(sizes: TextEncoderSizes) -> ClipTextEncoder | OpenClipTex
     # Not in any file, hence not filled later.
     text_body(encoder).embeddings.position_ids = torch.arange(sizes.positions)[None]  # type: ignore[union-attr]
     return encoder
-
-
-def merge_rows(states: Tensor) -> Tensor:
-    """Join the states of a long prompt's rows: the first begin token, 75 tokens of each row, the last row's end token.
-
-    Args:
-        states: (B, n, 77, D).
-
-    Returns:
-        (B, 75n + 2, D).
-    """
-    return torch.cat([states[:, 0, :1], states[:, :, 1:-1].flatten(1, 2), states[:, -1, -1:]], dim=1)

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-import ftfy
 import torch
 from torch import Tensor
-from transformers import CLIPTokenizer
 
 from library.models.new_words import NewWord, WordFinder, taken_names
-from library.models.sdxl.text_encoders import BEGIN_ID, END_ID
+from library.models.sdxl.text_rows import BEGIN_ID, END_ID
 from library.options.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,6 +28,8 @@ _ROW_TOKENS = ROW_LENGTH - 2
 _NUM_MERGES = 48894
 _CACHE_FOLDER = "openai_clip-vit-large-patch14"
 _BEGIN, _END = "<|startoftext|>", "<|endoftext|>"
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+"""What is split further each by itself, in the words of Radford et al. 2021 (CLIP)."""
 
 PAD_ID_1, PAD_ID_2 = END_ID, 0
 """What fills rows of TE1 and of TE2. 0 is also the ordinary symbol `!`, so it never becomes a special token of the tokenizer."""
@@ -45,7 +46,7 @@ class ClipBpe:
 
     def __init__(self, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], words: Sequence[NewWord] = ()) -> None:
         self._vocabulary, self._merges = vocabulary, merges
-        self._tokenizer = CLIPTokenizer(vocab=vocabulary, merges=list(merges), model_max_length=ROW_LENGTH)
+        self._tokenizer = _clip_tokenizer(vocabulary, merges)
         self._finder = WordFinder(words, first_id=len(vocabulary)) if words else None
 
     def with_words(self, words: Sequence[NewWord]) -> "ClipBpe":
@@ -68,7 +69,7 @@ class ClipBpe:
         return [i for piece in self._finder.split(cleaned) for i in (self._known(piece) if isinstance(piece, str) else piece)]
 
     def _known(self, cleaned: str) -> list[int]:
-        ids: list[int] = self._tokenizer(cleaned, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        ids: list[int] = self._tokenizer.encode(cleaned, add_special_tokens=False).ids
         return ids
 
     def count(self, texts: Sequence[str]) -> list[int]:
@@ -78,12 +79,30 @@ class ClipBpe:
         if self._finder is not None:
             return [len(self.encode(text)) for text in texts]
         cleaned = [_cleaned(text) for text in texts]
-        return [
-            len(ids) for ids in self._tokenizer(cleaned, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        return [len(found.ids) for found in self._tokenizer.encode_batch(cleaned, add_special_tokens=False)]
+
+
+def _clip_tokenizer(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> Any:
+    """Return what transformers' CLIPTokenizer is made of, without the seconds that importing transformers takes."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges), unk_token=_END, end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
+    )
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in (_BEGIN, _END)])
+    return tokenizer
 
 
 def _cleaned(text: str) -> str:
+    import ftfy
+
     return re.sub(r"\s+", " ", ftfy.fix_text(text)).strip().lower()
 
 

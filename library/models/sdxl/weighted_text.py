@@ -15,7 +15,7 @@ from torch import Tensor
 
 from library.models.family import TextCond, Tokens
 from library.models.prompt_weights import CHUNK_TOKENS, PromptStyle, parse_prompt_weights
-from library.models.sdxl.text_encoders import merge_rows
+from library.models.sdxl.text_rows import merge_rows
 from library.models.sdxl.tokenizer import PAD_ID_1, PAD_ID_2, ClipBpe, make_rows
 
 logger = logging.getLogger(__name__)

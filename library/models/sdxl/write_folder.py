@@ -14,7 +14,6 @@ from library.files.safetensors_io import save_safetensors
 from library.models.sdxl.checkpoint import told_prediction
 from library.models.sdxl.diffusers_folder import SINGLE_FILE_FACTS, SUBFOLDERS, ldm_renamer
 from library.models.sdxl.sizes import DownsampleSize, SdxlSizes, TextEncoderSizes, TransformerSize
-from library.models.sdxl.text_encoders import build_text_encoder
 from library.models.sdxl.tokenizer import open_clip_vocabulary
 from library.options.errors import UserError
 
@@ -200,6 +199,8 @@ def vae_config(sizes: SdxlSizes) -> dict[str, Any]:
 
 def text_config(sizes: TextEncoderSizes) -> dict[str, Any]:
     """Return the configuration of a text encoder, with the class transformers opens it with."""
+    from library.models.sdxl.text_encoders import build_text_encoder
+
     config: dict[str, Any] = build_text_encoder(sizes).config.to_dict()
     return config | {
         "architectures": ["CLIPTextModelWithProjection" if sizes.projection_dim else "CLIPTextModel"],
