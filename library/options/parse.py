@@ -42,8 +42,8 @@ def parse(script: type[Script], argv: Sequence[str], further_problems: Callable[
     """Read the command line, and the configuration file it names, into options.
 
     What was typed wins over the configuration file, which wins over what accelerate was told of DeepSpeed, which wins over the
-    defaults. Unknown keys of the file and other oddities
-    are logged. With `--help` the help is shown, with `--output_config` the file is written, and `SystemExit(0)` follows.
+    defaults. Unknown keys of the file and other oddities are logged. With `--help` the help is shown, with `--output_config` the
+    file is written, and `SystemExit(0)` follows.
 
     Args:
         script: the script's options class.

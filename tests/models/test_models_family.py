@@ -184,7 +184,10 @@ def test_a_fingerprint_is_remembered_as_long_as_the_file_is_as_it_was(family, tm
     name, _ = next(iter(family.skeletons()["te1"].named_parameters()))
     found, count = at(1e9, {"te1": {name: lambda tensor: tensor + 1}})
     assert found != known and count == 1, "what is changed while it is read is not what the file is remembered for"
-    assert [at(time.time())[1] for _ in range(2)] == [2, 2], "a file that has just changed may change again within its time"
+    now = time.time()
+    assert [at(now)[1], at(now)[1]] == [2, 2], "a file that has just changed may change again within its time"
+    monkeypatch.setattr("library.files.remembered._WORTH", path.stat().st_size + 1)
+    assert [at(1.2e9)[1], at(1.2e9)[1]] == [2, 2], "what is read in no time is not worth remembering"
 
 
 def load_components(family):

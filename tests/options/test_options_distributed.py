@@ -152,13 +152,14 @@ def launched(zero: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
 
 
 def test_accelerates_configuration_of_deepspeed_does_what_the_options_do(launched: Callable[[str], None]) -> None:
+    flags = "--deepspeed --zero_stage 3 --offload_param_device cpu --gradient_accumulation_steps 4 --max_grad_norm 0.5"
+    typed = parse(SdxlTrainOptions, f"{BASE} {flags} --zero3_init_flag".split())
     launched(
         "zero_stage: 3; offload_optimizer_device: none; offload_param_device: cpu; gradient_accumulation_steps: 4; "
-        "gradient_clipping: 0.5; zero3_init_flag: false"
+        "gradient_clipping: 0.5; zero3_init_flag: true; zero3_save_16bit_model: false"
     )
     ours = parse(SdxlTrainOptions, BASE.split())
-    flags = "--deepspeed --zero_stage 3 --offload_param_device cpu --gradient_accumulation_steps 4 --max_grad_norm 0.5"
-    assert ours == parse(SdxlTrainOptions, f"{BASE} {flags}".split())
+    assert ours == typed
     assert (ours.distributed.deepspeed, ours.distributed.zero_stage, ours.distributed.offload_optimizer_device) == (True, 3, None)
     assert "excludes --full_bf16" in refusals(SdxlTrainOptions, "--mixed_precision bf16 --full_bf16")[0]
     parse(CacheLatentsOptions, BASE.split())
