@@ -62,8 +62,10 @@ def _computes_again(share: float) -> Callable[[TrainingOptions], bool]:
     return suits
 
 
-def _offloads(share: float) -> Callable[[TrainingOptions], bool]:
+def _offloads(share: float, *, with_fused: bool) -> Callable[[TrainingOptions], bool]:
     def suits(options: TrainingOptions) -> bool:
+        if with_fused != (options.trains_denoiser and not options.optimizer.fused_backward_pass):
+            return False
         return not options.precision.blocks_to_swap and (options.precision.offload_fraction or 0) < share
 
     return suits
@@ -121,15 +123,23 @@ CHANGES: tuple[Change, ...] = (
         )
         for share in (0.5, 1.0)
     ),
+    Change(
+        "--optimizer_states host",
+        "transfers of the optimizer's state in each update",
+        {"optimizer": {"optimizer_states": "host"}},
+        {"optimizer": 1, "activations": 1},
+        lambda options: options.optimizer.optimizer_states == "device",
+    ),
     *(
         Change(
-            f"--offload_fraction {share:g}",
-            "transfers beside the computation",
-            {"precision": {"offload_fraction": share}},
+            f"{fused}--offload_fraction {share:g}",
+            "transfers beside the computation" + ("; gradients are limited tensor by tensor" if fused else ""),
+            {"precision": {"offload_fraction": share}} | ({"optimizer": {"fused_backward_pass": True}} if fused else {}),
             {"weights": share, "gradients": 1, "optimizer": 1, "activations": 1},
-            _offloads(share),
+            _offloads(share, with_fused=bool(fused)),
         )
         for share in (0.3, 0.6, 0.9)
+        for fused in ("", "--fused_backward_pass ")
     ),
     *(
         Change(
@@ -156,11 +166,24 @@ def levels(options: Options, *, keeps_the_run: bool) -> Iterator[tuple[Options, 
     for change in CHANGES:
         if (keeps_the_run and not change.keeps_the_run) or not change.suits(options):
             continue
-        more = (*(each for each in chosen if not _covers(change, each)), change)
+        more = without_covered(chosen, change)
         changed = with_changes(options, more)
         if not find_problems(changed):
-            chosen = more
+            chosen = tuple(more)
             yield changed, chosen
+
+
+def without_covered(changes: Sequence[Change], change: Change) -> list[Change]:
+    """Return changes and one more, without those that set nothing that it does not set."""
+    return [*(each for each in changes if not _covers(change, each)), change]
+
+
+def no_swapping(options: TrainingOptions) -> str | None:
+    """Say in a sentence why blocks whose weights are trained cannot be swapped, although they are not yet; None where they can."""
+    if not options.trains_denoiser or options.precision.swaps_blocks:
+        return None
+    swapped = next(change for change in CHANGES if change.flags.startswith("--fused_backward_pass --offload"))
+    return next(iter(find_problems(swapped.applied(options))), None)
 
 
 def with_changes(options: Options, changes: Sequence[Change]) -> Options:

@@ -27,12 +27,21 @@ _NAMES = {
     **dict.fromkeys(("cache_latents", "cache_latents_posterior", "cache_text_encoder_outputs", "text_cache_variants"), DECIDES),
     **dict.fromkeys(("gradient_accumulation_steps", "dataset_class"), DECIDES),
     **dict.fromkeys(
-        ("vae_batch_size", "vae_tiling", "no_half_vae", "fused_backward_pass", "fused_optimizer_groups", "ema_device"), ROUNDS
+        (
+            "vae_batch_size",
+            "vae_tiling",
+            "no_half_vae",
+            "fused_backward_pass",
+            "fused_optimizer_groups",
+            "optimizer_states",
+            "ema_device",
+        ),
+        ROUNDS,
     ),
     **dict.fromkeys(("pretrained_model_name_or_path", "vae", "base_weights", "network_weights", "dim_from_weights"), FREE),
     "controlnet_model_name_or_path": FREE,
+    "optimizer_states": ROUNDS,
     **dict.fromkeys(("tokenizer_cache_dir", "disable_mmap_load_safetensors", "lowram", "clip_skip", "v2"), FREE),
-    "optimizer_states": FREE,
     **dict.fromkeys(("training_comment", "no_metadata", "ddp_timeout"), FREE),
 }
 """Options that differ from their group."""

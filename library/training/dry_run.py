@@ -16,8 +16,8 @@ from library.options.dataset_config import DatasetConfig
 from library.options.scripts import TrainingOptions
 from library.training.building import Recipe, make_setting, report
 from library.training.events import EventLog
-from library.training.fitting import attempts, fit, tracer, why_not, with_options
-from library.training.forecast import BESIDE_TENSORS, Forecast, Tracing
+from library.training.fitting import Forecasts, attempts, fit, why_not
+from library.training.forecast import BESIDE_TENSORS, Forecast
 from library.training.resume import start_position
 from library.training.state import SavedPlace
 from library.training.trained_table import report_trained
@@ -86,18 +86,17 @@ def dry_run(
     if reason := why_not(options):
         log.warning("%s", reason)
         raise SystemExit(CANNOT_TELL)
-    picked, _ = fit(recipe, setting, requests, saved)
-    recipe, setting, options = with_options(recipe, picked), replace(setting, options=picked), picked
     device = Device.of(options.forecast.dry_run_vram)
-    tracing = Tracing(recipe, setting, requests, device.kind)
-    forecast = tracing.forecast()
+    forecasts = Forecasts(recipe, setting, requests, "cuda" if options.forecast.budget else device.kind)
+    options, _ = fit(options, forecasts, saved)
+    setting = replace(setting, options=options)
+    tracing, forecast = forecasts.traced(options)
     if tracing.trained is not None:
         report_trained(setting, tracing.trained, tracing.defaults, start.update)
     log.info("Memory of %s\n%s", device.name, "\n".join(forecast_lines(forecast)))
     log.info("%s", verdict(forecast, device))
     if device.memory is not None and forecast.needed > device.memory:
-        trace = tracer(recipe, setting, requests, device.kind)
-        found = attempts(options, forecast, device.memory, trace, keeps_the_run=False)
+        found = attempts(options, forecast, device.memory, forecasts, keeps_the_run=False)
         lines = [f"  {attempt.line()}" for attempt in found]
         log.info("What would help, the cheapest first, and what would be needed then:\n%s", "\n".join(lines or ["  nothing known"]))
         raise SystemExit(DOES_NOT_FIT)

@@ -1,7 +1,7 @@
 """Which options make a run fit into the memory of a device: found by forecasting it with them, the cheapest in time first."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from library.memory.trace import Peak
 from library.memory.traceable import untraceable
 from library.options.checks_distributed import what_divides
 from library.options.errors import UsageError
-from library.options.memory_changes import CHANGES, Change, levels, with_changes
+from library.options.memory_changes import CHANGES, Change, levels, no_swapping, with_changes, without_covered
 from library.options.scripts import TrainingOptions
 from library.training.building import Recipe
 from library.training.forecast import Forecast, Tracing, needed_for, quiet
@@ -50,8 +50,11 @@ def attempts(
     trace: Callable[[TrainingOptions], Forecast],
     *,
     keeps_the_run: bool,
-) -> Iterator[Attempt]:
-    """Yield more and more changes with their forecasts, until one fits; those that cannot save enough are not traced.
+) -> list[Attempt]:
+    """Return the changes that were tried, fewer first: the last ones are the cheapest that fit, or all of them where none do.
+
+    Each trace takes its time, so what saves most is tried first; where that is not enough, nothing is. Else the least of the levels
+    that is enough is looked for by halves, above those that cannot save enough.
 
     Args:
         options: as they were given.
@@ -61,14 +64,20 @@ def attempts(
         keeps_the_run: leave out changes that train something else.
     """
     found = list(levels(options, keeps_the_run=keeps_the_run))
-    for number, (changed, changes) in enumerate(found, start=1):
-        if number < len(found) and needed_for(least(forecast.peak, changes)) > memory:
-            continue
-        attempt = Attempt(changed, changes, trace(changed))
-        if attempt.forecast.needed <= memory:
-            yield leanest(options, attempt, memory, trace)
-            return
-        yield attempt
+    if not found:
+        return []
+    low, high = 0, len(found) - 1
+    tried = {high: Attempt(*found[high], trace(found[high][0]))}
+    if tried[high].forecast.needed > memory:
+        return [tried[high]]
+    while low < high and needed_for(least(forecast.peak, found[low][1])) > memory:
+        low += 1
+    while low < high:
+        middle = (low + high) // 2
+        tried[middle] = Attempt(*found[middle], trace(found[middle][0]))
+        low, high = (low, middle) if tried[middle].forecast.needed <= memory else (middle + 1, high)
+    fewer = [tried[number] for number in sorted(tried) if number < high]
+    return [*fewer, leanest(options, tried[high], memory, trace)]
 
 
 def least(peak: Peak, changes: Sequence[Change]) -> int:
@@ -90,16 +99,38 @@ def leanest(options: TrainingOptions, attempt: Attempt, memory: int, trace: Call
     return Attempt(changed, alone, forecast) if forecast.needed <= memory else attempt
 
 
-def tracer(
-    recipe: Recipe, setting: Setting, requests: Sequence[ImageRequest], device_type: str
-) -> Callable[[TrainingOptions], Forecast]:
-    """Return what forecasts a run with other options, without a word of what is built on the way."""
+class Forecasts:
+    """Forecasts of a run with other options, each made once, without a word of what is built on the way.
 
-    def trace(options: TrainingOptions) -> Forecast:
+    Args:
+        recipe: of the script.
+        setting: of the run.
+        requests: sample prompts; empty where no sample images are drawn.
+        device_type: what the run is on, "cuda" or "cpu".
+    """
+
+    def __init__(self, recipe: Recipe, setting: Setting, requests: Sequence[ImageRequest], device_type: str) -> None:
+        self._recipe = recipe
+        self._setting = setting
+        self._requests = requests
+        self._device_type = device_type
+        self._made: list[tuple[TrainingOptions, Tracing, Forecast]] = []
+
+    def __call__(self, options: TrainingOptions) -> Forecast:
+        """Return the forecast with some options."""
+        return self.traced(options)[1]
+
+    def traced(self, options: TrainingOptions) -> tuple[Tracing, Forecast]:
+        """Return what was built with some options, and its forecast."""
+        for known, tracing, forecast in self._made:
+            if known == options:
+                return tracing, forecast
+        recipe, setting = with_options(self._recipe, options), replace(self._setting, options=options)
+        tracing = Tracing(recipe, setting, self._requests, self._device_type)
         with quiet():
-            return Tracing(with_options(recipe, options), replace(setting, options=options), requests, device_type).forecast()
-
-    return trace
+            forecast = tracing.forecast()
+        self._made.append((options, tracing, forecast))
+        return tracing, forecast
 
 
 def with_options(recipe: Recipe, options: TrainingOptions) -> Recipe:
@@ -110,14 +141,13 @@ def with_options(recipe: Recipe, options: TrainingOptions) -> Recipe:
 
 
 def fit(
-    recipe: Recipe, setting: Setting, requests: Sequence[ImageRequest], saved: SavedPlace | None
+    options: TrainingOptions, trace: Callable[[TrainingOptions], Forecast], saved: SavedPlace | None
 ) -> tuple[TrainingOptions, Forecast | None]:
     """Pick the options with which a run keeps within `--memory_budget`, and tell them.
 
     Args:
-        recipe: of the script.
-        setting: of the run.
-        requests: sample prompts; empty where no sample images are drawn.
+        options: of the run.
+        trace: forecasts it with other options, on a GPU.
         saved: where the resumed state stood: a run goes on with what was picked for it.
 
     Returns:
@@ -126,26 +156,27 @@ def fit(
     Raises:
         UsageError: nothing makes it fit, or the memory of the run cannot be forecast.
     """
-    options, budget = setting.options, setting.options.forecast.budget
+    budget = options.forecast.budget
     if budget is None:
         return options, None
     if reason := why_not(options):
         raise UsageError([f"--memory_budget: {reason}"])
-    trace = tracer(recipe, setting, requests, "cuda")
     if saved is not None and saved.identity is not None:
         return go_on(options, saved.identity["options"], trace)
     forecast = trace(options)
     if forecast.needed <= budget:
         log.info("The run keeps within --memory_budget %s as it is: %s.", options.forecast.memory_budget, gib(forecast.needed))
         return options, forecast
-    tried = list(attempts(options, forecast, budget, trace, keeps_the_run=True))
+    tried = attempts(options, forecast, budget, trace, keeps_the_run=True)
     closest = min(tried, key=lambda attempt: attempt.forecast.needed, default=None)
     if closest is None or closest.forecast.needed > budget:
         nearest = f"needs {gib(forecast.needed)}" + (f", and with {closest.line()}" if closest else "")
+        why = no_swapping(options)
         raise UsageError(
             [
-                f"--memory_budget {options.forecast.memory_budget}: the run {nearest}. Give it more, a smaller batch size or "
-                "--resolution, or train in fewer parts; --dry_run tells what needs most."
+                f"--memory_budget {options.forecast.memory_budget}: the run {nearest}. {forecast.largest.capitalize()} needs most. "
+                "Give it more, a smaller batch size or --resolution, or train in fewer parts."
+                + (f" Blocks of the U-Net cannot be swapped: {why}" if why else "")
             ]
         )
     log.info("To keep within --memory_budget %s, the run gets %s", options.forecast.memory_budget, closest.line())
@@ -189,7 +220,7 @@ def picked_before(options: TrainingOptions, recorded: Mapping[str, Mapping[str, 
         wanted = {name: value for new in change.values.values() for name, value in new.items()}
         is_recorded = all(values.get(name, _MISSING) == value for name, value in wanted.items())
         if change.keeps_the_run and is_recorded and change.suits(options):
-            found.append(change)
+            found = without_covered(found, change)
     return found
 
 

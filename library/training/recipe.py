@@ -21,7 +21,7 @@ from library.training.compiling import compile_denoiser
 from library.training.denoiser import arrange_denoiser, load_denoiser
 from library.training.dry_run import dry_run
 from library.training.events import events_of_run
-from library.training.fitting import fit, with_options
+from library.training.fitting import Forecasts, fit, with_options
 from library.training.forecast_beside import ForecastBeside
 from library.training.hub import open_uploads
 from library.training.identity import Identity, check_same_run, identity_of
@@ -77,7 +77,7 @@ def run_recipe(
         return
     with events_of_run(options.logging.log_events) as events, telling_of_memory(options) as resident:
         setting = make_setting(open_family, options, data, saved.seed if saved else None, events)
-        picked, forecast = fit(recipe, setting, requests, saved)
+        picked, forecast = fit(options, Forecasts(recipe, setting, requests, "cuda"), saved)
         recipe, setting = with_options(recipe, picked), replace(setting, options=picked)
         beside = ForecastBeside.of_run(recipe, open_family, requests, setting, forecast)
         carry_out(recipe, setting, saved, requests, resident, beside)

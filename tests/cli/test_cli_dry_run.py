@@ -76,7 +76,10 @@ def test_a_budget_is_kept_with_plain_options_that_a_resumed_run_has_too(
 def test_a_budget_that_nothing_keeps_is_refused_with_the_closest(header_alone: Path, dataset: Path, tmp_path: Path) -> None:
     ended = run_command(finetune_arguments(header_alone, dataset, tmp_path, "--memory_budget", "0.5GB"), script=FINETUNE)
     assert ended.returncode == 2
-    assert "--memory_budget 0.5GB: the run needs" in ended.stderr and "--gradient_checkpointing: 0." in ended.stderr
+    assert (
+        "--memory_budget 0.5GB: the run needs" in ended.stderr
+        and "--fused_backward_pass --offload_fraction 0.9: 0." in ended.stderr
+    )
 
 
 def test_too_few_swapped_blocks_of_a_fine_tune_are_refused_before_anything_is_done(

@@ -3,7 +3,7 @@
 import pytest
 
 from library.options.groups.forecast import parse_memory
-from library.options.memory_changes import levels
+from library.options.memory_changes import levels, no_swapping
 from library.options.parse import parse
 from library.options.scripts import SdxlTrainNetworkOptions, SdxlTrainOptions, TrainingOptions
 
@@ -20,7 +20,8 @@ def test_the_cheapest_comes_first_and_what_is_given_is_left_out() -> None:
     found = tried(options, keeps_the_run=False)
     assert found[0] == "--cache_text_encoder_outputs"
     assert found[1] == "--cache_text_encoder_outputs --optimizer_type AdamW8bit"
-    assert "--offload_fraction 0.3" in found[2] and "checkpoint" not in " ".join(found)
+    assert found[2].endswith("--optimizer_states host")
+    assert found[3].endswith("--offload_fraction 0.3") and "checkpoint" not in " ".join(found)
     assert found[-1].endswith("--offload_fraction 0.9 --base_quant nf4")
 
 
@@ -31,9 +32,19 @@ def test_a_budget_changes_neither_what_is_trained_nor_what_it_is_trained_on() ->
 
 def test_only_what_goes_together_is_tried() -> None:
     whole = parse(SdxlTrainOptions, FILES)
-    assert not any("offload" in each or "quant" in each for each in tried(whole, keeps_the_run=True))
+    kept = tried(whole, keeps_the_run=True)
+    assert not any("quant" in each or each.startswith("--fused") for each in kept)
+    assert kept[-1].endswith("--optimizer_states host --fused_backward_pass --offload_fraction 0.9") and no_swapping(whole) is None
     more = tried(whole, keeps_the_run=False)
-    assert any("--fused_backward_pass" in each and "--offload_fraction" in each for each in more)
+    assert any("--fused_backward_pass --gradient_checkpointing" in each for each in more)
+    assert all(each.count("--fused_backward_pass") <= 1 for each in more)
+
+
+def test_why_trained_blocks_cannot_be_swapped_is_said() -> None:
+    adds_up = parse(SdxlTrainOptions, [*FILES, "--gradient_accumulation_steps", "2"])
+    assert not any("offload" in each for each in tried(adds_up, keeps_the_run=True))
+    assert "--gradient_accumulation_steps 2 has nothing" in (no_swapping(adds_up) or "")
+    assert no_swapping(parse(SdxlTrainNetworkOptions, NETWORK)) is None
 
 
 def test_levels_have_what_their_changes_say() -> None:

@@ -1,7 +1,8 @@
 """Which changes are found for a device, where forecasts are made up."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,7 @@ from library.memory.trace import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, Pea
 from library.options.parse import parse
 from library.options.resuming import compared_options
 from library.options.scripts import SdxlTrainNetworkOptions, TrainingOptions
-from library.training.fitting import Attempt, attempts, go_on, least, picked_before, why_not
+from library.training.fitting import Attempt, Forecasts, attempts, go_on, least, picked_before, why_not
 from library.training.forecast import Forecast, needed_for
 from library.training.phases import STEP
 
@@ -27,7 +28,11 @@ def forecast(options: TrainingOptions) -> Forecast:
     parts = {
         WEIGHTS: 5 * (1 - (precision.offload_fraction or 0)),
         GRADIENTS: 0,
-        OPTIMIZER: 3 if options.optimizer.optimizer_type == "AdamW8bit" else 4,
+        OPTIMIZER: 0
+        if options.optimizer.optimizer_states == "host"
+        else 3
+        if options.optimizer.optimizer_type == "AdamW8bit"
+        else 4,
         ACTIVATIONS: 6 - 5 * precision.checkpoint_fraction * precision.gradient_checkpointing,
     }
     sizes = {name: int(size * GIB) for name, size in parts.items()}
@@ -42,7 +47,7 @@ def found(memory: int) -> tuple[list[Attempt], list[TrainingOptions]]:
         traced.append(options)
         return forecast(options)
 
-    return list(attempts(OPTIONS, forecast(OPTIONS), memory, trace, keeps_the_run=True)), traced
+    return attempts(OPTIONS, forecast(OPTIONS), memory, trace, keeps_the_run=True), traced
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,8 @@ def found(memory: int) -> tuple[list[Attempt], list[TrainingOptions]]:
         (14.1, "--optimizer_type AdamW8bit"),
         (11.6, "--optimizer_type AdamW8bit --gradient_checkpointing --checkpoint_fraction 0.5"),
         (12.6, "--gradient_checkpointing --checkpoint_fraction 0.5"),
-        (6.1, "--optimizer_type AdamW8bit --gradient_checkpointing --offload_fraction 0.6"),
+        (6.1, "--optimizer_type AdamW8bit --gradient_checkpointing --optimizer_states host"),
+        (3.1, "--optimizer_type AdamW8bit --gradient_checkpointing --optimizer_states host --offload_fraction 0.6"),
     ],
 )
 def test_the_cheapest_that_fits_is_found_without_what_it_does_not_need(gib: float, flags: str) -> None:
@@ -60,14 +66,38 @@ def test_the_cheapest_that_fits_is_found_without_what_it_does_not_need(gib: floa
     assert tried[-1].forecast == forecast(tried[-1].options)
 
 
-def test_changes_that_cannot_save_enough_are_not_traced() -> None:
+def test_a_search_takes_few_traces() -> None:
+    """What saves most is traced first, and alone where it is not enough; what cannot save enough is not traced at all."""
+    tried, traced = found(GIB // 4)
+    assert len(tried) == len(traced) == 1 and tried[0].flags.endswith("--offload_fraction 0.9 --base_quant nf4")
+    for gib in range(2, 15):
+        tried, traced = found(needed_for(gib * GIB))
+        assert len(traced) <= 6 and tried[-1].forecast.needed <= needed_for(gib * GIB), gib
     _, traced = found(needed_for(int(3.5 * GIB)))
     assert all(options.precision.gradient_checkpointing for options in traced if options.optimizer.optimizer_type == "AdamW8bit")
 
 
-def test_where_nothing_fits_the_last_attempt_has_everything() -> None:
-    tried, _ = found(GIB // 4)
-    assert tried[-1].flags.endswith("--offload_fraction 0.9 --base_quant nf4")
+def test_a_forecast_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[TrainingOptions] = []
+
+    class Made:
+        def __init__(self, recipe: Any, setting: Any, *_: Any) -> None:
+            self.options = setting.options
+
+        def forecast(self) -> Forecast:
+            made.append(self.options)
+            return forecast(self.options)
+
+    @dataclass(frozen=True)
+    class Holder:
+        options: TrainingOptions
+
+    monkeypatch.setattr("library.training.fitting.Tracing", Made)
+    forecasts: Any = Forecasts(Holder(OPTIONS), Holder(OPTIONS), (), "cuda")  # type: ignore[arg-type]
+    other = parse(SdxlTrainNetworkOptions, [*ARGUMENTS, "--gradient_checkpointing"])
+    for options in (OPTIONS, other, parse(SdxlTrainNetworkOptions, ARGUMENTS), OPTIONS):
+        assert forecasts(options) == forecast(options)
+    assert made == [OPTIONS, other]
 
 
 def test_no_change_saves_more_than_it_says() -> None:
@@ -81,8 +111,8 @@ def test_no_change_saves_more_than_it_says() -> None:
         ([], ["--gradient_checkpointing"], ["--gradient_checkpointing"]),
         (
             [],
-            ["--optimizer_type", "AdamW8bit", "--offload_fraction", "0.6"],
-            ["--optimizer_type AdamW8bit", "--offload_fraction 0.6"],
+            ["--optimizer_type", "AdamW8bit", "--offload_fraction", "0.6", "--optimizer_states", "host"],
+            ["--optimizer_type AdamW8bit", "--optimizer_states host", "--offload_fraction 0.6"],
         ),
         (["--base_quant", "fp8"], ["--base_quant", "nf4"], ["--base_quant nf4"]),
         (["--optimizer_type", "Lion"], ["--optimizer_type", "AdamW8bit"], []),  # given otherwise: compared with the state, not lost
