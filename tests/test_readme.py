@@ -38,6 +38,7 @@ from tools.convert_sdxl import output_layout
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "toy"))
 
+import compare_bases  # noqa: E402
 import evaluate  # noqa: E402
 import follow_outlines  # noqa: E402
 import learn_word  # noqa: E402
@@ -95,6 +96,7 @@ ACCEPT: dict[str, Callable[[list[str]], object]] = {
     "tools/forecast_table.py": lambda arguments: [json.loads((ROOT / path).read_text())["rows"] for path in arguments],
     "tools/resize_images_to_resolution.py": resize_images_to_resolution.read_command_line,
     "tools/show_metadata.py": lambda arguments: show_metadata.command_line().parse_args(arguments),
+    "examples/toy/compare_bases.py": lambda arguments: compare_bases.command_line().parse_args(arguments),
     "examples/toy/evaluate.py": lambda arguments: evaluate.command_line().parse_args(arguments),
     "examples/toy/follow_outlines.py": lambda arguments: follow_outlines.command_line().parse_args(arguments),
     "examples/toy/learn_word.py": lambda arguments: learn_word.command_line().parse_args(arguments),
