@@ -1,6 +1,7 @@
 """Losses and gradients that are not finite: what stays of the weights, what is told, and how a run goes on."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -117,8 +118,24 @@ def test_skipped_updates_change_nothing_and_are_told(tmp_path: Path, caplog: pyt
         run.train()
     assert all(torch.equal(run.weights()[name], tensor) for name, tensor in initial.items())
     assert "The loss of step 1 is not finite. That update was left out; training goes on." in caplog.text
+    caplog.clear()
     long = guarded(FakeRun(spoiled(bad), updates=30), tmp_path, "skip")
-    long.train()
+    seen: list[str] = []
+    step = long.accelerator.unwrap_model(long.run.step)
+    step.observe = lambda batch, timesteps, losses: seen.append(
+        f"{batch.image_keys[0]} (timestep {timesteps.item():g}, loss {losses.item():.4g})"
+    )
+    seeds: Counter[int] = Counter()
+    long.trainable.denoiser.register_forward_pre_hook(lambda *_: seeds.update([torch.initial_seed()]))
+    with caplog.at_level(logging.WARNING):
+        long.train()
+    assert len(seen) == 30, "what is run again is not told to who looks on, and goes on being told afterwards"
+    left_out = [line for line in seen if "loss nan" in line]
+    assert (
+        len(left_out) == 6 and caplog.text.count("  image: ") == caplog.text.count("Of later ones only the step is told.") * 3 == 3
+    )
+    assert all(f"image: {line}" in caplog.text for line in left_out[:3])
+    assert sorted(seeds.values()) == [1] * 27 + [2] * 3, "what is run again draws the same"
     assert all(torch.isfinite(tensor).all() for tensor in long.weights().values())
     assert any(not torch.equal(long.weights()[name], tensor) for name, tensor in initial.items())
 
@@ -150,8 +167,20 @@ def test_weights_that_a_step_spoiled_are_not_called_good(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
-def judged(*, stops: bool, made: bool, is_finite: bool, updates: int) -> tuple[list[int], list[int]]:
-    """Return the steps that were told, and those that ended a run with scaled gradients."""
+def judged(
+    *, stops: bool, made: bool, is_finite: bool, updates: int, good: int = 0, lag: int = 0, saved_at: int = 0
+) -> tuple[list[int], list[int]]:
+    """Return the steps that were told, and those that ended a run with scaled gradients.
+
+    Args:
+        stops: see `FiniteGuard`.
+        made: whether updates were made, but for overflows.
+        is_finite: whether losses were.
+        updates: their number.
+        good: number of the one that was made, with a loss that was finite.
+        lag: updates that the device is behind.
+        saved_at: number of the one after which something is saved.
+    """
     told: list[int] = []
     ended: list[int] = []
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -163,12 +192,15 @@ def judged(*, stops: bool, made: bool, is_finite: bool, updates: int) -> tuple[l
 
     guard = FiniteGuard(
         gate, torch.optim.lr_scheduler.LinearLR(optimizer), lambda: optimizer.param_groups, torch.device("cpu"), stops=stops,
-        scales=True, must_know=lambda position: False, tell=lambda spoiled: told.append(spoiled.before.update + 1), end=end,
+        scales=True, must_know=lambda position: position.update == saved_at,
+        tell=lambda spoiled: told.append(spoiled.before.update + 1), end=end,
     )  # fmt: skip
+    guard._lag = lag
     batch: Any = None
     for update in range(updates):
-        guard.begin_batch(batch, 1, update, torch.tensor(1.0 if is_finite else torch.nan))
-        guard.finish_update(made)
+        is_good = update + 1 == good
+        guard.begin_batch(batch, 1, update, torch.tensor(1.0 if is_finite or is_good else torch.nan))
+        guard.finish_update(made or is_good)
         guard.after_update(Position(1, update + 1, update + 1))
     return told, ended
 
@@ -177,8 +209,14 @@ def test_gradients_may_overflow_in_float16_but_not_forever_and_losses_may_not() 
     assert judged(stops=True, made=False, is_finite=True, updates=MOST_IN_A_ROW - 1) == ([], [])
     assert judged(stops=True, made=False, is_finite=True, updates=MOST_IN_A_ROW) == ([], [MOST_IN_A_ROW])
     assert judged(stops=True, made=False, is_finite=False, updates=1) == ([], [1])
+    assert judged(stops=True, made=False, is_finite=True, updates=2 * MOST_IN_A_ROW - 1, good=MOST_IN_A_ROW) == ([], [])
     told, ended = judged(stops=False, made=False, is_finite=False, updates=MOST_IN_A_ROW)
     assert told == list(range(1, MOST_IN_A_ROW)) and ended == [MOST_IN_A_ROW]
+
+
+def test_updates_are_judged_when_the_device_had_time_and_before_something_is_saved() -> None:
+    assert judged(stops=False, made=True, is_finite=False, updates=5, lag=2) == ([1, 2, 3], [])
+    assert judged(stops=False, made=True, is_finite=False, updates=5, lag=2, saved_at=5) == ([1, 2, 3, 4, 5], [])
 
 
 def test_the_average_loss_takes_no_part_in_it() -> None:
