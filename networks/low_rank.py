@@ -125,7 +125,7 @@ class _AdaptedLinear(torch.autograd.Function):
             del x  # before the gradient of the gate needs room
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_rows = rows @ weight.to(grad.dtype)
+            grad_rows = rows @ weight.to(grad)  # one in few bits is unpacked now, and not kept since the forward pass
             grad_x = grad_rows.addmm_(grad_low, down).view(*grad.shape[:-1], -1).to(ctx.x_dtype)
             if ctx.is_gated:
                 grad_x = gated_gradient(grad_x, kept, overwrite=True)
@@ -163,7 +163,7 @@ class _AdaptedLinears(torch.autograd.Function):
         if needs_x:
             grad_rows = grad_low @ down
             for own, weight in zip(grads, weights, strict=True):
-                grad_rows.addmm_(own, weight.to(grad.dtype))
+                grad_rows.addmm_(own, weight.to(grad))
             grad_x = grad_rows.view_as(x).to(ctx.x_dtype)
         return grad_x, grad_down, grad_up, None, *(None for _ in weights)
 
@@ -206,7 +206,7 @@ class _AdaptedConv2d(torch.autograd.Function):
             grad_low = grad_low * mask
         grad_x, grad_down = _conv_backward(grad_low, x, down, ctx.geometry, needs_x, ctx.needs_input_grad[3])
         if needs_x:
-            base_grad_x, _ = _conv_backward(grad, x, weight.to(grad.dtype), ctx.geometry, True, False)
+            base_grad_x, _ = _conv_backward(grad, x, weight.to(grad), ctx.geometry, True, False)
             grad_x = base_grad_x.add_(grad_x).to(ctx.x_dtype)
         return grad_x, None, None, grad_down, grad_up, None, None, None
 

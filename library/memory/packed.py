@@ -43,6 +43,21 @@ class Codec(Protocol):
         """
 
 
+_FEW = 256
+"""Elements of tables, which may as well be kept."""
+
+
+@torch.library.custom_op("atelier::once_there", mutates_args=())
+def _once_there(part: Tensor, other: Tensor) -> Tensor:
+    """Return a copy of `part`, made when `other` is there."""
+    return part.clone()
+
+
+@_once_there.register_fake
+def _(part: Tensor, other: Tensor) -> Tensor:
+    return torch.empty_like(part)
+
+
 class PackedTensor(Tensor):
     """A tensor that is stored by a codec.
 
@@ -84,9 +99,18 @@ class PackedTensor(Tensor):
         """
         return cls(codec.pack(tensor.detach()), codec, tensor.shape, dtype or tensor.dtype)
 
-    def unpack(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the values as a new plain tensor of `dtype`, or of the type it pretends to have."""
-        return self.codec.unpack(self.parts, self.shape, dtype or self.dtype)
+    def unpack(self, dtype: torch.dtype | None = None, after: Tensor | None = None) -> Tensor:
+        """Return the values as a new plain tensor.
+
+        Args:
+            dtype: of the result; None for the type it pretends to have.
+            after: a tensor that is there before: a compiler, which sees the same values unpacked for the forward pass, would keep
+                them from then on instead of unpacking them for a gradient.
+        """
+        parts = self.parts
+        if after is not None and torch.compiler.is_compiling():
+            parts = tuple(_once_there(part, after) if part.numel() > _FEW else part for part in parts)
+        return self.codec.unpack(parts, self.shape, dtype or self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch annotates only the type
         return f"PackedTensor({self.codec.name}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -106,6 +130,8 @@ class PackedTensor(Tensor):
             return layer(*args, **kwargs)
         if func is Tensor.to and len(args) == 2 and isinstance(args[1], torch.dtype):
             return args[0].unpack(args[1])
+        if func is Tensor.to and len(args) == 2 and isinstance(args[1], Tensor) and isinstance(args[0], PackedTensor):
+            return args[0].unpack(args[1].dtype, after=args[1])
         if func == Tensor.data.__set__ and not isinstance(args[1], PackedTensor):  # type: ignore[attr-defined]
             raise TypeError(f"a tensor that is packed as {args[0].codec.name} cannot be given other values")
         with torch._C.DisableTorchFunctionSubclass():
@@ -212,7 +238,7 @@ class _PackedLinear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (rows @ weight.unpack(grad.dtype)).view(*grad.shape[:-1], -1).to(ctx.x_dtype)
+            grad_x = (rows @ weight.unpack(grad.dtype, after=grad)).view(*grad.shape[:-1], -1).to(ctx.x_dtype)
         return grad_x, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
@@ -236,6 +262,6 @@ class _PackedConv2d(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             stride, padding, dilation = ctx.geometry
-            plain = weight.unpack(grad.dtype)
+            plain = weight.unpack(grad.dtype, after=grad)
             grad_x = conv2d_input(ctx.x_shape, plain, grad, stride, padding, dilation, ctx.groups).to(ctx.x_dtype)
         return grad_x, None, grad.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None, None, None, None

@@ -7,8 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
+from library.memory.codecs import CODECS
+from library.memory.packed import PackedTensor, pack_layers
+from library.models.sdxl.layers import BasicTransformerBlock, run_block
 from library.training.compiled_blocks import HOPELESS, CompiledBlocks
+from networks.lora_module import LoRAModule
+from networks.lora_together import LoRABlock
 
 
 class Block(nn.Module):
@@ -142,3 +148,34 @@ def test_what_is_not_the_compilers_fault_is_raised() -> None:
     compiled(model, Compiler())
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         train_on(model, torch.randn(2, 3))
+
+
+def test_a_lora_beside_packed_weights_is_one_graph_that_learns_the_same_and_keeps_no_plain_weight() -> None:
+    torch.manual_seed(1)
+    block = BasicTransformerBlock(64, 64, 32, 256).requires_grad_(False).bfloat16()
+    adapters = {id(layer): LoRAModule(layer, 4, 2.0) for layer in block.modules() if isinstance(layer, nn.Linear)}
+    parts = nn.ModuleList(adapters.values())
+    for adapter in adapters.values():
+        nn.init.normal_(adapter.lora_up.weight, std=0.3)
+        adapter.apply_to()
+    LoRABlock(block, adapters).apply_to()
+    pack_layers(block, CODECS["fp8"])
+    x, context = torch.randn(1, 6, 64).bfloat16(), torch.randn(1, 5, 64).bfloat16()
+    weights = {tuple(weight.shape) for weight in block.parameters() if weight.ndim > 1}
+
+    def learned(*, recompute: bool) -> tuple[list[Tensor], set[tuple[int, ...]]]:
+        block.recompute, kept = recompute, []
+        parts.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+            out = run_block(block, x.clone().requires_grad_(), context)
+        out.float().square().mean().backward()
+        plain = {tuple(each.shape) for each in kept if each.dtype == torch.bfloat16 and not isinstance(each, PackedTensor)}
+        return [parameter.grad for parameter in parts.parameters()], plain & weights  # type: ignore[misc]
+
+    expected, _ = learned(recompute=False)
+    blocks = CompiledBlocks({"block": block}, "aot_eager", lambda: 1.0, is_all=True)
+    for recompute in (False, True):
+        gradients, plain = learned(recompute=recompute)
+        assert not plain and blocks.num_graphs == blocks.num_compiled == 1
+        for found, true in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(found, true, rtol=0.02, atol=0.02 * float(true.abs().max()))
