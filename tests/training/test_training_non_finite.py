@@ -120,6 +120,7 @@ def test_skipped_updates_change_nothing_and_are_told(tmp_path: Path, caplog: pyt
     assert "The loss of step 1 is not finite. That update was left out; training goes on." in caplog.text
     caplog.clear()
     long = guarded(FakeRun(spoiled(bad), updates=30), tmp_path, "skip")
+    long.run.guard._lag = 2
     seen: list[str] = []
     step = long.accelerator.unwrap_model(long.run.step)
     step.observe = lambda batch, timesteps, losses: seen.append(
