@@ -241,3 +241,12 @@ def test_a_block_compiles_into_one_graph():
     eager = model.gradients()
     compiled = torch.compile(model.block.forward, backend="aot_eager", fullgraph=True)
     assert error(model.gradients(compiled), eager) < 1e-6
+
+
+def test_a_hook_on_a_layer_sees_what_the_layer_gives():
+    model = Adapted(together=True)
+    before = model.gradients()
+    seen: list[torch.Tensor] = []
+    model.block.attn1.to_k.register_forward_hook(lambda layer, inputs, output: seen.append(output))
+    assert error(model.gradients(), before) < 1e-6
+    assert len(seen) == 1 and seen[0].shape == (2, 12, WIDTHS[0])
