@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a scri
 from library.files.atomic import atomic_write_text
 from library.memory.traceable import untraceable
 from library.options.checks import checkpoint_problems, precision_problems, quant_problems
+from library.options.checks_compile import compile_problems
 from library.options.checks_optimizer import fused_problems, host_state_problems, optimizer_name, optimizer_problems
-from library.options.checks_swap import compiled_swap_problems, swap_problems, trained_swap_problems
+from library.options.checks_swap import swap_problems, trained_swap_problems
 from library.options.checks_trained import packed_problems
 from library.options.entry import run_script
 from library.options.errors import UsageError
@@ -80,7 +81,7 @@ def check(options: BenchScriptOptions) -> None:
     problems += precision_problems(options.precision)
     problems += checkpoint_problems(options.precision)
     problems += swap_problems(options.precision)
-    problems += compiled_swap_problems(options.precision, options.compile)
+    problems += compile_problems(options.compile)
     problems += idle_compile_problems(options)
     if options.bench.mode == "finetune":
         problems += [*packed_problems(options.precision), *trained_swap_problems(options.precision, options.optimizer)]

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from library.options.checks_compile import compile_problems
 from library.options.checks_distributed import distributed_notes, distributed_problems, wants_sharding
 from library.options.checks_generation import generation_notes, generation_problems
 from library.options.checks_hub import hub_notes, hub_problems
 from library.options.checks_objective import objective_notes, objective_problems
 from library.options.checks_optimizer import fused_problems, host_state_problems, is_schedule_free
-from library.options.checks_swap import compiled_swap_problems, swap_problems
+from library.options.checks_swap import swap_problems
 from library.options.checks_trained import trained_notes, trained_problems
 from library.options.dataset_class import class_notes, class_problems
-from library.options.groups.compile import GONE_BACKENDS, CompileOptions
 from library.options.groups.dataset import DatasetOptions
 from library.options.groups.logging import LoggingOptions
 from library.options.groups.model import ModelOptions
@@ -64,9 +64,8 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
     yield from precision_problems(options.precision)
     yield from checkpoint_problems(options.precision)
     yield from swap_problems(options.precision)
-    yield from compiled_swap_problems(options.precision, options.compile)
     yield from quant_problems(options.precision)
-    yield from _compile_problems(options.compile)
+    yield from compile_problems(options.compile)
     yield from fused_problems(options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision)
     divided = options.distributed.deepspeed or wants_sharding()
     yield from host_state_problems(options.optimizer, options.precision.mixed_precision, is_divided=divided)
@@ -117,14 +116,6 @@ def quant_problems(precision: StepPrecisionOptions) -> Iterator[str]:
                 yield f"--{name} and --base_quant {quant} hold the same weights in two ways. Choose one."
         if find_spec("bitsandbytes") is None:
             yield f"--base_quant {quant} needs the package bitsandbytes: pip install bitsandbytes, or use --base_quant fp8."
-
-
-def _compile_problems(options: CompileOptions) -> Iterator[str]:
-    if options.torch_compile and options.dynamo_backend in GONE_BACKENDS:
-        yield (
-            f"--dynamo_backend {options.dynamo_backend}: no version of PyTorch that this suite runs on has this compiler. "
-            "Choose inductor, which is the default."
-        )
 
 
 def _model_problems(model: ModelOptions) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from library.options.groups.compile import CompileOptions
 from library.options.groups.optimizer import OptimizerOptions
 from library.options.groups.precision import StepPrecisionOptions
 
@@ -19,15 +18,6 @@ def trained_swap_problems(precision: StepPrecisionOptions, optimizer: OptimizerO
         yield (
             f"{swap_flag(precision)} takes blocks off the accelerator as soon as their backward pass is over, so their weights "
             "have to be stepped in it: add --fused_backward_pass."
-        )
-
-
-def compiled_swap_problems(precision: StepPrecisionOptions, compile: CompileOptions) -> Iterator[str]:
-    """Yield which compiler cannot have its weights moved."""
-    if precision.swaps_blocks and compile.torch_compile and compile.dynamo_backend == "cudagraphs":
-        yield (
-            f"--dynamo_backend cudagraphs wants weights to stay where they are, and {swap_flag(precision)} moves them. "
-            "Choose inductor."
         )
 
 

@@ -26,7 +26,7 @@ REFUSED = [
     ("--checkpoint_fraction 0.5", "so it needs --gradient_checkpointing"),
     ("--gradient_checkpointing --checkpoint_fraction 0", "--checkpoint_fraction"),
     ("--blocks_to_swap 9 --offload_fraction 0.5", "Give one of them"),
-    ("--blocks_to_swap 9 --torch_compile --dynamo_backend cudagraphs", "wants weights to stay where they are"),
+    ("--torch_compile --dynamo_backend cudagraphs", "has not been tried"),
     ("--optimizer_states host --mixed_precision fp16", "--optimizer_states host cannot step in parts under"),
     (
         "--optimizer_states host --optimizer_type Prodigy --learning_rate 1",
