@@ -87,7 +87,7 @@ def dry_run(
         log.warning("%s", reason)
         raise SystemExit(CANNOT_TELL)
     device = Device.of(options.forecast.dry_run_vram)
-    forecasts = Forecasts(recipe, setting, requests, "cuda" if options.forecast.budget else device.kind)
+    forecasts = Forecasts(recipe, setting, requests, "cuda" if options.forecast.budget else device.kind, tells=True)
     options, _ = fit(options, forecasts, saved)
     setting = replace(setting, options=options)
     tracing, forecast = forecasts.traced(options)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from library.training.building import Recipe
 from library.training.forecast import Forecast, Tracing, needed_for, quiet
 from library.training.setting import Setting
 from library.training.state import SavedPlace
+from library.training.stepped_state import no_step
 
 log = logging.getLogger(__name__)
 
@@ -107,13 +109,17 @@ class Forecasts:
         setting: of the run.
         requests: sample prompts; empty where no sample images are drawn.
         device_type: what the run is on, "cuda" or "cpu".
+        tells: let the first of them tell what making the run would.
     """
 
-    def __init__(self, recipe: Recipe, setting: Setting, requests: Sequence[ImageRequest], device_type: str) -> None:
+    def __init__(
+        self, recipe: Recipe, setting: Setting, requests: Sequence[ImageRequest], device_type: str, *, tells: bool = False
+    ) -> None:
         self._recipe = recipe
         self._setting = setting
         self._requests = requests
         self._device_type = device_type
+        self._tells = tells
         self._made: list[tuple[TrainingOptions, Tracing, Forecast]] = []
 
     def __call__(self, options: TrainingOptions) -> Forecast:
@@ -127,7 +133,7 @@ class Forecasts:
                 return tracing, forecast
         recipe, setting = with_options(self._recipe, options), replace(self._setting, options=options)
         tracing = Tracing(recipe, setting, self._requests, self._device_type)
-        with quiet():
+        with nullcontext() if self._tells and not self._made else quiet():
             forecast = tracing.forecast()
         self._made.append((options, tracing, forecast))
         return tracing, forecast
@@ -226,8 +232,11 @@ def picked_before(options: TrainingOptions, recorded: Mapping[str, Mapping[str, 
 
 def why_not(options: TrainingOptions) -> str | None:
     """Say in a sentence why the memory of a run cannot be forecast; None where it can."""
-    if reason := untraceable(options.optimizer):
-        return reason
+    if untraceable(options.optimizer):
+        with quiet():
+            reason = no_step(options.optimizer)
+        if reason:
+            return reason
     if divider := what_divides(options.distributed):
         return (
             f"The memory of a run that {divider} divides over its processes is not forecast. Leave it out to see what a process "

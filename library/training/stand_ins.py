@@ -7,18 +7,24 @@ import torch
 from torch import nn
 
 from library.memory.trace import StorageCounter, kind_of
-from library.memory.traceable import ADAFACTOR, KEPT_BY_BITSANDBYTES, kept_bytes
+from library.memory.traceable import ADAFACTOR, KEPT_BY_BITSANDBYTES, kept_bytes, untraceable
 from library.optim.optimizers import choose_kernels
 from library.optim.updates import UpdateInBackward, Updater
 from library.options.checks_optimizer import class_path
 from library.options.groups.optimizer import OptimizerOptions
+from library.training.stepped_state import stepped_bytes
 
 
 def what_is_traced(optimizer: OptimizerOptions) -> OptimizerOptions:
     """Return the optimizer that stands for another one in the trace: one that makes tensors of the same sizes, or none."""
     path = class_path(optimizer)
-    if path in KEPT_BY_BITSANDBYTES:
-        stands_in: dict[str, Any] = {"optimizer_type": "SGD", "optimizer_args": None, "use_8bit_adam": False}
+    if path in KEPT_BY_BITSANDBYTES or untraceable(optimizer):
+        stands_in: dict[str, Any] = {
+            "optimizer_type": "SGD",
+            "optimizer_args": None,
+            "use_8bit_adam": False,
+            "use_lion_optimizer": False,
+        }
     elif path == ADAFACTOR:
         stands_in = {"optimizer_args": (*(optimizer.optimizer_args or ()), "scale_parameter=False")}
     else:
@@ -33,12 +39,12 @@ def computed_state(optimizer: OptimizerOptions, parameters: Sequence[nn.Paramete
         optimizer: as it was asked for.
         parameters: that it steps.
     """
+    if optimizer.optimizer_states == "host":
+        return 0
     kept = KEPT_BY_BITSANDBYTES.get(class_path(optimizer))
-    return (
-        0
-        if kept is None or optimizer.optimizer_states == "host"
-        else sum(kept_bytes(parameter.numel(), *kept) for parameter in parameters)
-    )
+    if kept is not None:
+        return sum(kept_bytes(parameter.numel(), *kept) for parameter in parameters)
+    return stepped_bytes(optimizer, parameters) if untraceable(optimizer) else 0
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

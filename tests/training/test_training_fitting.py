@@ -141,4 +141,7 @@ def test_the_memory_of_what_is_divided_is_not_forecast() -> None:
     assert why_not(OPTIONS) is None
     divided = replace(OPTIONS, distributed=OPTIONS.distributed.model_copy(update={"deepspeed": True}))
     assert "DeepSpeed divides" in (why_not(divided) or "")
-    assert "Prodigy" in (why_not(parse(SdxlTrainNetworkOptions, [*ARGUMENTS, "--optimizer_type", "Prodigy"])) or "")
+    prodigy = parse(SdxlTrainNetworkOptions, [*ARGUMENTS, "--optimizer_type", "Prodigy", "--learning_rate", "1"])
+    assert why_not(prodigy) is None
+    broken = prodigy.optimizer.model_copy(update={"optimizer_args": ("betas=3",)})
+    assert "The memory of Prodigy cannot be forecast" in (why_not(replace(prodigy, optimizer=broken)) or "")
