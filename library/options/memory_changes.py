@@ -62,10 +62,8 @@ def _computes_again(share: float) -> Callable[[TrainingOptions], bool]:
     return suits
 
 
-def _offloads(share: float, *, with_fused: bool) -> Callable[[TrainingOptions], bool]:
+def _offloads(share: float) -> Callable[[TrainingOptions], bool]:
     def suits(options: TrainingOptions) -> bool:
-        if with_fused != (options.trains_denoiser and not options.optimizer.fused_backward_pass):
-            return False
         return not options.precision.blocks_to_swap and (options.precision.offload_fraction or 0) < share
 
     return suits
@@ -78,6 +76,17 @@ def _packs(kind: str) -> Callable[[TrainingOptions], bool]:
         )
 
     return suits
+
+
+def _fused(*, keeps_the_run: bool) -> Change:
+    return Change(
+        "--fused_backward_pass",
+        "no time; gradients are limited tensor by tensor",
+        {"optimizer": {"fused_backward_pass": True}},
+        {"gradients": 1, "activations": 1},
+        lambda options: not _is_frozen(options) and not options.optimizer.fused_backward_pass,
+        keeps_the_run,
+    )
 
 
 _CHECKPOINTING = {"gradient_checkpointing": True}
@@ -105,14 +114,7 @@ CHANGES: tuple[Change, ...] = (
         {"optimizer": 0.75, "activations": 1},
         _keeps_two_moments,
     ),
-    Change(
-        "--fused_backward_pass",
-        "no time; gradients are limited tensor by tensor",
-        {"optimizer": {"fused_backward_pass": True}},
-        {"gradients": 1, "activations": 1},
-        lambda options: not _is_frozen(options) and not options.optimizer.fused_backward_pass,
-        keeps_the_run=False,
-    ),
+    _fused(keeps_the_run=False),
     *(
         Change(
             "--gradient_checkpointing" + (f" --checkpoint_fraction {share:g}" if share < 1 else ""),
@@ -130,16 +132,16 @@ CHANGES: tuple[Change, ...] = (
         {"optimizer": 1, "activations": 1},
         lambda options: options.optimizer.optimizer_states == "device",
     ),
+    _fused(keeps_the_run=True),  # for a budget not before the others, since it limits gradients in another way
     *(
         Change(
-            f"{fused}--offload_fraction {share:g}",
-            "transfers beside the computation" + ("; gradients are limited tensor by tensor" if fused else ""),
-            {"precision": {"offload_fraction": share}} | ({"optimizer": {"fused_backward_pass": True}} if fused else {}),
+            f"--offload_fraction {share:g}",
+            "transfers beside the computation",
+            {"precision": {"offload_fraction": share}},
             {"weights": share, "gradients": 1, "optimizer": 1, "activations": 1},
-            _offloads(share, with_fused=bool(fused)),
+            _offloads(share),
         )
         for share in (0.3, 0.6, 0.9)
-        for fused in ("", "--fused_backward_pass ")
     ),
     *(
         Change(
@@ -168,7 +170,7 @@ def levels(options: Options, *, keeps_the_run: bool) -> Iterator[tuple[Options, 
             continue
         more = without_covered(chosen, change)
         changed = with_changes(options, more)
-        if not find_problems(changed):
+        if changed != with_changes(options, chosen) and not find_problems(changed):
             chosen = tuple(more)
             yield changed, chosen
 
@@ -182,8 +184,8 @@ def no_swapping(options: TrainingOptions) -> str | None:
     """Say in a sentence why blocks whose weights are trained cannot be swapped, although they are not yet; None where they can."""
     if not options.trains_denoiser or options.precision.swaps_blocks:
         return None
-    swapped = next(change for change in CHANGES if change.flags.startswith("--fused_backward_pass --offload"))
-    return next(iter(find_problems(swapped.applied(options))), None)
+    swapped = options.precision.model_copy(update={"offload_fraction": 0.3})
+    return next(iter(find_problems(replace(_fused(keeps_the_run=True).applied(options), precision=swapped))), None)
 
 
 def with_changes(options: Options, changes: Sequence[Change]) -> Options:

@@ -50,8 +50,8 @@ class Device:
             return cls("cuda", int(vram * 2**30), f"a GPU with {vram:g} GiB")
         if torch.cuda.is_available():
             properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-            return cls("cuda", properties.total_memory, properties.name)
-        return cls("cpu", None, "the CPU")
+            return cls("cuda", properties.total_memory, f"{properties.name} ({gib(properties.total_memory)})")
+        return cls("cpu", None, "a GPU")
 
 
 def dry_run(
@@ -123,7 +123,6 @@ def verdict(forecast: Forecast, device: Device) -> str:
     beside = f"with {gib(BESIDE_TENSORS)} for the driver and its libraries"
     if device.memory is None:
         return f"On a GPU it would need {needed}, {beside}; --dry_run_vram tells whether it fits into one."
-    memory = f"{device.name} ({gib(device.memory)})"
     if forecast.needed <= device.memory:
-        return f"It fits: {needed} of {memory} are needed, {beside}; {forecast.largest} needs most."
-    return f"It does not fit: {needed} are needed, {beside}, and {forecast.largest} needs most; {memory} is too small."
+        return f"It fits: {needed} of {device.name} are needed, {beside}; {forecast.largest} needs most."
+    return f"It does not fit: {needed} are needed, {beside}, and {forecast.largest} needs most; {device.name} is too small."

@@ -10,6 +10,7 @@ from library.generation.request import ImageRequest
 from library.memory.sizes import gib
 from library.memory.trace import Peak
 from library.memory.traceable import untraceable
+from library.options.checks import find_problems
 from library.options.checks_distributed import what_divides
 from library.options.errors import UsageError
 from library.options.memory_changes import CHANGES, Change, levels, no_swapping, with_changes, without_covered
@@ -97,6 +98,8 @@ def leanest(options: TrainingOptions, attempt: Attempt, memory: int, trace: Call
         return attempt
     alone = attempt.changes[-1:]
     changed = with_changes(options, alone)
+    if find_problems(changed):
+        return attempt
     forecast = trace(changed)
     return Attempt(changed, alone, forecast) if forecast.needed <= memory else attempt
 
