@@ -40,7 +40,6 @@ _NAMES = {
     ),
     **dict.fromkeys(("pretrained_model_name_or_path", "vae", "base_weights", "network_weights", "dim_from_weights"), FREE),
     "controlnet_model_name_or_path": FREE,
-    "optimizer_states": ROUNDS,
     **dict.fromkeys(("tokenizer_cache_dir", "disable_mmap_load_safetensors", "lowram", "clip_skip", "v2"), FREE),
     **dict.fromkeys(("training_comment", "no_metadata", "ddp_timeout"), FREE),
 }
