@@ -119,7 +119,9 @@ class ForecastBeside:
             self._job = None
 
     def wait(self, patience: float) -> None:
-        """Wait until it is over, or was begun so many seconds ago."""
+        """Wait until it is over, or was begun so many seconds ago; one that was not begun is not waited for."""
+        if self._job is not None:
+            return
         left = self._began + patience - time.monotonic()
         if left > 0 and not self._is_over.is_set():
             log.info("The forecast of memory comes in a moment; Ctrl+C goes without.")

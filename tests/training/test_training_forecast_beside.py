@@ -101,6 +101,13 @@ def test_a_run_that_is_stopped_waits_for_nothing_and_leaves_no_process(monkeypat
     assert started[0].poll() is not None and time.monotonic() - began < 30
 
 
+def test_a_run_that_was_complete_at_once_waits_for_no_forecast() -> None:
+    began = time.monotonic()
+    PeakMemory(torch.device("cuda"), ForecastBeside(JOB), EventLog()).ended(RunEnd("complete", None, 0.0))
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_what_goes_wrong_costs_the_forecast_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> subprocess.Popen[bytes]:
         raise OSError("no more processes")
