@@ -159,7 +159,7 @@ def start_process() -> subprocess.Popen[bytes]:
     flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(subprocess, "IDLE_PRIORITY_CLASS", 0)
     places = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
-        [sys.executable, "-m", "library.training.forecast_process"],
+        [sys.executable, "-P", "-m", "library.training.forecast_process"],  # -P: not what is called so in the folder one is in
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -120,6 +120,27 @@ def test_what_goes_wrong_costs_the_forecast_alone(monkeypatch: pytest.MonkeyPatc
         assert beside.forecast is None
 
 
+class Known:
+    """A job that needs no model."""
+
+    def done(self) -> Forecast:
+        return EXPECTED
+
+
+def test_the_process_is_of_this_suite_in_whatever_folder_the_run_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "__init__.py").write_text("raise RuntimeError('another trainer')")
+    monkeypatch.chdir(tmp_path)
+    process, handed = start_process(), pickle.dumps(Known())
+    assert process.stdin is not None and process.stdout is not None
+    with process:
+        process.stdin.write(LENGTH.pack(len(handed)) + handed)
+        process.stdin.flush()
+        assert forecast_of(json.loads(process.stdout.read())) == EXPECTED
+
+
 class Sleep:
     """Takes a minute to be read."""
 
