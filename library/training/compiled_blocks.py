@@ -6,7 +6,7 @@ function of its own; which one is for which block and which inputs is found once
 """
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping
 from types import FunctionType
 from typing import Any
@@ -20,7 +20,8 @@ Forward = Callable[..., Any]
 Key = tuple[Hashable, ...]
 
 HOPELESS = 3
-"""When so many graphs failed and none was made, the compiler is at fault: there is none, or it does not work here."""
+"""When so many graphs of one kind of block failed and none was made, no more are tried; where this is so of every kind, the
+compiler is at fault: there is none, or it does not work here."""
 
 
 class CompiledBlocks:
@@ -44,8 +45,9 @@ class CompiledBlocks:
         self._stance: dict[str, Any] = {"skip_guard_eval_unsafe": True} if is_all else {"stance": "eager_on_recompile"}
         self._graphs: dict[Key, list[Forward]] = defaultdict(list)
         self._failures: set[tuple[str, str]] = set()
-        self._num_failed = 0
+        self._num_failed: Counter[str] = Counter()
         self._blocks = dict(blocks)
+        self._kinds = {name: type(block).__name__ for name, block in blocks.items()}
         self._eager: dict[str, Forward] = {name: block.forward for name, block in blocks.items()}
         self._chosen: dict[str, dict[Key, Forward]] = {name: {} for name in blocks}
         for name, block in blocks.items():
@@ -64,7 +66,10 @@ class CompiledBlocks:
     @property
     def is_hopeless(self) -> bool:
         """Whether nothing can be compiled."""
-        return self.num_graphs == 0 and self._num_failed >= HOPELESS
+        return all(map(self._is_hopeless, self._kinds.values()))
+
+    def _is_hopeless(self, kind: str) -> bool:
+        return self._num_failed[kind] >= HOPELESS and not any(made for (own, *_), made in self._graphs.items() if own == kind)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -105,7 +110,8 @@ class CompiledBlocks:
     def _first(self, name: str, key: Key, inputs: tuple[Tensor, ...]) -> Any:
         """Find or make the graph of a block for inputs it is given for the first time, and run it."""
         eager, chosen = self._eager[name], self._chosen[name]
-        graphs = self._graphs[type(self._blocks[name]).__name__, *key]
+        kind = self._kinds[name]
+        graphs = self._graphs[kind, *key]
         for graph in graphs:  # of another block, which may be of other sizes or have other adapters: PyTorch compares everything
             try:
                 with torch.compiler.set_stance("fail_on_recompile"):
@@ -116,7 +122,7 @@ class CompiledBlocks:
                 continue
             chosen[key] = graph
             return out
-        if self.is_hopeless:
+        if self._is_hopeless(kind):
             chosen[key] = eager
             return eager(*inputs)
         graph = self._compiled()
@@ -138,7 +144,7 @@ class CompiledBlocks:
         """Return a function that runs a block compiled: (the block's own forward, its inputs)."""
         # Random numbers come from PyTorch's generators then, as they do without a compiler.
         options: dict[str, Any] | None = {"fallback_random": True} if self._backend == "inductor" else None
-        code = _call.__code__.replace(co_name=f"block_{self.num_graphs + self._num_failed}")
+        code = _call.__code__.replace(co_name=f"block_{self.num_graphs + self._num_failed.total()}")
         return torch.compile(
             FunctionType(code, _call.__globals__), backend=self._backend, dynamic=False, fullgraph=True, options=options
         )
@@ -151,8 +157,8 @@ class CompiledBlocks:
 
     def _tell(self, name: str, inputs: tuple[Tensor, ...], error: Exception) -> None:
         """Say once for each kind of block and reason that it cannot be compiled."""
-        self._num_failed += 1
-        kind, reason = type(self._blocks[name]).__name__, first_line(error)
+        kind, reason = self._kinds[name], first_line(error)
+        self._num_failed[kind] += 1
         if self.is_hopeless:
             self.give_up(error)
         if self.is_hopeless or (kind, reason) in self._failures:

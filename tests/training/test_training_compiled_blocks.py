@@ -31,6 +31,14 @@ class Other(Block):
     pass
 
 
+class Odd(Block):
+    """Cannot become one graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
 class Compiler:
     """Counts graphs, and how often they run; refuses some."""
 
@@ -141,6 +149,16 @@ def test_a_compiler_that_makes_nothing_is_not_asked_for_ever(caplog: pytest.LogC
         train_on(model, torch.randn(rows, 4))
     assert len(asked) == HOPELESS and blocks.is_hopeless and not blocks.num_compiled
     assert "cannot compile the model" in said(caplog)[-1] and "goes on without" in said(caplog)[-1]
+
+
+def test_a_kind_that_cannot_be_compiled_is_not_tried_for_ever_and_keeps_no_other_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries, compile_it = [], torch.compile
+    monkeypatch.setattr("torch.compile", lambda *given, **more: tries.append(1) or compile_it(*given, **more))
+    model, compiler, x = nn.Sequential(*(Odd() for _ in range(HOPELESS + 2)), Other()), Compiler(), torch.randn(2, 4)
+    expected = train_on(model, x)
+    blocks = compiled(model, compiler)
+    assert torch.equal(train_on(model, x), expected)
+    assert len(tries) == HOPELESS + 1 and (compiler.graphs, blocks.num_compiled, blocks.is_hopeless) == (1, 1, False)
 
 
 def test_what_is_not_the_compilers_fault_is_raised() -> None:
