@@ -31,27 +31,25 @@ _PARTS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS)
 
 @dataclass(frozen=True)
 class Device:
-    """What a run is to fit into."""
+    """The GPU that a run is to fit into."""
 
-    kind: str
-    """"cuda" or "cpu"."""
     memory: int | None
     """Bytes; None where there is no limit to compare with."""
     name: str
 
     @classmethod
     def of(cls, vram: float | None) -> "Device":
-        """Return the device that was asked about, or that of this machine.
+        """Return the one that was asked about, or that of this machine, or any where it has none.
 
         Args:
             vram: GiB of `--dry_run_vram`.
         """
         if vram is not None:
-            return cls("cuda", int(vram * 2**30), f"a GPU with {vram:g} GiB")
+            return cls(int(vram * 2**30), f"a GPU with {vram:g} GiB")
         if torch.cuda.is_available():
             properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-            return cls("cuda", properties.total_memory, f"{properties.name} ({gib(properties.total_memory)})")
-        return cls("cpu", None, "a GPU")
+            return cls(properties.total_memory, f"{properties.name} ({gib(properties.total_memory)})")
+        return cls(None, "a GPU")
 
 
 def dry_run(
@@ -87,7 +85,7 @@ def dry_run(
         log.warning("%s", reason)
         raise SystemExit(CANNOT_TELL)
     device = Device.of(options.forecast.dry_run_vram)
-    forecasts = Forecasts(recipe, setting, requests, "cuda" if options.forecast.budget else device.kind, tells=True)
+    forecasts = Forecasts(recipe, setting, requests, tells=True)
     options, _ = fit(options, forecasts, saved)
     setting = replace(setting, options=options)
     tracing, forecast = forecasts.traced(options)

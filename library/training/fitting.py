@@ -105,23 +105,19 @@ def leanest(options: TrainingOptions, attempt: Attempt, memory: int, trace: Call
 
 
 class Forecasts:
-    """Forecasts of a run with other options, each made once, without a word of what is built on the way.
+    """Forecasts of a run on a GPU with other options, each made once, without a word of what is built on the way.
 
     Args:
         recipe: of the script.
         setting: of the run.
         requests: sample prompts; empty where no sample images are drawn.
-        device_type: what the run is on, "cuda" or "cpu".
         tells: let the first of them tell what making the run would.
     """
 
-    def __init__(
-        self, recipe: Recipe, setting: Setting, requests: Sequence[ImageRequest], device_type: str, *, tells: bool = False
-    ) -> None:
+    def __init__(self, recipe: Recipe, setting: Setting, requests: Sequence[ImageRequest], *, tells: bool = False) -> None:
         self._recipe = recipe
         self._setting = setting
         self._requests = requests
-        self._device_type = device_type
         self._tells = tells
         self._made: list[tuple[TrainingOptions, Tracing, Forecast]] = []
 
@@ -135,7 +131,7 @@ class Forecasts:
             if known == options:
                 return tracing, forecast
         recipe, setting = with_options(self._recipe, options), replace(self._setting, options=options)
-        tracing = Tracing(recipe, setting, self._requests, self._device_type)
+        tracing = Tracing(recipe, setting, self._requests)
         with nullcontext() if self._tells and not self._made else quiet():
             forecast = tracing.forecast()
         self._made.append((options, tracing, forecast))

@@ -98,20 +98,18 @@ def needed_for(size: int) -> int:
 
 
 class Tracing:
-    """A run made of fake tensors.
+    """A run on a GPU, made of fake tensors.
 
     Args:
         recipe: of the script.
         setting: of the run.
         requests: sample prompts; empty where no sample images are drawn.
-        device_type: what the run is on; decides the kernels of torch's optimizers.
     """
 
-    def __init__(self, recipe: Recipe, setting: Setting, requests: Sequence[ImageRequest], device_type: str = "cuda") -> None:
+    def __init__(self, recipe: Recipe, setting: Setting, requests: Sequence[ImageRequest]) -> None:
         self._recipe = recipe
         self._asked = setting
         self._requests = requests
-        self._device_type = device_type
         self.trained: Trained | None = None
         """What is trained, once it was built."""
         self.defaults: Mapping[str, Any] = {}
@@ -151,7 +149,7 @@ class Tracing:
         parts = ModelParts(setting.family, denoiser, text.encoders, vae, setting.options.cache.vae_batch_size)
         run, _, optimizer = build_step(setting, trained, parts)
         self.defaults = optimizer.defaults
-        use_kernels_of(optimizer, self._device_type)
+        use_kernels_of(optimizer, "cuda")
         average = _average(setting, trained)
         run.trainable.on_epoch_start()
         parameters = trained_parameters(optimizer)

@@ -77,7 +77,7 @@ def run_recipe(
         return
     with events_of_run(options.logging.log_events) as events, telling_of_memory(options) as resident:
         setting = make_setting(open_family, options, data, saved.seed if saved else None, events)
-        picked, forecast = fit(options, Forecasts(recipe, setting, requests, "cuda"), saved)
+        picked, forecast = fit(options, Forecasts(recipe, setting, requests), saved)
         recipe, setting = with_options(recipe, picked), replace(setting, options=picked)
         beside = ForecastBeside.of_run(recipe, open_family, requests, setting, forecast)
         carry_out(recipe, setting, saved, requests, resident, beside)

@@ -93,7 +93,7 @@ def test_a_forecast_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
         options: TrainingOptions
 
     monkeypatch.setattr("library.training.fitting.Tracing", Made)
-    forecasts: Any = Forecasts(Holder(OPTIONS), Holder(OPTIONS), (), "cuda")  # type: ignore[arg-type]
+    forecasts: Any = Forecasts(Holder(OPTIONS), Holder(OPTIONS), ())  # type: ignore[arg-type]
     other = parse(SdxlTrainNetworkOptions, [*ARGUMENTS, "--gradient_checkpointing"])
     for options in (OPTIONS, other, parse(SdxlTrainNetworkOptions, ARGUMENTS), OPTIONS):
         assert forecasts(options) == forecast(options)
