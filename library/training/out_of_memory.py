@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from library.memory.packed import PackedTensor
 from library.memory.sizes import gib
-from library.options.checks_optimizer import optimizer_name
+from library.options.checks_distributed import what_divides
+from library.options.checks_optimizer import fused_problems, host_state_problems, optimizer_name
 from library.options.errors import UserError
 from library.options.scripts import (
     CacheLatentsOptions,
@@ -177,7 +178,9 @@ def remedies(options: TrainingOptions, sizes: Sizes) -> Iterator[str]:
         yield "--mixed_precision bf16: half of the activations and of frozen weights"
     if optimizer_name(optimizer).lower() in ("adamw", "adam"):
         yield f"--optimizer_type AdamW8bit: three quarters of the optimizer's state{_saves(sizes.optimizer * 3 // 4)}"
-    if is_finetuning and not optimizer.fused_backward_pass and options.length.gradient_accumulation_steps == 1:
+    if optimizer.optimizer_states != "host" and _can_keep_states_on_host(options):
+        yield f"--optimizer_states host: all of the optimizer's state, for transfers in each update{_saves(sizes.optimizer)}"
+    if is_finetuning and not optimizer.fused_backward_pass and _can_step_in_backward(options):
         yield f"--fused_backward_pass: nearly all gradients{_saves(sizes.trained)}"
     if sizes.batch_size > 1:
         yield (
@@ -194,6 +197,17 @@ def remedies(options: TrainingOptions, sizes: Sizes) -> Iterator[str]:
     if not precision.cpu_offload_checkpointing:
         yield "--cpu_offload_checkpointing: what checkpoints keep, for slower steps"
     yield "a lower --resolution: activations in proportion to the area"
+
+
+def _can_keep_states_on_host(options: TrainingOptions) -> bool:
+    asked = options.optimizer.model_copy(update={"optimizer_states": "host"})
+    divided = what_divides(options.distributed) is not None
+    return not any(host_state_problems(asked, options.precision.mixed_precision, is_divided=divided))
+
+
+def _can_step_in_backward(options: TrainingOptions) -> bool:
+    asked = options.optimizer.model_copy(update={"fused_backward_pass": True})
+    return not any(fused_problems(asked, options.length.gradient_accumulation_steps, options.precision.mixed_precision))
 
 
 def _remedies_before(options: TrainingOptions | CacheLatentsOptions) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Memory that is full: what is said to have been in it, and what is advised."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,3 +115,17 @@ def test_only_what_was_not_given_is_advised_and_each_script_its_own() -> None:
     cached = network.cache.model_copy(update={"cache_latents": True, "cache_text_encoder_outputs": True})
     given = SdxlTrainNetworkOptions(cache=cached)
     assert not any(each.startswith("--cache") for each in remedies(given, sizes))
+
+
+def test_nothing_is_advised_that_would_be_refused() -> None:
+    whole, sizes = SdxlTrainOptions(), Sizes(optimizer=3 * MIB)
+    host = "--optimizer_states host: all of the optimizer's state, for transfers in each update (3.0 MiB)"
+    assert host in remedies(whole, sizes) and any("fused_backward_pass" in each for each in remedies(whole, sizes))
+    halves = replace(whole, precision=whole.precision.model_copy(update={"mixed_precision": "fp16"}))
+    grouped = replace(whole, optimizer=whole.optimizer.model_copy(update={"fused_optimizer_groups": 4}))
+    adds_up = replace(whole, length=whole.length.model_copy(update={"gradient_accumulation_steps": 2}))
+    for options in (halves, grouped, adds_up):
+        assert not any(each.startswith("--fused_backward_pass") for each in remedies(options, sizes))
+    given = replace(whole, optimizer=whole.optimizer.model_copy(update={"optimizer_states": "host"}))
+    for options in (halves, given):
+        assert not any("optimizer_states" in each for each in remedies(options, sizes))
