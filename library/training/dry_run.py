@@ -95,7 +95,7 @@ def dry_run(
     log.info("%s", verdict(forecast, device))
     if device.memory is not None and forecast.needed > device.memory:
         found = attempts(options, forecast, device.memory, forecasts, keeps_the_run=False)
-        lines = [f"  {attempt.line()}" for attempt in found]
+        lines = [f"  {attempt.line()}{', too much' * (attempt.forecast.needed > device.memory)}" for attempt in found]
         log.info("What would help, the cheapest first, and what would be needed then:\n%s", "\n".join(lines or ["  nothing known"]))
         raise SystemExit(DOES_NOT_FIT)
 

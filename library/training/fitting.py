@@ -8,7 +8,7 @@ from typing import Any
 
 from library.generation.request import ImageRequest
 from library.memory.sizes import gib
-from library.memory.trace import Peak
+from library.memory.trace import ACTIVATIONS, Peak
 from library.memory.traceable import untraceable
 from library.options.checks import find_problems
 from library.options.checks_distributed import what_divides
@@ -80,7 +80,7 @@ def attempts(
         tried[middle] = Attempt(*found[middle], trace(found[middle][0]))
         low, high = (low, middle) if tried[middle].forecast.needed <= memory else (middle + 1, high)
     fewer = [tried[number] for number in sorted(tried) if number < high]
-    return [*fewer, leanest(options, tried[high], memory, trace)]
+    return [*fewer, leanest(options, tried[high], forecast.peak, memory, trace)]
 
 
 def least(peak: Peak, changes: Sequence[Change]) -> int:
@@ -92,16 +92,44 @@ def least(peak: Peak, changes: Sequence[Change]) -> int:
     return sum(left.values())
 
 
-def leanest(options: TrainingOptions, attempt: Attempt, memory: int, trace: Callable[[TrainingOptions], Forecast]) -> Attempt:
-    """Leave out the changes before the last one, where that fits too: what is not needed costs nothing then."""
+def leanest(
+    options: TrainingOptions, attempt: Attempt, unchanged: Peak, memory: int, trace: Callable[[TrainingOptions], Forecast]
+) -> Attempt:
+    """Leave out the changes before the last one that are not needed beside it: all, or one by one, the costliest first.
+
+    Args:
+        options: as they were given.
+        attempt: fits.
+        unchanged: the peak without changes.
+        memory: bytes of the device.
+        trace: forecasts a run with other options.
+    """
+
+    def tried(changes: tuple[Change, ...]) -> Attempt | None:
+        changed = with_changes(options, changes)
+        if find_problems(changed):
+            return None
+        found = Attempt(changed, changes, trace(changed))
+        return found if found.forecast.needed <= memory else None
+
     if len(attempt.changes) == 1:
         return attempt
-    alone = attempt.changes[-1:]
-    changed = with_changes(options, alone)
-    if find_problems(changed):
-        return attempt
-    forecast = trace(changed)
-    return Attempt(changed, alone, forecast) if forecast.needed <= memory else attempt
+    if alone := tried(attempt.changes[-1:]):
+        return alone
+    for change in reversed(attempt.changes[:-1]):
+        fewer = tuple(each for each in attempt.changes if each is not change)
+        if len(fewer) > 1 and not _is_needed(change, attempt, unchanged, memory):
+            attempt = tried(fewer) or attempt
+    return attempt
+
+
+def _is_needed(change: Change, attempt: Attempt, unchanged: Peak, memory: int) -> bool:
+    """Tell without a trace whether a change has to stay."""
+    if set(change.saves) == {ACTIVATIONS}:
+        parts = attempt.forecast.peak.parts
+        return needed_for(sum(parts.values()) - parts[ACTIVATIONS] + unchanged.parts[ACTIVATIONS]) > memory
+    has_state_elsewhere = attempt.options.optimizer.optimizer_states == "host"
+    return has_state_elsewhere and "optimizer_type" in change.values.get("optimizer", ())  # a quarter of it is transferred then
 
 
 class Forecasts:
@@ -176,10 +204,11 @@ def fit(
     closest = min(tried, key=lambda attempt: attempt.forecast.needed, default=None)
     if closest is None or closest.forecast.needed > budget:
         nearest = f"needs {gib(forecast.needed)}" + (f", and with {closest.line()}" if closest else "")
+        largest = (closest.forecast if closest else forecast).largest
         why = no_swapping(options)
         raise UsageError(
             [
-                f"--memory_budget {options.forecast.memory_budget}: the run {nearest}. {forecast.largest.capitalize()} needs most. "
+                f"--memory_budget {options.forecast.memory_budget}: the run {nearest}. {largest.capitalize()} needs most. "
                 "Give it more, a smaller batch size or --resolution, or train in fewer parts."
                 + (f" Blocks of the U-Net cannot be swapped: {why}" if why else "")
             ]

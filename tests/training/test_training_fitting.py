@@ -66,13 +66,26 @@ def test_the_cheapest_that_fits_is_found_without_what_it_does_not_need(gib: floa
     assert tried[-1].forecast == forecast(tried[-1].options)
 
 
+def test_a_change_that_the_last_one_makes_needless_is_left_out() -> None:
+    """The state of a small network is not worth rounding or moving where blocks are swapped anyway."""
+
+    def trace(options: TrainingOptions) -> Forecast:
+        parts = dict(forecast(options).peak.parts)
+        parts[OPTIMIZER] //= 10
+        return Forecast({STEP: Peak(sum(parts.values()), parts)})
+
+    tried = attempts(OPTIONS, trace(OPTIONS), needed_for(int(5.1 * GIB)), trace, keeps_the_run=True)
+    assert tried[-1].flags == "--gradient_checkpointing --offload_fraction 0.3"
+    assert tried[-1].forecast == trace(tried[-1].options)
+
+
 def test_a_search_takes_few_traces() -> None:
     """What saves most is traced first, and alone where it is not enough; what cannot save enough is not traced at all."""
     tried, traced = found(GIB // 4)
     assert len(tried) == len(traced) == 1 and tried[0].flags.endswith("--offload_fraction 0.9 --base_quant nf4")
     for gib in range(2, 15):
         tried, traced = found(needed_for(gib * GIB))
-        assert len(traced) <= 6 and tried[-1].forecast.needed <= needed_for(gib * GIB), gib
+        assert len(traced) <= 8 and tried[-1].forecast.needed <= needed_for(gib * GIB), gib
     _, traced = found(needed_for(int(3.5 * GIB)))
     assert all(options.precision.gradient_checkpointing for options in traced if options.optimizer.optimizer_type == "AdamW8bit")
 
