@@ -1,7 +1,10 @@
 """--dry_run: what a run will be, and how much memory it will need, from the headers of its files alone."""
 
+import ctypes
 import json
+import mmap
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,18 @@ def phases(said: str) -> dict[str, list[float]]:
     return {name.strip(): [float(cell) for cell in numbers] for name, *numbers in cells}
 
 
+def pages_in_memory(path: Path) -> list[int]:
+    """Return 1 for each page of a file that was written or read, or read ahead; else 0."""
+    size = path.stat().st_size
+    flags = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        start = ctypes.c_char.from_buffer(mapped)
+        status = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), flags)
+        del start
+    assert status == 0
+    return [flag & 1 for flag in flags]
+
+
 def test_a_network_that_fits_is_told_with_all_its_phases(header_alone: Path, dataset: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat --w 64 --h 64")
@@ -49,6 +64,9 @@ def test_a_network_that_fits_is_told_with_all_its_phases(header_alone: Path, dat
     for words in ("It fits: ", "a GPU with 2 GiB", "total optimizer steps: 4", "U-Net      384", "1e-03"):
         assert words in ended.stderr.replace("0.001", "1e-03"), words
     assert not (tmp_path / "out").exists()
+    if sys.platform == "linux":  # which alone tells; the second half is beyond what is read ahead of the header
+        pages = pages_in_memory(header_alone)
+        assert pages[0] and not any(pages[len(pages) // 2 :]), "weights were read"
 
 
 def test_what_does_not_fit_ends_with_status_3_and_wrong_options_with_2(header_alone: Path, dataset: Path, tmp_path: Path) -> None:
