@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from library.models.forwards import function_of, owner_of
 from library.models.geglu import gated
 from library.models.number_types import product_dtype
 from networks.low_rank import adapted_conv2d, adapted_linear, adapted_linears
@@ -135,7 +136,7 @@ class LoRAModule(nn.Module):
         return (
             self.acts
             and not (self.training and self.dropouts != _NO_DROPOUTS)
-            and getattr(layer.forward, "__self__", None) is self
+            and owner_of(layer.forward) is self
             and isinstance(layer, nn.Linear)
             and not (layer._forward_hooks or layer._forward_pre_hooks)
             and _is_frozen_and_plain(layer, self._plain_forward)
@@ -289,7 +290,7 @@ def _matrices(layer: Layer, rank: int) -> tuple[Layer, Layer]:
 
 def _is_frozen_and_plain(layer: Layer, forward: Callable[[Tensor], Tensor]) -> bool:
     """Tell whether the layer's own output is the textbook one, so that it can be computed together with the adapter."""
-    if getattr(forward, "__func__", None) not in (nn.Linear.forward, nn.Conv2d.forward) or layer.weight.requires_grad:
+    if function_of(forward) not in (nn.Linear.forward, nn.Conv2d.forward) or layer.weight.requires_grad:
         return False
     if layer.bias is not None and layer.bias.requires_grad:
         return False

@@ -58,6 +58,11 @@ def _(part: Tensor, other: Tensor) -> Tensor:
     return torch.empty_like(part)
 
 
+def _is_compiled() -> bool:
+    """Whether a compiler looks on. PyTorch 2.11 calls methods of tensor classes a stage later than `is_compiling` speaks of."""
+    return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
+
+
 class PackedTensor(Tensor):
     """A tensor that is stored by a codec.
 
@@ -108,7 +113,7 @@ class PackedTensor(Tensor):
                 them from then on instead of unpacking them for a gradient.
         """
         parts = self.parts
-        if after is not None and torch.compiler.is_compiling():
+        if after is not None and _is_compiled():
             parts = tuple(_once_there(part, after) if part.numel() > _FEW else part for part in parts)
         return self.codec.unpack(parts, self.shape, dtype or self.dtype)
 

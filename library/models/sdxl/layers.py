@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from library.models.forwards import owner_of
 from library.models.geglu import gated
 from library.models.sdxl.attention import Attend, sdpa
 
@@ -134,7 +135,7 @@ def apply_all(layers: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
 
     Where the first layer's `forward` was replaced by the method of an object whose `joint` is not None, that computes all.
     """
-    joint = getattr(getattr(layers[0].forward, "__self__", None), "joint", None)
+    joint = getattr(owner_of(layers[0].forward), "joint", None)
     return tuple(layer(x) for layer in layers) if joint is None else joint(x)
 
 
@@ -165,7 +166,7 @@ class FeedForward(nn.Module):
         with it, and need not keep the result.
         """
         gate: Any = self.net[0]
-        after_gate = getattr(getattr(self.net[2].forward, "__self__", None), "after_gate", None)
+        after_gate = getattr(owner_of(self.net[2].forward), "after_gate", None)
         out: Tensor = self.net(x) if after_gate is None else after_gate(gate.proj(x))
         return out
 
