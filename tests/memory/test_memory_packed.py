@@ -102,6 +102,7 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_packed_layer_is_the_plain_layer_with_its_unpacked_weight(name: str, codec: Codec, autocast: bool) -> None:
     make, shape = LAYERS[name]
+    torch.manual_seed(0)
     layer = make()
     inputs = [draw(*shape).requires_grad_() for _ in range(2)]
     inputs[1].data = inputs[0].data
@@ -117,7 +118,8 @@ def test_a_packed_layer_is_the_plain_layer_with_its_unpacked_weight(name: str, c
         layer.weight = nn.Parameter(layer.weight.to(torch.float32), requires_grad=False)
         layer.zero_grad()
     for ours, plain in zip(*grads, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-4 if ours is grads[0][2] else 0, atol=0)
+        is_sum = ours is grads[0][2]  # of the bias, over all pixels in another order; single sums may be near 0
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4 * float(plain.abs().max()) if is_sum else 0)
 
 
 def unet_and_lora(is_packed: bool, autocast: bool, codec: Codec = SCALED_FLOAT8) -> tuple[nn.Module, networks.lora.LoRANetwork]:
