@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from library.options.checks_compile import compile_problems
-from library.options.checks_distributed import distributed_notes, distributed_problems, wants_sharding
+from library.options.checks_distributed import distributed_notes, distributed_problems, what_divides
 from library.options.checks_generation import generation_notes, generation_problems
 from library.options.checks_hub import hub_notes, hub_problems
 from library.options.checks_objective import objective_notes, objective_problems
@@ -67,8 +67,8 @@ def _training_problems(options: TrainingOptions) -> Iterator[str]:
     yield from quant_problems(options.precision)
     yield from compile_problems(options.compile)
     yield from fused_problems(options.optimizer, options.length.gradient_accumulation_steps, options.precision.mixed_precision)
-    divided = options.distributed.deepspeed or wants_sharding()
-    yield from host_state_problems(options.optimizer, options.precision.mixed_precision, is_divided=divided)
+    is_divided = what_divides(options.distributed) is not None
+    yield from host_state_problems(options.optimizer, options.precision.mixed_precision, is_divided=is_divided)
     yield from _ema_problems(options)
     yield from objective_problems(options.noise, options.loss, options.model.v_parameterization)
     yield from _sample_problems(options.sample)

@@ -106,8 +106,8 @@ class ForecastBeside:
             setting: of the run.
             forecast: where it was made already.
         """
-        can_be = why_not(setting.options) is None and not isinstance(setting.dataset, ForeignDataset)
-        if forecast is not None or not can_be or not setting.accelerator.is_main_process:
+        is_wanted = forecast is None and setting.accelerator.is_main_process
+        if not is_wanted or isinstance(setting.dataset, ForeignDataset) or why_not(setting.options) is not None:
             return cls(None, forecast)
         return cls(ForecastJob.of(recipe, open_family, requests, setting))
 

@@ -7,6 +7,7 @@ from statistics import median
 import torch
 
 from library.memory.sizes import gib
+from library.options.groups.forecast import WHAT_MAKES_ROOM
 from library.training.position import Position
 from library.training.step_meter import StepMeter
 
@@ -62,8 +63,7 @@ class PagingSigns:
         self._told = True
         return (
             f"{sign}; the GPU's memory is full ({gib(reserved)} of {gib(total)}). Its driver probably moves "
-            "memory to the host and back, which makes training many times slower. --dry_run lists the options that make room, "
-            "and --memory_budget picks them."
+            f"memory to the host and back, which makes training many times slower. {WHAT_MAKES_ROOM}"
         )
 
 

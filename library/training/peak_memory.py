@@ -6,6 +6,7 @@ from contextlib import suppress
 import torch
 
 from library.memory.sizes import gib
+from library.options.groups.forecast import WHAT_MAKES_ROOM
 from library.training.events import EventLog, RunEnd
 from library.training.forecast import Forecast, needed_for
 from library.training.forecast_beside import ForecastBeside
@@ -95,7 +96,7 @@ def told(forecast: Forecast, total: int) -> tuple[int, str]:
         return logging.INFO, f"Forecast: {gib(needed)} of the GPU's {gib(total)} are needed; {most} needs most."
     return logging.WARNING, (
         f"Forecast: {most} needs {gib(needed)}, and the GPU has {gib(total)}. Expect it to fail there, or to become very slow. "
-        "--dry_run lists the options that make room, and --memory_budget picks them."
+        + WHAT_MAKES_ROOM
     )
 
 

@@ -33,12 +33,8 @@ def stepped_bytes(options: OptimizerOptions, parameters: Sequence[Tensor]) -> in
     Raises:
         Exception: whatever the optimizer raises.
     """
-    counts: dict[Any, int] = {}
-    kinds: dict[Any, Tensor] = {}
-    for parameter in parameters:
-        kind = kind_of(parameter)
-        kinds[kind] = parameter
-        counts[kind] = counts.get(kind, 0) + 1
+    kinds = {kind_of(parameter): parameter for parameter in parameters}
+    counts = Counter(map(kind_of, parameters))
     with unset_fake_temporarily(), torch.enable_grad(), torch.random.fork_rng([]):
         small = {kind: _small(tuple(parameter.shape), parameter.dtype) for kind, parameter in kinds.items()}
         optimizer = make_optimizer(options, [{"params": list(small.values()), "lr": options.learning_rate}])

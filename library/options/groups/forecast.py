@@ -7,6 +7,9 @@ from pydantic import field_validator
 
 from library.options.declare import OptionGroup, flag, option
 
+WHAT_MAKES_ROOM = "--dry_run lists the options that make room, and --memory_budget picks them."
+"""For warnings of full memory."""
+
 
 class ForecastOptions(OptionGroup):
     """What a run will be and how much memory it will need."""
