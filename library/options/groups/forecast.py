@@ -27,8 +27,8 @@ class ForecastOptions(OptionGroup):
     memory_budget: str | None = option(
         None,
         "Keep the run within this much memory of a GPU, such as 8GB: of checkpointing, optimizer states in 8 bits or in main "
-        "memory, --fused_backward_pass, block swapping and weights in fewer bits, what costs least time is picked, told as plain options, "
-        "and used.",
+        "memory, --fused_backward_pass, block swapping and weights in fewer bits, what costs least time is picked, told as "
+        "plain options, and used.",
     )
 
     @field_validator("memory_budget")
